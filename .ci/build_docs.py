@@ -1,0 +1,298 @@
+"""Build the site into _docs from the notebooks, without Quarto and without a network.
+
+nbdev prepares the notebooks (hidden cells, `show_doc`, links of names in backticks), smalldocs
+renders them with _quarto.yml, and this script adds what the two leave open: pages called as nbdev
+links to them (`config.html`), the vendored KaTeX, pages of the exported source, copies of linked
+files, and checks. Any problem ends it with a list and status 1.
+"""
+import argparse
+import html
+import json
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from html.parser import HTMLParser
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import tree
+import yaml
+
+KATEX_URL = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
+SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
+MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
+PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipynb|html)")
+
+
+# ---------------------------------------------------------------- before rendering
+
+def listed_pages(config):
+    "The notebooks that the sidebar of _quarto.yml names."
+    found = []
+
+    def walk(item):
+        if isinstance(item, str):
+            found.append(item)
+        elif isinstance(item, list):
+            for one in item:
+                walk(one)
+        elif isinstance(item, dict):
+            walk(item.get("href", []))
+            walk(item.get("contents", []))
+
+    walk(config["website"]["sidebar"]["contents"])
+    return [name for name in found if name.endswith(".ipynb")]
+
+
+def drop_missing(item, present):
+    "The sidebar without pages that do not exist, and without sections that this leaves empty."
+    if isinstance(item, list):
+        kept = [drop_missing(one, present) for one in item]
+        return [one for one in kept if one is not None]
+    if isinstance(item, dict) and "contents" in item:
+        inner = drop_missing(item["contents"], present)
+        return {**item, "contents": inner} if inner else None
+    name = item.get("href", "") if isinstance(item, dict) else item
+    return None if name.endswith(".ipynb") and name not in present else item
+
+
+def prepare(copy):
+    "Run nbdev's processing in the copy, with the package visible as if it were installed."
+    meta = copy / "effnet_repro-0.dist-info"
+    meta.mkdir()
+    (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: effnet_repro\nVersion: 0\n")
+    (meta / "entry_points.txt").write_text("[nbdev]\neffnet_repro = effnet_repro._modidx:d\n")
+    code = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=tree.environment(copy),
+                          capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{done.stdout}{done.stderr}\nbuild_docs: a page's code failed (see above)")
+    return copy / "_proc"
+
+
+def plain_links(text, linked):
+    "Links in Markdown, to pages by the names they have on the site; files elsewhere go to `linked`."
+    def one(match):
+        href = match[2]
+        if SCHEME.match(href) or href.startswith("#"):
+            return match[0]
+        path, mark, tail = href.partition("#")
+        if path.startswith("../"):
+            inside = posixpath.normpath(posixpath.join("nbs", path))
+            if not inside.startswith("../") and (tree.ROOT / inside).is_file():
+                linked.add(inside)
+                return f"{match[1]}files/{inside}{mark}{tail}{match[3]}"
+        return match[1] + PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", href) + match[3]
+
+    return MD_LINK.sub(one, text)
+
+
+def lay_out(proc, site, linked):
+    "Copy nbdev's pages to the folder `site` under the names that its links use."
+    for path in sorted(proc.rglob("*")):
+        inside = path.relative_to(proc)
+        if path.is_dir():
+            continue
+        target = site / inside.parent / tree.page_name(inside.name)
+        if target.exists():
+            sys.exit(f"build_docs: two notebooks make the page {target.name}")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix != ".ipynb":
+            shutil.copy2(path, target)
+            continue
+        nb = json.loads(path.read_text())
+        for cell in nb["cells"]:
+            source = "".join(cell["source"])
+            if cell["cell_type"] == "raw":
+                cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
+            elif cell["cell_type"] == "markdown":
+                cell["source"] = plain_links(source, linked)
+            for output in cell.get("outputs", []):
+                data = output.get("data", {})
+                if "text/markdown" in data:
+                    data["text/markdown"] = plain_links("".join(data["text/markdown"]), linked)
+        target.write_text(json.dumps(nb))
+
+
+# ---------------------------------------------------------------- after rendering
+
+SOURCE_PAGE = """<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{module} - source - effnet_repro</title>
+<link rel="stylesheet" href="../styles.css"><style>{style}</style></head>
+<body class="source-page"><p><a href="../{page}.html">{page}</a> &middot;
+the module <code>effnet_repro/{module}.py</code>, exported from its notebook</p>
+{code}
+</body></html>
+"""
+
+
+def add_sources(out, git_url):
+    "Turn nbdev's links to a source repository into links to pages of this site; make those pages."
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    link = re.compile(re.escape(git_url) + r"/blob/[^/\"]+/effnet_repro/(\w+)\.py(?:#L(\w+))?")
+    modules = set()
+
+    def one(match):
+        modules.add(match[1])
+        line = match[2] if (match[2] or "").isdigit() else "1"
+        return f"source/{match[1]}.html#L-{line}"
+
+    for page in out.glob("*.html"):
+        text = page.read_text()
+        # A tab of its own is for other sites.
+        new = re.sub(r"(<a\b[^>]*)>", lambda m: re.sub(r' (?:target="_blank"|rel="noopener")', "", m[0])
+                     if link.search(m[0]) else m[0], text)
+        page.write_text(link.sub(one, new))
+    (out / "source").mkdir(exist_ok=True)
+    for module in sorted(modules):
+        formatter = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
+        source = (tree.ROOT / "effnet_repro" / f"{module}.py").read_text()
+        (out / "source" / f"{module}.html").write_text(SOURCE_PAGE.format(
+            module=module, page=module, style=formatter.get_style_defs(".highlight"),
+            code=highlight(source, PythonLexer(), formatter)))
+    return modules
+
+
+def make_local(out):
+    "Serve KaTeX and the theme from the site itself."
+    shutil.copytree(tree.ROOT / ".ci" / "katex", out / "site_libs" / "katex")
+    for page in out.rglob("*.html"):
+        up = "../" * (len(page.relative_to(out).parts) - 1)
+        page.write_text(page.read_text().replace(KATEX_URL, f"{up}site_libs/katex"))
+    for sheet in out.rglob("*.css"):
+        text = sheet.read_text()
+        new = re.sub(r"@import\s+url\(['\"]?(?:https?:)?//[^)]*\)[^;]*;", "", text)
+        if new != text:
+            sheet.write_text(new)
+
+
+class Page(HTMLParser):
+    "What a page refers to: links a reader may follow, resources a browser loads, its own anchors."
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.links, self.loads, self.anchors, self.no_alt = [], [], {"", "top"}, 0
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        at = dict(attrs)
+        self.anchors.update(v for k, v in at.items() if k in ("id", "name") and v)
+        if tag == "a" and at.get("href") is not None:
+            self.links.append(at["href"])
+        elif tag == "link" and at.get("href"):
+            self.loads.append(at["href"])
+        for name in ("src", "data-src", "poster", "data"):
+            if tag != "a" and at.get(name) and (name != "data" or tag == "object"):
+                self.loads.append(at[name])
+        self.no_alt += tag == "img" and "alt" not in at
+
+
+def check(out, expected):
+    "Everything that is wrong with the site, a line each."
+    wrong = []
+    pages = {p.relative_to(out).as_posix(): Page(p.read_text()) for p in sorted(out.rglob("*.html"))}
+    wrong += [f"{name}: the page is missing" for name in sorted(expected - set(pages))]
+    for name, page in pages.items():
+        for href in page.loads + page.links:
+            if SCHEME.match(href):
+                if href in page.loads and not href.startswith("data:"):
+                    wrong.append(f"{name}: loads {href} from elsewhere")
+                elif urlsplit(href).hostname and urlsplit(href).hostname.endswith(".invalid"):
+                    wrong.append(f"{name}: links to the placeholder {href}")
+                elif href.startswith("file:"):
+                    wrong.append(f"{name}: links to a file of one machine, {href}")
+                continue
+            path, _, anchor = href.partition("#")
+            path = path.partition("?")[0]
+            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(path)))
+            target = name if not path else target
+            if (out / target).is_dir():
+                target = posixpath.join(target, "index.html")
+            if not (out / target).is_file():
+                wrong.append(f"{name}: the link {href} leads nowhere")
+            elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
+                wrong.append(f"{name}: {target} has no place #{anchor}")
+        text = (out / name).read_text()
+        if "Traceback (most recent call last)" in text or "cell-output-error" in text:
+            wrong.append(f"{name}: shows a traceback")
+        if re.search(r"(?<![\w`])@(?:fig|eq|tbl|sec)-\w", html.unescape(re.sub(r"<[^>]+>", " ", text))):
+            wrong.append(f"{name}: has a cross-reference, which is printed as typed: name it in words")
+    for sheet in out.rglob("*.css"):
+        for url in re.findall(r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\";\s]+)", sheet.read_text()):
+            wrong.append(f"{sheet.relative_to(out)}: loads {url} from elsewhere")
+    return sorted(set(wrong)), pages
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Build the site into _docs.")
+    parser.add_argument("--partial", action="store_true",
+                        help="leave out pages that _quarto.yml lists and that do not exist yet")
+    parser.add_argument("--out", default=str(tree.ROOT / "_docs"), help="the folder to write")
+    args = parser.parse_args()
+
+    config = yaml.safe_load((tree.ROOT / "_quarto.yml").read_text())
+    listed, present = listed_pages(config), {p.name for p in tree.notebooks()}
+    wrong = [f"_quarto.yml lists nbs/{n}, which does not exist" for n in listed if n not in present]
+    if args.partial and wrong:
+        print(f"build_docs: left out, not written yet: {', '.join(sorted(set(listed) - present))}")
+        for bar in ("sidebar", "navbar"):
+            for side in ("contents", "left", "right"):
+                items = config["website"].get(bar, {}).get(side)
+                if items:
+                    config["website"][bar][side] = drop_missing(items, present)
+        wrong = []
+    wrong += [f"_quarto.yml does not list nbs/{n}" for n in sorted(present - set(listed))]
+    wrong += [f"_quarto.yml lists nbs/{n} twice" for n in sorted(set(listed)) if listed.count(n) > 1]
+    if wrong:
+        sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
+
+    with tempfile.TemporaryDirectory(prefix="effnet_docs_") as folder:
+        # nbdev skips every file below a folder whose name starts with a dot, without a word.
+        if any(part.startswith(".") for part in Path(folder).resolve().parts):
+            sys.exit(f"build_docs: {folder} is below a folder whose name starts with a dot; set TMPDIR")
+        copy = tree.copy(Path(folder) / "copy")
+        proc = prepare(copy)
+        lost = present - {p.name for p in proc.glob("*.ipynb")}
+        if lost:
+            sys.exit(f"build_docs: nbdev left out {', '.join(sorted(lost))}")
+        site, linked = Path(folder) / "site", set()
+        lay_out(proc, site, linked)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        text = PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", text)
+        (site / "_quarto.yml").write_text(text)
+        for name in sorted(linked):
+            target = site / "files" / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(tree.ROOT / name, target)
+
+        from nbdev.config import get_config
+        from smalldocs.site import build
+        built = build(site, quiet=True)
+        out = Path(built.out)
+        modules = add_sources(out, get_config(path=tree.ROOT).git_url)
+        make_local(out)
+        expected = {Path(tree.page_name(n)).with_suffix(".html").as_posix() for n in present}
+        wrong, pages = check(out, expected)
+        wrong += [f"smalldocs: {w}" for w in built.warnings]
+        final = Path(args.out)
+        shutil.rmtree(final, ignore_errors=True)
+        shutil.move(out, final)
+
+    links = sum(len(p.links) + len(p.loads) for p in pages.values())
+    no_alt = sum(p.no_alt for p in pages.values())
+    print(f"build_docs: {len(expected)} pages and {len(modules)} source pages in {final.name}, "
+          f"{links} links checked" + (f", {no_alt} pictures without alt text" if no_alt else ""))
+    if wrong:
+        sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
+
+
+if __name__ == "__main__":
+    main()

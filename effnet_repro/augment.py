@@ -45,7 +45,7 @@ def draw_mixing(
     draws = {"mixup": mixup, "cutmix_lambda": kept, "cutmix_centre": centre}
     return {name: draw.astype(np.float32) for name, draw in draws.items()}
 
-# %% ../nbs/31_augment.ipynb #2a88340d
+# %% ../nbs/31_augment.ipynb #e8a46e20
 def mix(
     ops,  # Tensor namespace, from `get_ops`
     images,  # Micro-batch of pictures, (m, H, W, 3), any numeric dtype
@@ -55,8 +55,8 @@ def mix(
     cutmix_centre=None,  # Centre of the box, (2,): down and across, in [0, 1)
 ) -> Tuple[Any, Any]:  # Pictures and targets, float32, shapes as given
     "Blend each picture with its neighbour, then paste a box from another one; mix the labels alike"
-    m, h, w, _ = ops.shape(images)
     images, targets = ops.cast(images, "float32"), ops.cast(targets, "float32")
+    m, h, w, _ = ops.shape(images)
     if m < 2 and not (mixup is None and cutmix_lambda is None):
         raise ValueError(
             f"Mixing needs at least two pictures in a micro-batch. Received: images of shape {(m, h, w, 3)}."

@@ -5,6 +5,7 @@ renders them with _quarto.yml, and this script adds what the two leave open: pag
 links to them (`config.html`), the vendored KaTeX, pages of the exported source, copies of linked
 files, and checks. Any problem ends it with a list and status 1.
 """
+
 import argparse
 import html
 import json
@@ -28,6 +29,7 @@ PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipyn
 
 
 # ---------------------------------------------------------------- before rendering
+
 
 def listed_pages(config):
     "The notebooks that the sidebar of _quarto.yml names."
@@ -66,8 +68,13 @@ def prepare(copy):
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: effnet_repro\nVersion: 0\n")
     (meta / "entry_points.txt").write_text("[nbdev]\neffnet_repro = effnet_repro._modidx:d\n")
     code = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=copy, env=tree.environment(copy),
-                          capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=copy,
+        env=tree.environment(copy),
+        capture_output=True,
+        text=True,
+    )
     if done.returncode:
         sys.exit(f"{done.stdout}{done.stderr}\nbuild_docs: a page's code failed (see above)")
     return copy / "_proc"
@@ -75,6 +82,7 @@ def prepare(copy):
 
 def plain_links(text, linked):
     "Links in Markdown, to pages by the names they have on the site; files elsewhere go to `linked`."
+
     def one(match):
         href = match[2]
         if SCHEME.match(href) or href.startswith("#"):
@@ -148,16 +156,28 @@ def add_sources(out, git_url):
     for page in out.glob("*.html"):
         text = page.read_text()
         # A tab of its own is for other sites.
-        new = re.sub(r"(<a\b[^>]*)>", lambda m: re.sub(r' (?:target="_blank"|rel="noopener")', "", m[0])
-                     if link.search(m[0]) else m[0], text)
+        new = re.sub(
+            r"(<a\b[^>]*)>",
+            lambda m: (
+                re.sub(r' (?:target="_blank"|rel="noopener")', "", m[0])
+                if link.search(m[0])
+                else m[0]
+            ),
+            text,
+        )
         page.write_text(link.sub(one, new))
     (out / "source").mkdir(exist_ok=True)
     for module in sorted(modules):
-        formatter = HtmlFormatter(linenos="inline", lineanchors="L", anchorlinenos=True)
+        formatter = HtmlFormatter(linenos="inline", linespans="L")
         source = (tree.ROOT / "effnet_repro" / f"{module}.py").read_text()
-        (out / "source" / f"{module}.html").write_text(SOURCE_PAGE.format(
-            module=module, page=module, style=formatter.get_style_defs(".highlight"),
-            code=highlight(source, PythonLexer(), formatter)))
+        (out / "source" / f"{module}.html").write_text(
+            SOURCE_PAGE.format(
+                module=module,
+                page=module,
+                style=formatter.get_style_defs(".highlight"),
+                code=highlight(source, PythonLexer(), formatter),
+            )
+        )
     return modules
 
 
@@ -198,7 +218,9 @@ class Page(HTMLParser):
 def check(out, expected):
     "Everything that is wrong with the site, a line each."
     wrong = []
-    pages = {p.relative_to(out).as_posix(): Page(p.read_text()) for p in sorted(out.rglob("*.html"))}
+    pages = {
+        p.relative_to(out).as_posix(): Page(p.read_text()) for p in sorted(out.rglob("*.html"))
+    }
     wrong += [f"{name}: the page is missing" for name in sorted(expected - set(pages))]
     for name, page in pages.items():
         for href in page.loads + page.links:
@@ -223,18 +245,27 @@ def check(out, expected):
         text = (out / name).read_text()
         if "Traceback (most recent call last)" in text or "cell-output-error" in text:
             wrong.append(f"{name}: shows a traceback")
-        if re.search(r"(?<![\w`])@(?:fig|eq|tbl|sec)-\w", html.unescape(re.sub(r"<[^>]+>", " ", text))):
-            wrong.append(f"{name}: has a cross-reference, which is printed as typed: name it in words")
+        if re.search(
+            r"(?<![\w`])@(?:fig|eq|tbl|sec)-\w", html.unescape(re.sub(r"<[^>]+>", " ", text))
+        ):
+            wrong.append(
+                f"{name}: has a cross-reference, which is printed as typed: name it in words"
+            )
     for sheet in out.rglob("*.css"):
-        for url in re.findall(r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\";\s]+)", sheet.read_text()):
+        for url in re.findall(
+            r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\";\s]+)", sheet.read_text()
+        ):
             wrong.append(f"{sheet.relative_to(out)}: loads {url} from elsewhere")
     return sorted(set(wrong)), pages
 
 
 def main():
     parser = argparse.ArgumentParser(description="Build the site into _docs.")
-    parser.add_argument("--partial", action="store_true",
-                        help="leave out pages that _quarto.yml lists and that do not exist yet")
+    parser.add_argument(
+        "--partial",
+        action="store_true",
+        help="leave out pages that _quarto.yml lists and that do not exist yet",
+    )
     parser.add_argument("--out", default=str(tree.ROOT / "_docs"), help="the folder to write")
     args = parser.parse_args()
 
@@ -250,14 +281,18 @@ def main():
                     config["website"][bar][side] = drop_missing(items, present)
         wrong = []
     wrong += [f"_quarto.yml does not list nbs/{n}" for n in sorted(present - set(listed))]
-    wrong += [f"_quarto.yml lists nbs/{n} twice" for n in sorted(set(listed)) if listed.count(n) > 1]
+    wrong += [
+        f"_quarto.yml lists nbs/{n} twice" for n in sorted(set(listed)) if listed.count(n) > 1
+    ]
     if wrong:
         sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
 
     with tempfile.TemporaryDirectory(prefix="effnet_docs_") as folder:
         # nbdev skips every file below a folder whose name starts with a dot, without a word.
         if any(part.startswith(".") for part in Path(folder).resolve().parts):
-            sys.exit(f"build_docs: {folder} is below a folder whose name starts with a dot; set TMPDIR")
+            sys.exit(
+                f"build_docs: {folder} is below a folder whose name starts with a dot; set TMPDIR"
+            )
         copy = tree.copy(Path(folder) / "copy")
         proc = prepare(copy)
         lost = present - {p.name for p in proc.glob("*.ipynb")}
@@ -275,6 +310,7 @@ def main():
 
         from nbdev.config import get_config
         from smalldocs.site import build
+
         built = build(site, quiet=True)
         out = Path(built.out)
         modules = add_sources(out, get_config(path=tree.ROOT).git_url)
@@ -288,8 +324,10 @@ def main():
 
     links = sum(len(p.links) + len(p.loads) for p in pages.values())
     no_alt = sum(p.no_alt for p in pages.values())
-    print(f"build_docs: {len(expected)} pages and {len(modules)} source pages in {final.name}, "
-          f"{links} links checked" + (f", {no_alt} pictures without alt text" if no_alt else ""))
+    print(
+        f"build_docs: {len(expected)} pages and {len(modules)} source pages in {final.name}, "
+        f"{links} links checked" + (f", {no_alt} pictures without alt text" if no_alt else "")
+    )
     if wrong:
         sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
 

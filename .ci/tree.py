@@ -1,4 +1,5 @@
 "The files of this project, and copies of them to work in, so that no check changes the tree."
+
 import os
 import re
 import shutil
@@ -7,14 +8,31 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = {".git", ".venv", "_proc", "_docs", "runs", "data", "build", "dist", "__pycache__",
-           ".ipynb_checkpoints", ".pytest_cache", ".ruff_cache", ".hypothesis"}
+IGNORED = {
+    ".git",
+    ".venv",
+    "_proc",
+    "_docs",
+    "runs",
+    "data",
+    "build",
+    "dist",
+    "__pycache__",
+    ".ipynb_checkpoints",
+    ".pytest_cache",
+    ".ruff_cache",
+    ".hypothesis",
+}
 
 
 def files():
     "Every file that is tracked or could be: uncommitted ones count, ignored and deleted ones do not."
-    git = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"],
-                         cwd=ROOT, capture_output=True, text=True)
+    git = subprocess.run(
+        ["git", "ls-files", "-z", "-co", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     if git.returncode == 0:
         names = sorted(set(filter(None, git.stdout.split("\0"))))
         return [Path(n) for n in names if os.path.lexists(ROOT / n)]
@@ -48,8 +66,11 @@ def environment(root):
     env = dict(os.environ)
     env["PATH"] = str(Path(sys.executable).parent) + os.pathsep + env.get("PATH", "")
     env["PYTHONPATH"] = str(root)
-    for name, value in {"TF_CPP_MIN_LOG_LEVEL": "3", "JUPYTER_PLATFORM_DIRS": "1",
-                        "PYDEVD_DISABLE_FILE_VALIDATION": "1"}.items():
+    for name, value in {
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+        "JUPYTER_PLATFORM_DIRS": "1",
+        "PYDEVD_DISABLE_FILE_VALIDATION": "1",
+    }.items():
         env.setdefault(name, value)
     return env
 

@@ -80,18 +80,20 @@ def round_repeats(
     "Scale a repeat count"
     return int(math.ceil(depth * repeats))
 
-# %% ../nbs/01_scaling.ipynb #9aeb6f3d
+# %% ../nbs/01_scaling.ipynb #443bfb42
 def num_groups(
     channels: int,  # Channels of the convolution's input and output
     group_size: int,  # Wanted channels per group; 1 = depthwise
 ) -> int:  # Number of groups; channels / groups is the real group size
     "Count the groups that `channels` are cut into"
-    groups = max(channels // group_size, 1)
-    if channels % groups:
+    if channels < 1 or group_size < 1:
         raise ValueError(
-            f"`channels` cannot be cut into equal groups. Received: channels={channels}, "
-            f"group_size={group_size}, which gives {groups} groups. Use a group size that divides the channels."
+            f"Channels and group size must be positive. Received: channels={channels}, "
+            f"group_size={group_size}. Use group_size=1 for a depthwise convolution."
         )
+    groups = max(channels // group_size, 1)
+    while channels % groups:
+        groups -= 1
     return groups
 
 # %% ../nbs/01_scaling.ipynb #c0fb4c17

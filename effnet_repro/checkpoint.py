@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'save', 'load', 'read_metadata', 'epoch_path', 'list_checkpoints', 'latest', 'remove_leftovers',
-           'check_matches', 'WeightAverage', 'average_weights']
+           'check_matches', 'WeightAverage', 'average_files', 'average_weights']
 
 # %% ../nbs/33_checkpoint.ipynb #f64d3281
 import json
@@ -18,11 +18,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-# %% ../nbs/33_checkpoint.ipynb #2f695b01
+# %% ../nbs/33_checkpoint.ipynb #273b4f4e
 FORMAT_VERSION = 1
+_KEY = "effnet_repro"  # Entry of the header that holds the metadata
 
 
-def _jsonable(value):
+def _plain(value):
     "NumPy's numbers are accepted as plain ones"
     if isinstance(value, np.generic):
         return value.item()
@@ -31,12 +32,11 @@ def _jsonable(value):
 
 def _encode(metadata):
     try:
-        texts = {k: json.dumps(v, default=_jsonable) for k, v in metadata.items()}
+        return {_KEY: json.dumps({**metadata, "format_version": FORMAT_VERSION}, default=_plain)}
     except (TypeError, ValueError) as e:
         raise ValueError(
-            f"`metadata` must hold JSON values (numbers, text, lists, dicts). Received: {e}."
+            f"`metadata` must hold JSON values: numbers, text, lists, dictionaries. Received: {e}."
         ) from None
-    return {**texts, "format_version": json.dumps(FORMAT_VERSION)}
 
 # %% ../nbs/33_checkpoint.ipynb #4ff14270
 _DTYPES = "float16 float32 float64 bfloat16 int8 int16 int32 int64 uint8 uint16 uint32 uint64 bool".split()
@@ -86,22 +86,22 @@ def save(
     _sync(path.parent)
     return path
 
-# %% ../nbs/33_checkpoint.ipynb #5d244f37
-def _metadata_of(path, texts):
-    if not texts or "format_version" not in texts:
+# %% ../nbs/33_checkpoint.ipynb #6bcd3045
+def _decode(path, header):
+    if _KEY not in (header or {}):
         raise ValueError(
-            f"{path} is a safetensors file, but not a checkpoint of effnet_repro: it has no format_version. "
-            "Published weights are read by `load_published`."
+            f"{path} is a safetensors file, but not a checkpoint: its header has no entry {_KEY}. "
+            "Weights under published names are read by `load_published`."
         )
-    metadata = {k: json.loads(v) for k, v in texts.items()}
+    metadata = json.loads(header[_KEY])
     if metadata["format_version"] > FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format_version {metadata['format_version']}; this version reads up to {FORMAT_VERSION}. "
+            f"{path} has format_version {metadata['format_version']}, this code reads up to {FORMAT_VERSION}. "
             "Update effnet_repro."
         )
     return metadata
 
-# %% ../nbs/33_checkpoint.ipynb #7d80ca15
+# %% ../nbs/33_checkpoint.ipynb #f07bd3a3
 def _read(path, read):
     "Open a checkpoint and call `read` with the open file; all errors of the file are raised here"
     path = Path(path)
@@ -113,7 +113,7 @@ def _read(path, read):
         raise FileNotFoundError(f"No checkpoint {path}. {listed}")
     try:
         with safe_open(str(path), "np") as file:
-            return read(file, _metadata_of(path, file.metadata()))
+            return read(file, _decode(path, file.metadata()))
     except SafetensorError as e:
         raise ValueError(
             f"{path} is not a whole checkpoint: cut off while copying, or another kind of file ({e}). "
@@ -151,7 +151,7 @@ def epoch_path(
     middle = "" if update is None else f"-update-{update:06d}"
     return Path(folder) / f"epoch-{epoch:04d}{middle}.safetensors"
 
-# %% ../nbs/33_checkpoint.ipynb #d2c8f4f4
+# %% ../nbs/33_checkpoint.ipynb #3cd7e14b
 _NAME = re.compile(r"epoch-\d+(-update-\d+)?\.safetensors")
 
 
@@ -164,9 +164,9 @@ def list_checkpoints(
         if not _NAME.fullmatch(path.name):
             continue
         try:
-            found.append((read_metadata(path).get("update", 0), path))
+            found.append((read_metadata(path).get("update") or 0, path))
         except ValueError as e:
-            warnings.warn(f"Checkpoint skipped: {e}")
+            warnings.warn(f"Checkpoint skipped: {e}", stacklevel=2)
     return [path for _, path in sorted(found)]
 
 # %% ../nbs/33_checkpoint.ipynb #a64a61ba
@@ -232,22 +232,23 @@ def _check_next(average, new, at_update):
             f"An average needs the same arrays every time. {len(changed)} differ in name or shape: {_some(changed)}."
         )
 
-# %% ../nbs/33_checkpoint.ipynb #e0a74963
+# %% ../nbs/33_checkpoint.ipynb #11d51845
 class WeightAverage:
     "Exponential average of named arrays over checkpoints, in float64, as published"
 
-    def __init__(
-        self,
-        decay: float = 0.97,  # Share of the average that stays, in [0, 1)
-    ):
+    def __init__(self, decay: float = 0.97):  # Share of the average that stays, in [0, 1)
         if not 0 <= decay < 1:
             raise ValueError(
                 f"`decay` must be in [0, 1). Received: decay={decay}. Published: 0.97."
             )
         self.decay, self.count, self.last_update, self._state = decay, 0, -1, {}
 
-    def update(self, arrays, at_update=None):
-        "Let `arrays` (name -> array) into the average; those of one weight update only once"
+    def update(
+        self,
+        arrays,  # Name -> array; the same names and shapes every time
+        at_update=None,  # Weight updates behind these arrays; refused when they were already counted
+    ):
+        "Let the arrays of one more checkpoint into the average"
         new = {name: np.array(value, "float64") for name, value in arrays.items()}
         _check_next(self, new, at_update)
         if self.count:
@@ -255,26 +256,24 @@ class WeightAverage:
         self._state, self.count = new, self.count + 1
         self.last_update = self.last_update if at_update is None else int(at_update)
 
-    def arrays(self, dtype="float32"):
-        "The average so far: name -> array of `dtype`"
+    def arrays(self, dtype="float32"):  # Name -> array of this type
+        "Hand out the average so far"
         if not self.count:
             raise ValueError(
                 "The average is empty. Call `update` with a checkpoint's arrays first."
             )
         return {name: value.astype(dtype) for name, value in self._state.items()}
 
-    def save(self, path):
-        "Write the float64 state as a checkpoint file"
-        state = dict(
-            decay=self.decay, count=self.count, update=self.last_update, kind="weight_average"
-        )
+    def save(self, path):  # `path`, now a checkpoint file of the float64 state
+        "Write the state, atomically"
+        state = dict(kind="average", decay=self.decay, count=self.count, update=self.last_update)
         return save(path, self._state, state)
 
     @classmethod
-    def load(cls, path):
-        "Read what `save` wrote; the average goes on as if it had never stopped"
+    def load(cls, path):  # A `WeightAverage` that goes on as if it had never stopped
+        "Read what `save` wrote"
         state, metadata = load(path)
-        if metadata.get("kind") != "weight_average":
+        if metadata.get("kind") != "average":
             raise ValueError(f"{path} is a checkpoint, not an average. Use `load` for it.")
         average = cls(metadata["decay"])
         average._state, average.count, average.last_update = (
@@ -283,6 +282,19 @@ class WeightAverage:
             metadata["update"],
         )
         return average
+
+# %% ../nbs/33_checkpoint.ipynb #23fc026e
+def average_files(
+    paths,  # Checkpoint files, the oldest first, e.g. from `list_checkpoints`
+    decay: float = 0.97,  # Share of the average that stays, in [0, 1)
+    prefix: str = "all/",  # Which arrays: the weights, without the optimiser's slots
+) -> WeightAverage:  # The average over all of them
+    "Average the weights of checkpoint files"
+    average = WeightAverage(decay)
+    for path in paths:
+        arrays, metadata = load(path, prefix)
+        average.update(arrays, metadata.get("update"))
+    return average
 
 # %% ../nbs/33_checkpoint.ipynb #d526eb68
 def average_weights(

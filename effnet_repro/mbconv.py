@@ -149,7 +149,7 @@ def project(
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
     return norm_act(ops, spec, w, x, rng, activation=None)[0]
 
-# %% ../nbs/13_mbconv.ipynb #ce17cc5b
+# %% ../nbs/13_mbconv.ipynb #c8cd58ac
 def mbconv(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -158,9 +158,11 @@ def mbconv(
     x,  # Thin activations, (N, H, W, filters_in)
     rng=None,  # `Rng` in training
 ):  # (N, H, W, filters_out)
-    "Run a residual block whole"
+    "Run a block whole, with its residual where the shapes allow"
     scope = lambda part: Scope(weights, f"all/{block.name}/{part}")
     y = expand(ops, spec, scope("a"), x, rng) if block.expand else x
     y = spatial(ops, spec, block, scope("b"), scope("SE"), y, rng)
     y = project(ops, spec, scope("c"), y, rng)
+    if not block.residual:
+        return y
     return x + drop_path(ops, y, block.drop_path_rate, rng, block.name)

@@ -88,7 +88,7 @@ def _block_params(spec, b):
     part_c += _norm_params(spec, f"{at}/c", b.filters_out, activated=False)
     return part_a, part_b, part_c
 
-# %% ../nbs/14_network.ipynb #78118970
+# %% ../nbs/14_network.ipynb #a281b31e
 IMAGENET_MEAN = (123.68, 116.78, 103.94)  # Of red, green, blue, in 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 x (0.229, 0.224, 0.225)
 
@@ -99,13 +99,16 @@ def normalise_pictures(
     weights: dict,  # "input/scale" and "input/shift" when input_norm is "keras"
     x,  # Pictures, (N, H, W, 3), 0..255 in a float type
 ):  # (N, H, W, 3), type of x
-    "Centre pictures as the network was trained on them"
-    if spec.input_norm == "imagenet_mean":
-        return x - ops.const(IMAGENET_MEAN, ops.dtype(x))
+    "Centre pictures as the network was trained on them, in float32 whatever follows"
+    kind = ops.dtype(x)
+    if spec.input_norm == "none":
+        return x
+    y = ops.cast(x, "float32") if kind in ("bfloat16", "float16") else x
     if spec.input_norm == "keras":
-        kind = ops.dtype(x)
-        return x * ops.cast(weights["input/scale"], kind) + ops.cast(weights["input/shift"], kind)
-    return x
+        y = y * weights["input/scale"] + weights["input/shift"]
+    else:
+        y = y - ops.const(IMAGENET_MEAN, ops.dtype(y))
+    return ops.cast(y, kind)
 
 # %% ../nbs/14_network.ipynb #b762a351
 def _stem(spec):
@@ -124,7 +127,7 @@ def _stem(spec):
 
     return Segment("block0", params, apply)
 
-# %% ../nbs/14_network.ipynb #9bf2b28f
+# %% ../nbs/14_network.ipynb #ff7c8f0c
 def features(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -141,6 +144,9 @@ def features(
 def _top(spec):
     params = _kernel("all/Top", (1, 1, blocks(spec)[-1].filters_out, spec.head_filters))
     params += _norm_params(spec, "all/Top", spec.head_filters)
+    if not spec.num_classes:
+        headless = lambda ops, weights, x, rng=None: features(ops, spec, weights, x, rng)
+        return Segment("Top", params, headless)
     shape = (spec.head_filters, spec.num_classes)
     params += (
         Param("all/Top/logits/dense/kernel", shape, "glorot_uniform", decay=True),

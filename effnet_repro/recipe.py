@@ -195,13 +195,15 @@ def is_trained(
     _check_filter(variable_filter)
     return any(re.match(re.escape(name) + r"(?!\d)", segment_name) for name in variable_filter)
 
-# %% ../nbs/32_recipe.ipynb #f371f14b
+# %% ../nbs/32_recipe.ipynb #2137fb0d
 def trained_segments(
     segment_names,  # Names of all segments of the network
     variable_filter,  # Beginnings of segment names; None = all
 ) -> tuple:  # The names whose parameters are updated, in the network's order
     "Select the segments that a `variable_filter` lets train"
     names = tuple(segment_names)
+    if variable_filter is not None:
+        _check_filter(variable_filter)
     for part in variable_filter or ():
         if not any(is_trained(name, (part,)) for name in names):
             raise ValueError(

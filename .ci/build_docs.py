@@ -67,6 +67,13 @@ def prepare(copy):
     meta.mkdir()
     (meta / "METADATA").write_text("Metadata-Version: 2.1\nName: effnet_repro\nVersion: 0\n")
     (meta / "entry_points.txt").write_text("[nbdev]\neffnet_repro = effnet_repro._modidx:d\n")
+    for path in (copy / "nbs").glob("*.ipynb"):
+        nb = json.loads(path.read_text())
+        if "#| exports" in "".join(nb["cells"][-1]["source"]):  # nbdev looks at the cell after it
+            nb["cells"].append(
+                {"cell_type": "markdown", "id": "end", "metadata": {}, "source": "<!-- end -->"}
+            )
+            path.write_text(json.dumps(nb))
     code = "from nbdev.serve import proc_nbs; proc_nbs(force=True, n_workers=2)"
     done = subprocess.run(
         [sys.executable, "-c", code],
@@ -139,33 +146,51 @@ the module <code>effnet_repro/{module}.py</code>, exported from its notebook</p>
 """
 
 
+def line_of(symbol, module):
+    "The line that defines a name in an exported module, or None."
+    path = tree.ROOT / "effnet_repro" / f"{module}.py"
+    name = re.escape(symbol.split(".")[-1])
+    define = re.compile(rf"\s*(?:(?:async )?def|class) {name}\b|{name}\s*[:=]")
+    lines = path.read_text().splitlines() if path.exists() else []
+    return next((n for n, line in enumerate(lines, 1) if define.match(line)), None)
+
+
 def add_sources(out, git_url):
-    "Turn nbdev's links to a source repository into links to pages of this site; make those pages."
+    """Turn nbdev's links to a source repository into links to pages of this site; make those pages.
+
+    A name without a heading of its own, such as a private helper's, is linked to its source, too.
+    """
     from pygments import highlight
     from pygments.formatters import HtmlFormatter
     from pygments.lexers import PythonLexer
 
-    link = re.compile(re.escape(git_url) + r"/blob/[^/\"]+/effnet_repro/(\w+)\.py(?:#L(\w+))?")
+    outside = re.compile(re.escape(git_url) + r"/blob/[^/\"]+/effnet_repro/(\w+)\.py(?:#L(\w+))?")
+    inside = re.compile(r'href="(\w+)\.html#([\w.]+)"')
+    anchors = {p.stem: Page(p.read_text()).anchors for p in out.glob("*.html")}
     modules = set()
 
-    def one(match):
-        modules.add(match[1])
+    def to_source(module, line):
+        modules.add(module)
+        return f"source/{module}.html#L-{line}"
+
+    def outward(match):
         line = match[2] if (match[2] or "").isdigit() else "1"
-        return f"source/{match[1]}.html#L-{line}"
+        return to_source(match[1], line)
+
+    def inward(match):
+        page, symbol = match[1], match[2]
+        line = None if symbol in anchors.get(page, {symbol}) else line_of(symbol, page)
+        return f'href="{to_source(page, line)}"' if line else match[0]
+
+    def same_tab(match):  # a tab of its own is for other sites
+        tag = match[0]
+        return (
+            re.sub(r' (?:target="_blank"|rel="noopener")', "", tag) if outside.search(tag) else tag
+        )
 
     for page in out.glob("*.html"):
-        text = page.read_text()
-        # A tab of its own is for other sites.
-        new = re.sub(
-            r"(<a\b[^>]*)>",
-            lambda m: (
-                re.sub(r' (?:target="_blank"|rel="noopener")', "", m[0])
-                if link.search(m[0])
-                else m[0]
-            ),
-            text,
-        )
-        page.write_text(link.sub(one, new))
+        text = re.sub(r"<a\b[^>]*>", same_tab, page.read_text())
+        page.write_text(inside.sub(inward, outside.sub(outward, text)))
     (out / "source").mkdir(exist_ok=True)
     for module in sorted(modules):
         formatter = HtmlFormatter(linenos="inline", linespans="L")

@@ -325,7 +325,6 @@ def test_notebook_rules_accept_a_good_page():
         (GOOD[:2] + GOOD[3:], "no paragraph"),
         (GOOD + [cell("import re\nre.match")], "imports stand with other code"),
         (GOOD[:3] + [GOOD[4], GOOD[3]], "before the exported imports"),
-        (GOOD + [cell("#| exports\ndef g(): pass")], "the last cell"),
         (GOOD + [cell("x = " + "1 + " * 40 + "1")], "a line of 165 characters"),
     ],
 )

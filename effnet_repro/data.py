@@ -184,24 +184,23 @@ def _feature(data, at, end):
         return np.array(numbers, np.uint64).astype(np.int64)
     return []
 
-# %% ../nbs/30_data.ipynb #b3dd4bf5
+# %% ../nbs/30_data.ipynb #4c12453f
+def _features(data):
+    "Yield the key of each feature and where its value lies"
+    for _, _, (begin, end) in _fields(data, 0, len(data)):  # the features of the example
+        for _, _, (at, stop) in _fields(data, begin, end):  # an entry: 1 = key, 2 = value
+            entry = {number: place for number, _, place in _fields(data, at, stop)}
+            yield bytes(data[slice(*entry[1])]).decode(), entry.get(2, (0, 0))
+
+
 def parse_example(
     data: bytes,  # A serialised tf.train.Example, or a view of one
-    keys: Optional[Sequence[str]] = None,  # Features wanted; None = all
 ) -> Dict[str, Any]:  # Per feature a list of bytes, or a float32 or int64 array
     "Read a tf.train.Example"
-    wanted = None if keys is None else {key.encode() for key in keys}
-    features = {}
     try:
-        for _, _, (begin, end) in _fields(data, 0, len(data)):  # the features of the example
-            for _, _, (at, stop) in _fields(data, begin, end):  # an entry: 1 = key, 2 = value
-                entry = {number: place for number, _, place in _fields(data, at, stop)}
-                key = bytes(data[slice(*entry[1])])
-                if wanted is None or key in wanted:
-                    features[key.decode()] = _feature(data, *entry[2]) if 2 in entry else []
+        return {key: _feature(data, *place) for key, place in _features(data)}
     except (IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError("The record is not a tf.train.Example.") from error
-    return features
 
 # %% ../nbs/30_data.ipynb #dcec35ef
 def make_example(
@@ -353,15 +352,17 @@ def sample_set(
                 raise
     return folder
 
-# %% ../nbs/30_data.ipynb #dcd4071c
+# %% ../nbs/30_data.ipynb #5d0b5d82
 class Split(NamedTuple):
     "The pictures of one split, as arrays with an entry for each picture"
 
     files: Tuple[str, ...]  # Paths
     file: np.ndarray  # Index into `files`
-    offset: np.ndarray  # Byte at which the picture's record begins
+    offset: np.ndarray  # Byte at which the encoded picture begins
     length: np.ndarray  # Its bytes
     label: np.ndarray  # Class from 0, int32
+    boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
+    box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
 
 
 @dataclass(frozen=True)
@@ -386,78 +387,97 @@ class DataSet:
             f"training and {self.validation_count:,} validation pictures"
         )
 
-# %% ../nbs/30_data.ipynb #07064be3
-_LABEL, _TEXT = "image/class/label", "image/class/text"
+# %% ../nbs/30_data.ipynb #5764cabc
 _LARGE = 2**31  # bytes of a split beyond which lists are cached and reading goes in runs
+_SIDES = ("ymin", "xmin", "ymax", "xmax")
 
 
-def _label_of(record, where):
-    try:
-        found = parse_example(record, (_LABEL, _TEXT))
-    except ValueError as error:
-        raise ValueError(f"{error} See {where}.") from error
-    label = found.get(_LABEL, ())
-    if len(label) != 1 or label[0] < 1:
-        raise ValueError(
-            f"`{_LABEL}` must be one number from 1 (0 is the unused background class). "
-            f"Received: {list(map(int, label))} in {where}."
-        )
-    text = found.get(_TEXT) or [b""]
-    return int(label[0]) - 1, text[0].decode("utf-8", "replace")
+def _record_facts(record):
+    "Place of the picture in a record, the labels, the class name and the boxes (m, 4)"
+    places = dict(_features(record))
+    encoded = places.pop("image/encoded")
+    facts = {key: _feature(record, *place) for key, place in places.items()}
+    ((_, _, values),) = _fields(record, *encoded)  # a list of bytes,
+    ((_, _, place),) = _fields(record, *values)  # with one entry
+    boxes = np.stack([facts.get(f"image/object/bbox/{side}", ()) for side in _SIDES], 1)
+    name = (facts.get("image/class/text") or [b""])[0].decode("utf-8", "replace")
+    return place, facts["image/class/label"].tolist(), name, np.clip(boxes, 0, 1)
 
-
+# %% ../nbs/30_data.ipynb #c966b5b9
 def _list_tfrecord(path):
-    "Places (n, 2) and labels (n,) of a file's records, and the classes' names"
-    places, labels, names = scan_tfrecord(path), [], {}
-    if len(places):
-        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as map_:
-            with memoryview(map_) as view:
-                for i, (at, length) in enumerate(places.tolist()):
+    "Facts of each record of a file; the picture's place as offset in the file and length"
+    records, facts = scan_tfrecord(path).tolist(), []
+    if not records:
+        return facts
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        with memoryview(mapped) as view:
+            for i, (at, length) in enumerate(records):
+                try:
                     with view[at : at + length] as record:
-                        label, name = _label_of(record, f"record {i} of {path}")
-                    labels.append(label)
-                    if name:
-                        names.setdefault(label, name)
-    return places, np.array(labels, np.int32), names
+                        (begin, end), label, *rest = _record_facts(record)
+                except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+                    raise ValueError(
+                        f"Record {i} of {path} is not a picture with a label: it needs "
+                        f"`image/encoded` (one JPEG) and `image/class/label`."
+                    ) from error
+                if len(label) != 1 or label[0] < 1:
+                    raise ValueError(
+                        f"`image/class/label` must be one number from 1 (0 is the unused "
+                        f"background class). Received: {label} in record {i} of {path}."
+                    )
+                facts.append((at + begin, end - begin, label[0], *rest))
+    return facts
 
-# %% ../nbs/30_data.ipynb #4cbe16bb
+# %% ../nbs/30_data.ipynb #58014ee7
+def _split(paths, file, offset, length, label, boxes=()):
+    numbers = [np.asarray(values, np.int64) for values in (file, offset, length)]
+    counts = [len(found) for found in boxes] if len(boxes) else np.zeros(len(label), int)
+    flat = np.concatenate([np.zeros((0, 4)), *(found for found in boxes if len(found))])
+    begin = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+    return Split(tuple(map(str, paths)), *numbers, np.asarray(label, np.int32), flat, begin)
+
+
 def _list_tfrecords(paths):
     lists = [_list_tfrecord(path) for path in paths]
-    places = np.concatenate([np.zeros((0, 2), np.int64)] + [p for p, _, _ in lists])
-    labels = np.concatenate([np.zeros(0, np.int32)] + [labels for _, labels, _ in lists])
-    file = np.repeat(np.arange(len(paths)), [len(p) for p, _, _ in lists])
-    names = {label: name for _, _, found in reversed(lists) for label, name in found.items()}
-    return Split(tuple(map(str, paths)), file, places[:, 0], places[:, 1], labels), names
+    facts = [fact for found in lists for fact in found]
+    offset, length, label, name, boxes = zip(*facts) if facts else [()] * 5
+    file = np.repeat(np.arange(len(paths)), [len(found) for found in lists])
+    names = {number - 1: text for number, text in zip(label, name) if text}
+    return _split(paths, file, offset, length, np.array(label, int) - 1, boxes), names
 
 
 def _cached_list(paths, cache_dir):
     "`_list_tfrecords`, from the cache if these very files were listed before"
     stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    name = hashlib.sha256(json.dumps(stats).encode()).hexdigest()[:24]
+    name = hashlib.sha256(json.dumps([1, stats]).encode()).hexdigest()[:24]
     kept = _cache(cache_dir) / "lists" / f"{name}.npz"
     try:
         with np.load(kept) as found:
-            texts = {int(k): v for k, v in json.loads(bytes(found["names"])).items()}
-            arrays = [found[key] for key in Split._fields[1:]]
-            return Split(tuple(map(str, paths)), *arrays), texts
+            names = {int(k): v for k, v in json.loads(bytes(found["names"])).items()}
+            return Split(tuple(map(str, paths)), *(found[k] for k in Split._fields[1:])), names
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # not there, or not whole: list again
     print(f"data: listing {len(paths)} files, once (kept in {kept.parent})")
     split, names = _list_tfrecords(paths)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=str(kept.parent)) as temporary:
-        texts = np.frombuffer(json.dumps(names).encode(), np.uint8)
-        np.savez(
-            Path(temporary) / "list.npz", names=texts, **dict(zip(Split._fields[1:], split[1:]))
-        )
-        os.replace(str(Path(temporary) / "list.npz"), str(kept))
+        made = Path(temporary) / "list.npz"
+        text = np.frombuffer(json.dumps(names).encode(), np.uint8)
+        np.savez(made, names=text, **dict(zip(Split._fields[1:], split[1:])))
+        os.replace(str(made), str(kept))
     return split, names
 
-# %% ../nbs/30_data.ipynb #ea56df20
+# %% ../nbs/30_data.ipynb #27f874f8
+def _record_files(root, split):
+    "Files of a split, beside each other or in a folder of their own"
+    found = list(root.glob(f"{split}-*")) or list(root.glob(f"{split}/{split}-*"))
+    return sorted(path for path in found if path.is_file())
+
+
 def _open_tfrecords(root, cache_dir):
     splits, names = {}, {}
     for split in ("train", "validation"):
-        paths = sorted(p for p in root.glob(f"{split}-*") if p.is_file())
+        paths = _record_files(root, split)
         large = sum(os.path.getsize(path) for path in paths) > _LARGE
         splits[split], found = _cached_list(paths, cache_dir) if large else _list_tfrecords(paths)
         names.update(found)
@@ -466,7 +486,7 @@ def _open_tfrecords(root, cache_dir):
             print(f"data: only {len(paths)} of the {total[1]} {split} files are in {root}")
     return splits, names
 
-# %% ../nbs/30_data.ipynb #a4280103
+# %% ../nbs/30_data.ipynb #78876018
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
@@ -482,9 +502,8 @@ def _list_folder(folder, classes):
             )
         paths += found
         labels += [label] * len(found)
-    size = np.array([os.path.getsize(path) for path in paths], np.int64)
-    at = np.zeros(len(paths), np.int64)
-    return Split(tuple(paths), np.arange(len(paths)), at, size, np.array(labels, np.int32))
+    size = [os.path.getsize(path) for path in paths]
+    return _split(paths, np.arange(len(paths)), np.zeros(len(paths)), size, labels)
 
 
 def _open_folder(root, cache_dir):
@@ -506,7 +525,7 @@ def _open_folder(root, cache_dir):
     splits["validation"] = _list_folder(validation, classes)
     return splits, dict(enumerate(classes))
 
-# %% ../nbs/30_data.ipynb #71044417
+# %% ../nbs/30_data.ipynb #652771dc
 def _list_cifar(paths, head):
     "Files of rows of `head` label bytes and 3,072 colours; the last label counts"
     row, labels = 3072 + head, [np.zeros(0, np.uint8)]
@@ -521,8 +540,7 @@ def _list_cifar(paths, head):
     counts = [len(part) for part in labels[1:]]
     file = np.repeat(np.arange(len(paths)), counts)
     at = np.concatenate([np.arange(n) for n in [0] + counts]) * row + head
-    length = np.full(len(at), 3072)
-    return Split(tuple(map(str, paths)), file, at, length, np.concatenate(labels).astype(np.int32))
+    return _split(paths, file, at, np.full(len(at), 3072), np.concatenate(labels))
 
 
 def _open_cifar(root, cache_dir):
@@ -535,7 +553,7 @@ def _open_cifar(root, cache_dir):
     names = listed.read_text().split() if listed.exists() else range(100 if hundred else 10)
     return splits, dict(enumerate(map(str, names)))
 
-# %% ../nbs/30_data.ipynb #3bf26a39
+# %% ../nbs/30_data.ipynb #f0765c78
 _OPENERS = {"tfrecord": _open_tfrecords, "folder": _open_folder, "cifar": _open_cifar}
 
 
@@ -545,7 +563,7 @@ def _recognise(root):
         patterns = ("data_batch_*.bin", "test_batch.bin", "train.bin", "test.bin")
         if any(any(inner.glob(pattern)) for pattern in patterns):
             return "cifar", inner
-    if any(p.is_file() for s in ("train", "validation") for p in root.glob(f"{s}-*")):
+    if _record_files(root, "train") or _record_files(root, "validation"):
         return "tfrecord", root
     if any((root / name).is_dir() for name in ("train", "validation", "val")):
         return "folder", root
@@ -648,31 +666,21 @@ def picture_bytes(
         raise ValueError(f"Not a picture that can be decoded: {where} ({error}).") from error
     return _bmp(pixels), pixels.shape[:2]
 
-# %% ../nbs/30_data.ipynb #a76a7341
-_BOX_KEYS = tuple(f"image/object/bbox/{side}" for side in ("ymin", "xmin", "ymax", "xmax"))
-
-
+# %% ../nbs/30_data.ipynb #478e4223
 def _read(dataset, split, i):
-    "Encoded picture, (height, width), and object boxes (m, 4) as shares of the sides"
+    "Encoded picture (JPEG or BMP) and its (height, width)"
     places = dataset.splits[split]
-    path = places.files[places.file[i]]
-    where, boxes = f"picture {i} of the {split} split, in {path}", np.zeros((0, 4))
+    path, at = places.files[places.file[i]], int(places.offset[i])
     with open(path, "rb", buffering=0) as file:
-        file.seek(int(places.offset[i]))
+        file.seek(at)
         data = file.read(int(places.length[i]))
     if dataset.format == "cifar":
         planes = np.frombuffer(data, np.uint8).reshape(3, 32, 32)
-        return _bmp(planes.transpose(1, 2, 0)), (32, 32), boxes
-    if dataset.format == "tfrecord":
-        found = parse_example(data, ("image/encoded",) + _BOX_KEYS)
-        if len(found.get("image/encoded", ())) != 1:
-            raise ValueError(f"No `image/encoded` in {where}.")
-        data = found["image/encoded"][0]
-        sides = [found.get(key, ()) for key in _BOX_KEYS]
-        if len({len(side) for side in sides}) > 1:
-            raise ValueError(f"The lists `image/object/bbox/*` differ in length in {where}.")
-        boxes = np.clip(np.array(sides, "float64").reshape(4, -1).T, 0, 1)
-    return (*picture_bytes(data, where), boxes)
+        return _bmp(planes.transpose(1, 2, 0)), (32, 32)
+    try:
+        return picture_bytes(data)
+    except ValueError as error:
+        raise ValueError(f"{error} It is at byte {at} of {path}.") from error
 
 # %% ../nbs/30_data.ipynb #41b8b9ab
 _ORDER, _CROP, _FLIP = range(3)  # purposes, so that the draws do not repeat each other
@@ -835,7 +843,7 @@ def validation_window(
     new = tuple((2 * side * target + short) // (2 * short) for side in (height, width))  # rounded
     return new, tuple((side - image_size) // 2 for side in new)
 
-# %% ../nbs/30_data.ipynb #6bbc0aa3
+# %% ../nbs/30_data.ipynb #e861c171
 def _taps(size, new, begin, count):
     "Two source pixels, and the weight of the second, for `count` target pixels from `begin`"
     at = np.arange(begin, begin + count, dtype=np.float32) + np.float32(0.5)
@@ -857,8 +865,8 @@ def resize(
     fx, fy = fx[:, None], fy[:, None, None]
     lines = []
     for y in (y0, y1):
-        a = image[y[:, None], x0].astype(np.float32)  # (H', W', 3)
-        b = image[y[:, None], x1].astype(np.float32)
+        line = image.take(y, 0)  # (H', W, 3)
+        a, b = (line.take(x, 1).astype(np.float32) for x in (x0, x1))  # (H', W', 3)
         lines.append(a + (b - a) * fx)
     out = lines[0] + (lines[1] - lines[0]) * fy
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
@@ -909,7 +917,7 @@ def _tf_window(shape, image_size):
     corner = (new - image_size) // 2
     return new, (corner[0], corner[1])
 
-# %% ../nbs/30_data.ipynb #cd85087a
+# %% ../nbs/30_data.ipynb #b23662d9
 _CHUNK = 64  # pictures read by one call
 _PREPROCESSING = ("train", "validation")
 
@@ -930,11 +938,12 @@ def _train_inputs(dataset, plan, update, begin, end, area_min):
     pictures, places = plan.take(update, begin, end)
     if plan.run > 1:
         _announce(split, plan.coming(update, begin))
-    encoded, sizes, boxes = zip(*(_read(dataset, "train", i) for i in pictures))
+    encoded, sizes = zip(*(_read(dataset, "train", i) for i in pictures))
+    boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in pictures]
     crops = draw_crops(np.array(sizes), boxes, plan.seed, places, area_min)
     return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
 
-# %% ../nbs/30_data.ipynb #f6dc0f05
+# %% ../nbs/30_data.ipynb #ee2d7a3b
 def training_batches(
     dataset: DataSet,  # From `open_data`
     image_size: int,  # Side of the pictures, S, pixels
@@ -974,7 +983,7 @@ def training_batches(
 
     auto = tf.data.experimental.AUTOTUNE
     stream = tf.data.Dataset.range(first_update * chunks, np.iinfo(np.int64).max)
-    stream = stream.map(tf_read, num_parallel_calls=2, deterministic=True).unbatch()
+    stream = stream.map(tf_read, num_parallel_calls=8, deterministic=True).unbatch()
     stream = stream.map(decode, num_parallel_calls=auto, deterministic=True)
     return stream.batch(plan.local, drop_remainder=True).prefetch(auto)
 
@@ -1009,7 +1018,7 @@ def _validation_ids(dataset, batch, shard):
     ids[: len(mine)] = mine
     return ids.reshape(-1, batch)
 
-# %% ../nbs/30_data.ipynb #65542a96
+# %% ../nbs/30_data.ipynb #58021b32
 def _validation_labels(dataset, ids):
     real = ids >= 0
     labels = np.where(real, dataset.splits["validation"].label[ids], 0)
@@ -1047,7 +1056,7 @@ def validation_batches(
 
     auto = tf.data.experimental.AUTOTUNE
     stream = tf.data.Dataset.from_tensor_slices(ids.reshape(-1)).batch(_CHUNK)
-    stream = stream.map(tf_read, num_parallel_calls=2, deterministic=True).unbatch()
+    stream = stream.map(tf_read, num_parallel_calls=8, deterministic=True).unbatch()
     stream = stream.map(decode, num_parallel_calls=auto, deterministic=True).batch(batch)
     known = tf.data.Dataset.from_tensor_slices(_validation_labels(dataset, ids))
     both = tf.data.Dataset.zip((stream, known))

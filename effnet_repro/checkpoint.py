@@ -6,7 +6,7 @@
 __all__ = ['FORMAT_VERSION', 'save', 'load', 'read_metadata', 'epoch_path', 'list_checkpoints', 'latest', 'remove_leftovers',
            'check_matches', 'WeightAverage', 'average_files', 'average_weights']
 
-# %% ../nbs/33_checkpoint.ipynb #f64d3281
+# %% ../nbs/33_checkpoint.ipynb #d69bd0dc
 import json
 import os
 import re
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
+from safetensors.numpy import save as serialize
 
 # %% ../nbs/33_checkpoint.ipynb #273b4f4e
 FORMAT_VERSION = 1
@@ -55,35 +55,41 @@ def _in_order(arrays):
         out[name] = value
     return out
 
-# %% ../nbs/33_checkpoint.ipynb #3b11ab20
-def _sync(path):
-    "Force a file, or a folder's list of names, to disk"
-    if os.name == "nt" and path.is_dir():
-        return
-    descriptor = os.open(str(path), os.O_RDWR if path.is_file() else os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+# %% ../nbs/33_checkpoint.ipynb #f85503cf
+def _write(path, data):
+    "Write a new file and force it to disk"
+    with open(str(path), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
 
-# %% ../nbs/33_checkpoint.ipynb #ca3380eb
+
+def _sync_folder(folder):
+    "Force a folder's list of names to disk, where the system can"
+    if os.name != "nt":
+        descriptor = os.open(str(folder), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+# %% ../nbs/33_checkpoint.ipynb #c05550d6
 def save(
     path,  # File to write, *.safetensors; its folder is made when missing
     arrays,  # Name -> NumPy array of any shape
     metadata=None,  # JSON values, e.g. case, update, epoch, seed; format_version is added
 ) -> Path:  # `path`, which is now the new file or, after an exception, what it was before
     "Write named `arrays` and `metadata` to one file, atomically"
-    path, texts, arrays = Path(path), _encode(metadata or {}), _in_order(arrays)
+    path, data = Path(path), serialize(_in_order(arrays), metadata=_encode(metadata or {}))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     try:
-        save_file(arrays, str(temporary), metadata=texts)
-        _sync(temporary)
+        _write(temporary, data)
         os.replace(str(temporary), str(path))
     finally:
         if temporary.exists():
             temporary.unlink()
-    _sync(path.parent)
+    _sync_folder(path.parent)
     return path
 
 # %% ../nbs/33_checkpoint.ipynb #6bcd3045

@@ -78,13 +78,14 @@ def _fraction(case, update, total):
         f"`lr_schedule` must be exponential or cosine. Received: lr_schedule={case.lr_schedule!r} ({case.name})."
     )
 
-# %% ../nbs/32_recipe.ipynb #c20485ee
+# %% ../nbs/32_recipe.ipynb #7653529e
 def learning_rate(
     case,  # A `Case`
     update: int,  # Weight updates done so far, 0 before the first
     updates_per_epoch,  # Weight updates of one epoch, > 0
 ) -> float:  # Rate of the next weight update
     "Compute the learning rate of a `case` for weight update number `update`"
+    update = int(update)  # A 32-bit counter would overflow in the count of drops
     total, warmup = total_updates(case, updates_per_epoch), warmup_updates(case, updates_per_epoch)
     if not 0 <= update <= total:
         raise ValueError(

@@ -28,7 +28,7 @@ help:  ## list the targets
 	@echo "usage: make TARGET [CASE=...] [DATA_DIR=...] [RUN_DIR=...] [ARGS=\"-p name value\"]"
 	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
-$(READY): requirements.lock pyproject.toml
+$(READY): requirements.lock
 	@.ci/venv "$(PYTHON)" "$(VENV)"
 
 venv: $(READY)  ## install requirements.lock into .venv (the other targets do it when needed)

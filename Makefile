@@ -13,6 +13,8 @@ ARGS   ?=
 READY = $(VENV)/installed
 BIN   = $(VENV)/bin
 export PATH := $(abspath $(BIN)):$(PATH)
+# A run's output goes to the terminal as it comes, and into the executed notebook.
+PAPERMILL = $(BIN)/papermill --no-progress-bar --stdout-file - --stderr-file -
 DATA  = $(if $(DATA_DIR),-p data_dir "$(DATA_DIR)")
 
 # Where each run goes, unless RUN_DIR says so; INIT is the training run that a fine-tune starts from.
@@ -36,19 +38,19 @@ venv: $(READY)  ## install requirements.lock into .venv (the other targets do it
 train: $(READY)  ## train CASE into runs/CASE (sample pictures unless DATA_DIR is given)
 	@echo "train: $(CASE) -> $(TRAIN_DIR)"
 	@mkdir -p "$(TRAIN_DIR)"
-	$(BIN)/papermill nbs/40_train.ipynb "$(TRAIN_DIR)/train.ipynb" -p case "$(CASE)" -p run_dir "$(TRAIN_DIR)" $(DATA) $(ARGS)
+	$(PAPERMILL) nbs/40_train.ipynb "$(TRAIN_DIR)/train.ipynb" -p case "$(CASE)" -p run_dir "$(TRAIN_DIR)" $(DATA) $(ARGS)
 
 finetune: $(READY)  ## fine-tune the run in INIT (default runs/CASE) into runs/CASE-finetune
 	@echo "finetune: $(INIT) -> $(FINETUNE_DIR)"
 	@test -d "$(INIT)" || { echo "finetune: there is no training run in $(INIT): run 'make train CASE=$(CASE)' first, or name one with INIT=..." >&2; exit 1; }
 	@mkdir -p "$(FINETUNE_DIR)"
-	$(BIN)/papermill nbs/41_finetune.ipynb "$(FINETUNE_DIR)/finetune.ipynb" -p case "$(CASE)" -p init "$(INIT)" -p run_dir "$(FINETUNE_DIR)" $(DATA) $(ARGS)
+	$(PAPERMILL) nbs/41_finetune.ipynb "$(FINETUNE_DIR)/finetune.ipynb" -p case "$(CASE)" -p init "$(INIT)" -p run_dir "$(FINETUNE_DIR)" $(DATA) $(ARGS)
 
 validate: $(READY)  ## validate the run in RUN_DIR (default runs/CASE), or the file CHECKPOINT
 	@echo "validate: $(or $(CHECKPOINT),$(VALIDATE_DIR))"
 	@test -d "$(VALIDATE_DIR)" || test -n "$(CHECKPOINT)" || { echo "validate: there is no run in $(VALIDATE_DIR): run 'make train CASE=$(CASE)' first, or name one with RUN_DIR=..." >&2; exit 1; }
 	@mkdir -p "$(VALIDATE_DIR)"
-	$(BIN)/papermill nbs/42_validate.ipynb "$(VALIDATE_DIR)/validate.ipynb" -p case "$(CASE)" -p run_dir "$(VALIDATE_DIR)" $(if $(CHECKPOINT),-p checkpoint "$(CHECKPOINT)") $(DATA) $(ARGS)
+	$(PAPERMILL) nbs/42_validate.ipynb "$(VALIDATE_DIR)/validate.ipynb" -p case "$(CASE)" -p run_dir "$(VALIDATE_DIR)" $(if $(CHECKPOINT),-p checkpoint "$(CHECKPOINT)") $(DATA) $(ARGS)
 
 test: $(READY)  ## the whole check: library, notebooks, tests, runs, README, site
 	@$(BIN)/python .ci/check $(STEPS)

@@ -428,7 +428,7 @@ def _list_tfrecord(path):
                 facts.append((at + begin, end - begin, label[0], *rest))
     return facts
 
-# %% ../nbs/30_data.ipynb #58014ee7
+# %% ../nbs/30_data.ipynb #83162d34
 def _split(paths, file, offset, length, label, boxes=()):
     numbers = [np.asarray(values, np.int64) for values in (file, offset, length)]
     counts = [len(found) for found in boxes] if len(boxes) else np.zeros(len(label), int)
@@ -454,7 +454,8 @@ def _cached_list(paths, cache_dir):
     try:
         with np.load(kept) as found:
             names = {int(k): v for k, v in json.loads(bytes(found["names"])).items()}
-            return Split(tuple(map(str, paths)), *(found[k] for k in Split._fields[1:])), names
+            arrays = [found[f"split_{key}"] for key in Split._fields[1:]]
+            return Split(tuple(map(str, paths)), *arrays), names
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # not there, or not whole: list again
     print(f"data: listing {len(paths)} files, once (kept in {kept.parent})")
@@ -463,7 +464,8 @@ def _cached_list(paths, cache_dir):
     with tempfile.TemporaryDirectory(dir=str(kept.parent)) as temporary:
         made = Path(temporary) / "list.npz"
         text = np.frombuffer(json.dumps(names).encode(), np.uint8)
-        np.savez(made, names=text, **dict(zip(Split._fields[1:], split[1:])))
+        arrays = {f"split_{key}": getattr(split, key) for key in Split._fields[1:]}
+        np.savez(made, names=text, **arrays)
         os.replace(str(made), str(kept))
     return split, names
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from .config import unknown_name
 
-# %% ../nbs/02_ops.ipynb #9fb87f64
+# %% ../nbs/02_ops.ipynb #d77f908e
 class NumpyOps:
     "The namespace in NumPy: the reference, in any precision"
 
@@ -42,6 +42,9 @@ class NumpyOps:
 
     def sum(self, x, axis=None, keepdims=False):
         return np.sum(x, axis=axis, keepdims=keepdims)
+
+    def max(self, x, axis=None, keepdims=False):
+        return np.max(x, axis=axis, keepdims=keepdims)
 
     def square(self, x):
         return np.square(x)
@@ -129,7 +132,7 @@ def _same_padding(n, kernel_size, strides):
     total = max((-(-n // strides) - 1) * strides + kernel_size - n, 0)
     return total // 2, total - total // 2
 
-# %% ../nbs/02_ops.ipynb #424781f0
+# %% ../nbs/02_ops.ipynb #f40882c1
 class TFOps:
     "The namespace in TensorFlow: eager, `tf.function` or v1 graph"
 
@@ -170,6 +173,9 @@ class TFOps:
     def sum(self, x, axis=None, keepdims=False):
         return self.tf.reduce_sum(x, axis=axis, keepdims=keepdims)
 
+    def max(self, x, axis=None, keepdims=False):
+        return self.tf.reduce_max(x, axis=axis, keepdims=keepdims)
+
     def arange(self, n, dtype="int32"):
         return self.tf.range(n, dtype=dtype)
 
@@ -190,7 +196,7 @@ class TFOps:
     def uniform(self, key, shape):
         return self.tf.random.stateless_uniform(shape, key)
 
-# %% ../nbs/02_ops.ipynb #9fb1dd5d
+# %% ../nbs/02_ops.ipynb #9318d574
 class JAXOps:
     "The namespace in JAX"
 
@@ -228,6 +234,9 @@ class JAXOps:
 
     def sum(self, x, axis=None, keepdims=False):
         return self.jnp.sum(x, axis=axis, keepdims=keepdims)
+
+    def max(self, x, axis=None, keepdims=False):
+        return self.jnp.max(x, axis=axis, keepdims=keepdims)
 
     def arange(self, n, dtype="int32"):
         return self.jnp.arange(n, dtype=dtype)

@@ -51,13 +51,19 @@ def sgd_step(
     momentum_slot = momentum * momentum_slot + learning_rate * gradient
     return weight - momentum_slot, momentum_slot
 
-# %% ../nbs/32_recipe.ipynb #cbf4b07e
+# %% ../nbs/32_recipe.ipynb #9d728294
 def total_updates(
     case,  # A `Case`; its `epochs` count, `max_steps` does not: a run that stops early keeps its schedule
     updates_per_epoch,  # Weight updates of one epoch, > 0
 ) -> int:  # Weight updates of the whole run
     "Count the weight updates of a run of `case.epochs`"
-    return int(round(case.epochs * updates_per_epoch))
+    total = int(round(case.epochs * updates_per_epoch))
+    if total < 1:
+        raise ValueError(
+            "A run needs at least one weight update. "
+            f"Received: epochs={case.epochs}, updates_per_epoch={updates_per_epoch}. Raise `epochs`."
+        )
+    return total
 
 # %% ../nbs/32_recipe.ipynb #f22ad1e8
 def warmup_updates(
@@ -185,7 +191,7 @@ def _check_filter(variable_filter):
                 f"Legal: {', '.join(LEGAL_FILTERS)}, or a single block such as block6c."
             )
 
-# %% ../nbs/32_recipe.ipynb #11306ae3
+# %% ../nbs/32_recipe.ipynb #175feb5c
 def is_trained(
     segment_name: str,  # A segment's name, e.g. "block7a/b" or "Top"
     variable_filter,  # Beginnings of segment names, e.g. ("Top", "block7"); None = all
@@ -194,7 +200,7 @@ def is_trained(
     if variable_filter is None:
         return True
     _check_filter(variable_filter)
-    return any(re.match(re.escape(name) + r"(?!\d)", segment_name) for name in variable_filter)
+    return segment_name.startswith(tuple(variable_filter))
 
 # %% ../nbs/32_recipe.ipynb #2137fb0d
 def trained_segments(

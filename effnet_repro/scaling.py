@@ -96,7 +96,7 @@ def num_groups(
         groups -= 1
     return groups
 
-# %% ../nbs/01_scaling.ipynb #c0fb4c17
+# %% ../nbs/01_scaling.ipynb #9074474b
 @dataclass(frozen=True)
 class ModelSpec:
     "A network, at any picture size: what `14_network` builds and `count` counts"
@@ -155,6 +155,10 @@ class ModelSpec:
     @property
     def head_filters(self) -> int:
         return round_filters(HEAD_FILTERS, SIZE_TABLE[self.size].width)
+
+    @property
+    def native_size(self) -> int:  # Side of a picture at the size's native resolution, pixels
+        return SIZE_TABLE[self.size].native
 
     @property
     def stem_strides(self) -> int:

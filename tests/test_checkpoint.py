@@ -292,17 +292,20 @@ def test_a_disk_that_is_full_half_way_leaves_the_old_file(tmp_path):
 
 def test_the_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
     "Order of the system calls: force the file, rename, force the folder."
-    calls, fsync, replace = [], os.fsync, os.replace
+    calls, sizes, fsync, replace = [], [], os.fsync, os.replace
 
     def seen_fsync(descriptor):
         kind = "folder" if stat.S_ISDIR(os.fstat(descriptor).st_mode) else "file"
         calls.append(f"fsync {kind}")
+        if kind == "file":
+            sizes.append(os.fstat(descriptor).st_size)
         fsync(descriptor)
 
     monkeypatch.setattr("os.fsync", seen_fsync)
     monkeypatch.setattr("os.replace", lambda *a: (calls.append("rename"), replace(*a)))
-    save(tmp_path / "c.safetensors", {"w": np.ones(3)})
+    path = save(tmp_path / "c.safetensors", {"w": np.ones(3)})
     assert calls == ["fsync file", "rename", "fsync folder"]
+    assert sizes == [path.stat().st_size]  # Nothing was still in a buffer of the process
 
 
 def child(code, *args):

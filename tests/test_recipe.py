@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_repro.config import load_cases, override
-from effnet_repro.network import segments
+from effnet_repro.network import Param, segments
 from effnet_repro.ops import get_ops
 from effnet_repro.recipe import (
     LEGAL_FILTERS,
@@ -247,6 +247,11 @@ def test_an_update_outside_the_run_is_refused(update):
         learning_rate(override(CASE, epochs=10), update, 100)
 
 
+def test_a_run_without_an_update_is_refused():
+    with pytest.raises(ValueError, match="at least one weight update.*Raise `epochs`"):
+        learning_rate(override(CASE, epochs=0.1), 0, 4)
+
+
 def test_max_steps_does_not_squeeze_the_schedule():
     cut = override(CASE, max_steps=10)
     assert learning_rate(cut, 7, 100) == learning_rate(CASE, 7, 100)
@@ -272,6 +277,11 @@ def test_what_decays_by_the_published_rule(name):
         last = param.name.split("/")[-1]
         published = not any(word in param.name for word in ("beta", "gamma", "proxy", "moving_"))
         assert decays == (param.trainable and (published or last in ("beta_prime", "gamma_prime")))
+
+
+def test_what_is_not_trained_does_not_decay():
+    fixed = Param("all/block0/moving_mean", (1,), "zeros", decay=True, trainable=False)
+    assert decay_mask([fixed]) == {fixed.name: False}
 
 
 def test_weight_decay_is_the_gradient_of_half_the_square():

@@ -126,11 +126,11 @@ def _read(path, read):
             "Delete it and go on from the one before; `latest` does."
         ) from None
 
-# %% ../nbs/33_checkpoint.ipynb #78b7012d
+# %% ../nbs/33_checkpoint.ipynb #6422016b
 def load(
     path,  # A checkpoint file
     prefix: str = "",  # Only arrays whose names begin so, e.g. "all/" for weights without slots
-):  # (arrays, metadata): name -> NumPy array, and the values given to `save`
+):  # (arrays, metadata): name -> NumPy array, and the values given to save
     "Read a checkpoint, or the part of it whose names begin with `prefix`"
     return _read(
         path,
@@ -140,10 +140,10 @@ def load(
         ),
     )
 
-# %% ../nbs/33_checkpoint.ipynb #a17668bf
+# %% ../nbs/33_checkpoint.ipynb #b5839812
 def read_metadata(
     path,  # A checkpoint file
-) -> dict:  # The values given to `save`, and format_version
+) -> dict:  # The values given to save, and format_version
     "Read what a checkpoint says about itself, without its arrays"
     return _read(path, lambda file, metadata: metadata)
 
@@ -198,10 +198,10 @@ def _some(names, limit=3):
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
-# %% ../nbs/33_checkpoint.ipynb #d4c95e8c
+# %% ../nbs/33_checkpoint.ipynb #43676f98
 def check_matches(
-    arrays,  # Name -> array, e.g. from `load(path, prefix="all/")`
-    params,  # Iterable of `Param`: what the network declares
+    arrays,  # Name -> array, e.g. from load(path, prefix="all/")
+    params,  # Iterable of Param: what the network declares
 ):  # None; raises ValueError that names missing, unexpected and wrongly shaped arrays
     "Check that `arrays` are exactly the parameters that a network declares"
     declared = {p.name: tuple(p.shape) for p in params}
@@ -238,7 +238,7 @@ def _check_next(average, new, at_update):
             f"An average needs the same arrays every time. {len(changed)} differ in name or shape: {_some(changed)}."
         )
 
-# %% ../nbs/33_checkpoint.ipynb #11d51845
+# %% ../nbs/33_checkpoint.ipynb #63d65049
 class WeightAverage:
     "Exponential average of named arrays over checkpoints, in float64, as published"
 
@@ -276,7 +276,7 @@ class WeightAverage:
         return save(path, self._state, state)
 
     @classmethod
-    def load(cls, path):  # A `WeightAverage` that goes on as if it had never stopped
+    def load(cls, path):  # A WeightAverage that goes on as if it had never stopped
         "Read what `save` wrote"
         state, metadata = load(path)
         if metadata.get("kind") != "average":
@@ -289,9 +289,9 @@ class WeightAverage:
         )
         return average
 
-# %% ../nbs/33_checkpoint.ipynb #23fc026e
+# %% ../nbs/33_checkpoint.ipynb #9936413e
 def average_files(
-    paths,  # Checkpoint files, the oldest first, e.g. from `list_checkpoints`
+    paths,  # Checkpoint files, the oldest first, e.g. from list_checkpoints
     decay: float = 0.97,  # Share of the average that stays, in [0, 1)
     prefix: str = "all/",  # Which arrays: the weights, without the optimiser's slots
 ) -> WeightAverage:  # The average over all of them

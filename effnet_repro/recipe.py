@@ -11,9 +11,9 @@ __all__ = ['LEGAL_FILTERS', 'rmsprop_step', 'rmsprop_settings', 'sgd_step', 'tot
 import math
 import re
 
-# %% ../nbs/32_recipe.ipynb #e4fb93f0
+# %% ../nbs/32_recipe.ipynb #69c9b7b4
 def rmsprop_step(
-    ops,  # Tensor namespace, see `get_ops`
+    ops,  # Tensor namespace, see get_ops
     weight,  # Any shape, float32
     gradient,  # Shape of `weight`, float32, loss scale undone and weight decay added
     mean_square,  # Slot s, shape of `weight`; starts at `case.rmsprop_initial_mean_square`
@@ -30,10 +30,10 @@ def rmsprop_step(
     momentum_slot = momentum * momentum_slot + step
     return weight - momentum_slot, mean_square, momentum_slot
 
-# %% ../nbs/32_recipe.ipynb #aadd5d88
+# %% ../nbs/32_recipe.ipynb #70628940
 def rmsprop_settings(
-    case,  # A `Case`
-) -> dict:  # decay, momentum and epsilon, the keyword arguments of `rmsprop_step` that stay fixed
+    case,  # A case
+) -> dict:  # decay, momentum and epsilon, the keyword arguments of rmsprop_step that stay fixed
     "Collect the constants of `rmsprop_step` from a `case`"
     return dict(decay=case.rmsprop_decay, momentum=case.momentum, epsilon=case.rmsprop_epsilon)
 
@@ -51,9 +51,9 @@ def sgd_step(
     momentum_slot = momentum * momentum_slot + learning_rate * gradient
     return weight - momentum_slot, momentum_slot
 
-# %% ../nbs/32_recipe.ipynb #9d728294
+# %% ../nbs/32_recipe.ipynb #fd83df68
 def total_updates(
-    case,  # A `Case`; its `epochs` count, `max_steps` does not: a run that stops early keeps its schedule
+    case,  # A case; its `epochs` count, `max_steps` does not: a run that stops early keeps its schedule
     updates_per_epoch,  # Weight updates of one epoch, > 0
 ) -> int:  # Weight updates of the whole run
     "Count the weight updates of a run of `case.epochs`"
@@ -65,9 +65,9 @@ def total_updates(
         )
     return total
 
-# %% ../nbs/32_recipe.ipynb #f22ad1e8
+# %% ../nbs/32_recipe.ipynb #668a4d30
 def warmup_updates(
-    case,  # A `Case`
+    case,  # A case
     updates_per_epoch,  # Weight updates of one epoch, > 0
 ) -> int:  # Weight updates with a reduced rate, from update 0 on
     "Count the updates of the warm-up; it may be longer than the run"
@@ -84,9 +84,9 @@ def _fraction(case, update, total):
         f"`lr_schedule` must be exponential or cosine. Received: lr_schedule={case.lr_schedule!r} ({case.name})."
     )
 
-# %% ../nbs/32_recipe.ipynb #7653529e
+# %% ../nbs/32_recipe.ipynb #8f912894
 def learning_rate(
-    case,  # A `Case`
+    case,  # A case
     update: int,  # Weight updates done so far, 0 before the first
     updates_per_epoch,  # Weight updates of one epoch, > 0
 ) -> float:  # Rate of the next weight update
@@ -101,9 +101,9 @@ def learning_rate(
     rate = case.learning_rate * _fraction(case, update, total)
     return rate * update / warmup if update < warmup else rate
 
-# %% ../nbs/32_recipe.ipynb #ed2f0f6e
+# %% ../nbs/32_recipe.ipynb #87ed314c
 def plot_schedule(
-    case,  # A `Case`
+    case,  # A case
     updates_per_epoch=100,  # Weight updates of one epoch; 100 is enough to see the shape
     ax=None,  # Matplotlib axes; None = new ones
     **line,  # Passed to `ax.plot`, e.g. label
@@ -131,9 +131,9 @@ def add_weight_decay(
     "Add `decay` times the `weight` to its `gradient`"
     return gradient + decay * weight if decay else gradient
 
-# %% ../nbs/32_recipe.ipynb #471f0689
+# %% ../nbs/32_recipe.ipynb #b35ba2c2
 def decay_mask(
-    params,  # Iterable of `Param`
+    params,  # Iterable of Param
 ) -> dict:  # Name -> whether weight decay applies; never to what is not trained
     "Tell for each parameter whether it decays"
     return {p.name: bool(p.decay and p.trainable) for p in params}

@@ -31,7 +31,7 @@ import numpy as np
 
 from .config import unknown_name
 
-# %% ../nbs/30_data.ipynb #b4820e34
+# %% ../nbs/30_data.ipynb #80536154
 def random_bits(
     *counters,  # Whole numbers or arrays of them, broadcast together: the seed, a purpose, a place
 ) -> np.ndarray:  # uint64, broadcast shape; at least one dimension
@@ -45,7 +45,7 @@ def random_bits(
         bits = bits ^ (bits >> np.uint64(31))
     return bits
 
-
+# %% ../nbs/30_data.ipynb #eecccee6
 def random_uniform(
     *counters,  # As in `random_bits`
 ) -> np.ndarray:  # float64 in [0, 1)
@@ -62,7 +62,7 @@ def _crc_table():
 
 _CRC_TABLE = _crc_table()
 
-# %% ../nbs/30_data.ipynb #bd4031ea
+# %% ../nbs/30_data.ipynb #dcf630d8
 def crc32c(
     data: bytes,  # Any bytes
 ) -> int:  # 32 bits
@@ -72,7 +72,7 @@ def crc32c(
         crc = _CRC_TABLE[(crc ^ byte) & 255] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
 
-
+# %% ../nbs/30_data.ipynb #33bdf418
 def _masked_crc(data):
     crc = crc32c(data)
     return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
@@ -89,10 +89,10 @@ def write_tfrecords(
             file.write(length + struct.pack("<I", _masked_crc(length)))
             file.write(record + struct.pack("<I", _masked_crc(record)))
 
-# %% ../nbs/30_data.ipynb #f3d3f2c5
+# %% ../nbs/30_data.ipynb #6b604e08
 def scan_tfrecord(
     path,  # A TFRecord file
-    check_data: bool = False,  # Check the data's checksums, too: about 10 MB a second
+    check_data: bool = False,  # Check the data's checksums, too; slow, since it is Python
 ) -> np.ndarray:  # (records, 2) int64: where each record's data begins, and its length in bytes
     "List the records of a file by hopping from length to length"
     places, at, size = [], 0, os.path.getsize(path)
@@ -101,25 +101,23 @@ def scan_tfrecord(
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         while at < size:
             here = f"record {len(places)} of {path} (byte {at})"
-            head = view[at : at + 12]
-            length, crc = struct.unpack("<QI", head) if len(head) == 12 else (size, 0)
-            if len(head) == 12 and crc != _masked_crc(head[:8]):
-                raise ValueError(
-                    f"Not a TFRecord file, or damaged: {here} has a wrong checksum of its length. "
-                    f"Copy or convert the file again."
-                )
-            if at + 16 + length > size:
-                raise ValueError(
-                    f"Truncated file: {here} does not end within the {size} bytes. Copy it again."
-                )
-            end = at + 12 + length
-            if check_data and struct.unpack("<I", view[end : end + 4])[0] != _masked_crc(
-                view[at + 12 : end]
-            ):
-                raise ValueError(f"Damaged file: {here} has a wrong checksum. Copy it again.")
-            places.append((at + 12, length))
-            at = end + 4
+            head = view[at : at + 12].ljust(12, b"\0")
+            length, crc = struct.unpack("<QI", head)
+            data = at + 12, at + 12 + length
+            _expect(at + 12 <= size, f"Truncated file: {here} ends in its length")
+            _expect(crc == _masked_crc(head[:8]), f"Not a TFRecord file, or damaged: {here}")
+            _expect(data[1] + 4 <= size, f"Truncated file: {here} goes beyond byte {size}")
+            if check_data:
+                crc = struct.unpack_from("<I", view, data[1])[0]
+                _expect(crc == _masked_crc(view[slice(*data)]), f"Damaged file: {here}")
+            places.append((data[0], length))
+            at = data[1] + 4
     return np.array(places, np.int64)
+
+
+def _expect(fine, problem):
+    if not fine:
+        raise ValueError(f"{problem}. Copy or convert the file again.")
 
 # %% ../nbs/30_data.ipynb #ad799b2a
 def _varint(data, at):
@@ -352,7 +350,7 @@ def sample_set(
                 raise
     return folder
 
-# %% ../nbs/30_data.ipynb #5d0b5d82
+# %% ../nbs/30_data.ipynb #af0ed5a2
 class Split(NamedTuple):
     "The pictures of one split, as arrays with an entry for each picture"
 
@@ -364,7 +362,7 @@ class Split(NamedTuple):
     boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
     box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
 
-
+# %% ../nbs/30_data.ipynb #337df653
 @dataclass(frozen=True)
 class DataSet:
     "Where the pictures of a data set lie, and what they show"
@@ -651,10 +649,9 @@ def _bmp(pixels):
     sizes = (54 + body.size, 0, 0, 54, 40, w, h, 1, 24, 0, body.size, 0, 0, 0, 0)
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
 
-# %% ../nbs/30_data.ipynb #dcd31c26
+# %% ../nbs/30_data.ipynb #d4a84f1b
 def picture_bytes(
     data: bytes,  # A picture file: JPEG, PNG or whatever Pillow reads
-    where: str = "the picture",  # Where it comes from, for the error
 ) -> Tuple[bytes, Tuple[int, int]]:  # A gray or RGB JPEG or a BMP; height and width
     "Make sure that all decoders agree on `data`"
     height, width, channels = _jpeg_shape(data)
@@ -665,7 +662,7 @@ def picture_bytes(
     try:
         pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
     except OSError as error:
-        raise ValueError(f"Not a picture that can be decoded: {where} ({error}).") from error
+        raise ValueError(f"Not a picture that can be decoded ({error}).") from error
     return _bmp(pixels), pixels.shape[:2]
 
 # %% ../nbs/30_data.ipynb #478e4223
@@ -816,7 +813,7 @@ def _acceptable(crop, h, w, targets, area_min, covered_min):
     covers = ((area > 0) & (shared >= covered_min * area)).any(1)
     return inside & (height * width >= area_min * h * w) & covers
 
-# %% ../nbs/30_data.ipynb #c5d43d0c
+# %% ../nbs/30_data.ipynb #485dc200
 def _box_pixels(h, w, boxes):
     "Boxes in pixels, (n, m, 4); the picture itself if it has none; filled up with empty ones"
     boxes = [b[(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])] for b in boxes]  # drop empty ones
@@ -826,7 +823,7 @@ def _box_pixels(h, w, boxes):
         row[: len(found)] = found
     return out * np.stack([h, w, h, w], 1)[:, None]
 
-
+# %% ../nbs/30_data.ipynb #84a93869
 def draw_flips(
     seed: int,  # Seed of the run
     places: np.ndarray,  # Place of each picture in the run, (n,)

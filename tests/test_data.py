@@ -316,7 +316,7 @@ def test_every_kind_of_file(zoo, image_size):
 def test_a_picture_that_cannot_be_decoded(tmp_path):
     write(tmp_path, "train", [record(b"GIF89a but no more"), record(encode(picture())[:200])])
     found = d.open_data(tmp_path, verbose=False)
-    with pytest.raises(ValueError, match="cannot|can be decoded.*at byte .*train-"):
+    with pytest.raises(ValueError, match="can be decoded.*at byte .*train-"):
         next(d.array_batches(found, 16, 2))
     with pytest.raises(tf.errors.InvalidArgumentError, match="can be decoded.*at byte .*train-"):
         next(iter(d.training_batches(found, 16, 2)))

@@ -5,13 +5,15 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'PROTOCOLS', 'LONG_RUN', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_loss', 'TrainingModel',
            'updates', 'Scores', 'predictor', 'evaluate', 'device_name', 'environment', 'read_metrics', 'plot_run',
-           'estimate', 'choose_precision', 'Run', 'train', 'load_weights', 'finetune_case', 'finetune', 'validate',
-           'plot_predictions']
+           'estimate', 'choose_precision', 'Run', 'train', 'load_weights', 'finetune_case', 'finetune_size', 'finetune',
+           'validate', 'read_case', 'load_metadata', 'find_run', 'plot_predictions', 'plot_confusion']
 
-# %% ../nbs/38_training.ipynb #46f5d185
+# %% ../nbs/38_training.ipynb #912cf6c5
 import csv
 import datetime
+import functools
 import json
+import math
 import os
 import platform
 import signal
@@ -31,6 +33,7 @@ from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
 from effnet_repro.config import (
     Case,
+    budget_overrides,
     case_from_dict,
     case_to_dict,
     differing_fields,
@@ -69,11 +72,10 @@ from effnet_repro.recipe import (
     sgd_step,
     total_updates,
     trained_segments,
-    unscale,
 )
-from .scaling import ModelSpec, count, mod32_warning
+from .scaling import SIZE_TABLE, ModelSpec, count, mod32_warning
 
-# %% ../nbs/38_training.ipynb #a249447f
+# %% ../nbs/38_training.ipynb #65d7ac40
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class RecipeOptimizer(keras.optimizers.Optimizer):
     "RMSProp in TensorFlow 1's form, or gradient descent with momentum"
@@ -108,6 +110,8 @@ class RecipeOptimizer(keras.optimizers.Optimizer):
             self.slots["mean_square"] = [make(v) for v in variables]
 
     def update_step(self, gradient, variable, learning_rate):
+        if self.kind == "rmsprop" and keras.backend.backend() == "tensorflow":
+            return self._fused_step(gradient, variable, learning_rate)
         i, constants = self._get_variable_index(variable), {"learning_rate": learning_rate}
         step, targets = sgd_step, [self.slots["momentum"][i]]
         if self.kind == "rmsprop":
@@ -120,6 +124,21 @@ class RecipeOptimizer(keras.optimizers.Optimizer):
             (variable, *targets), step(current_ops(), weight, gradient, *slots, **constants)
         ):
             self.assign(target, value)
+
+    def _fused_step(self, gradient, variable, learning_rate):
+        "TensorFlow has this very step as one operation: a single pass over weight, gradient and slots"
+        import tensorflow as tf
+
+        i, c = self._get_variable_index(variable), self.constants
+        variable = (
+            getattr(variable, "value", variable) if not hasattr(variable, "handle") else variable
+        )
+        slots = {
+            k: self.slots[n][i].value.handle
+            for k, n in (("ms", "mean_square"), ("mom", "momentum"))
+        }
+        rates = dict(lr=learning_rate, rho=c["decay"], momentum=c["momentum"], epsilon=c["epsilon"])
+        tf.raw_ops.ResourceApplyRMSProp(var=variable.handle, grad=gradient, **slots, **rates)
 
     def get_config(self):
         own = {"kind": self.kind, "initial_mean_square": self.initial_mean_square, **self.constants}
@@ -182,7 +201,7 @@ def micro_loss(
     correct = ops.sum(ops.cast(own >= ops.max(x, -1), "float32"))
     return loss * program.loss_scale, loss, correct
 
-# %% ../nbs/38_training.ipynb #6a8cec6f
+# %% ../nbs/38_training.ipynb #f46d7be9
 def _tf_gradients(program, names, weights, batch):
     "Summed gradients, loss and correct pictures of an update, and moving averages, on TensorFlow"
     import tensorflow as tf
@@ -199,15 +218,16 @@ def _tf_gradients(program, names, weights, batch):
                 ops, program, values, batch["images"][i], batch["labels"][i], draws, rng
             )
         gradients = tape.gradient(scaled, [values[n] for n in names])
-        sums = [s + tf.cast(g, "float32") for s, g in zip(sums, [*gradients, *rest])]
+        new = [tf.cast(g, "float32") for g in (*gradients, *rest)]
+        sums = [s + g for s, g in zip(sums, new)] if sums else new
         return i + 1, sums, {n: rng.statistics.get(n, v) for n, v in moving.items()}
 
-    zeros = [tf.zeros_like(weights[n]) for n in names] + [tf.zeros(())] * 2
     moving = {n: weights[n] for n in _moving(program)}
-    state = (tf.constant(0), zeros, moving)
     if k == 1:
-        _, sums, moving = one(*state)
+        _, sums, moving = one(0, None, moving)
     else:
+        zeros = [tf.zeros_like(weights[n]) for n in names] + [tf.zeros(())] * 2
+        state = (tf.constant(0), zeros, moving)
         again = lambda i, *_: i < k
         _, sums, moving = tf.while_loop(
             again, one, state, maximum_iterations=k, parallel_iterations=1
@@ -252,17 +272,17 @@ def _jax_gradients(program, names, weights, batch):
     (sums, moving), _ = jax.lax.scan(one, state, micros)
     return sums[:-2], sums[-2], sums[-1], moving
 
-# %% ../nbs/38_training.ipynb #3b30841f
+# %% ../nbs/38_training.ipynb #c991ab52
 def _mean_gradients(program, names, weights, sums):
     "From summed scaled gradients to what the optimizer takes"
     ops, case = current_ops(), program.case
     decays = decay_mask(params(program.spec))
-    scale = program.loss_scale
-    mean = [unscale(ops, g, scale) * (1.0 / case.gradient_accumulation) for g in sums]
+    scale = program.loss_scale * case.gradient_accumulation
+    mean = [g if scale == 1 else g * (1.0 / scale) for g in sums]
     rates = [case.weight_decay if decays[n] else 0.0 for n in names]
     return [add_weight_decay(g, weights[n], r) for g, n, r in zip(mean, names, rates)]
 
-# %% ../nbs/38_training.ipynb #eb197865
+# %% ../nbs/38_training.ipynb #89656ccf
 class TrainingModel(keras.Model):
     "A network whose `train_step` is one weight update of a case"
 
@@ -303,7 +323,12 @@ class TrainingModel(keras.Model):
             return self._jax_step(*args)
         import tensorflow as tf
 
-        (batch,), variables = args, weights_by_name(self.network)
+        return tf.autograph.experimental.do_not_convert(self._tf_step)(*args)
+
+    def _tf_step(self, batch):
+        import tensorflow as tf
+
+        variables = weights_by_name(self.network)
         weights = {n: tf.convert_to_tensor(v.value) for n, v in variables.items()}
         batch = self._micro_batches(batch)
         sums, loss, correct, moving = _tf_gradients(self.program, self.names, weights, batch)
@@ -385,7 +410,7 @@ def _tf_updates(stream, controls, first_update):
 
     return stream.enumerate(first_update).map(add).prefetch(2)
 
-# %% ../nbs/38_training.ipynb #74c6becd
+# %% ../nbs/38_training.ipynb #d435006e
 class Scores(NamedTuple):
     "How a network did on the validation pictures"
 
@@ -398,15 +423,14 @@ class Scores(NamedTuple):
     confusion: np.ndarray  # (classes, classes): true label, guessed label -> pictures
 
 
-def _compiled(forward):
-    "Compile a function of (weights, images) on the current back end"
-    if keras.backend.backend() == "jax":
-        import jax
-
-        return jax.jit(forward)
-    import tensorflow as tf
-
-    return tf.function(forward, jit_compile=xla_pays())
+@functools.lru_cache(maxsize=8)
+def _forward(spec, precision):
+    "A compiled function of (weights, images), the same one for every epoch of a run"
+    ops = current_ops()
+    forward = lambda weights, images: run(ops, spec, weights, ops.cast(images, precision))
+    if ops.name == "jax":
+        return ops.jax.jit(forward)
+    return ops.tf.function(forward, autograph=False, jit_compile=xla_pays())
 
 
 def predictor(
@@ -418,8 +442,7 @@ def predictor(
     ops = current_ops()
     if spec.proxy_norm and not spec.folded:
         spec, weights = replace(spec, folded=True), fold_proxies(weights)
-    step = _compiled(lambda w, images: run(ops, spec, w, ops.cast(images, precision)))
-    tensors = {n: ops.asarray(w) for n, w in weights.items()}
+    step, tensors = _forward(spec, precision), {n: ops.asarray(w) for n, w in weights.items()}
     return lambda images: np.asarray(step(tensors, ops.asarray(images)))
 
 # %% ../nbs/38_training.ipynb #221d05f6
@@ -661,7 +684,7 @@ class _Follow(keras.callbacks.Callback):
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/38_training.ipynb #700e7810
+# %% ../nbs/38_training.ipynb #11af8adc
 class _Record(keras.callbacks.Callback):
     "At the end of an epoch: validate, average, save, write rows, events and the figure"
 
@@ -686,7 +709,7 @@ class _Record(keras.callbacks.Callback):
         path = s["save"](follow.update)
         done = follow.update >= s["last_update"]
         if s["validate_every"] and (done or (epoch + 1) % s["validate_every"] == 0):
-            scores = s["evaluate"](get_weights(self.model.network))
+            scores = s["last_scores"] = s["evaluate"](get_weights(self.model.network))
             row.update(
                 validation_top1=scores.top1,
                 validation_top5=scores.top5,
@@ -913,7 +936,7 @@ class _Signals:
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-# %% ../nbs/38_training.ipynb #ed092cd9
+# %% ../nbs/38_training.ipynb #9be3c44b
 def _fit(model, data, state, first, last, per_epoch):
     "Run the updates from `first` to `last`; returns whether they were all done"
     follow = state["follow"]
@@ -921,7 +944,9 @@ def _fit(model, data, state, first, last, per_epoch):
         with _Signals(follow):
             for begin, end, steps in _spans(first, last, per_epoch):
                 stream = updates(model.program.case, data, model.program.seed, follow.update)
-                how = dict(initial_epoch=begin, epochs=end, steps_per_epoch=steps, verbose=0)
+                how = dict(
+                    initial_epoch=begin, epochs=end, steps_per_epoch=steps, verbose=0, shuffle=False
+                )
                 model.fit(stream, callbacks=[follow, _Record(state)], **how)
     except _Stop:
         if keras.backend.backend() == "jax":
@@ -933,7 +958,7 @@ def _fit(model, data, state, first, last, per_epoch):
         follow.close()
     return True
 
-# %% ../nbs/38_training.ipynb #bbaf468b
+# %% ../nbs/38_training.ipynb #eecfeebd
 def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep, progress, notes):
     "Train `case` in `run_dir`, from its newest checkpoint, from `weights`, or from scratch"
     run_dir, program = Path(run_dir), _program(case, data, precision, seed)
@@ -963,7 +988,7 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
     )
     state.update(evaluate=measure, validate_every=validate_every, started=time.perf_counter())
     finished = _fit(model, data, state, first, last, per_epoch)
-    scores = _final_scores(run_dir, average, measure, network) if finished else {}
+    scores = _final_scores(state, average, network) if finished else {}
     average_path = folder / "average.safetensors"
     return Run(
         run_dir,
@@ -975,7 +1000,7 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
         scores,
     )
 
-# %% ../nbs/38_training.ipynb #c13f33e5
+# %% ../nbs/38_training.ipynb #c064cda3
 def _begin(folder, model, progress):
     "Restore the newest checkpoint, if there is one; returns the update to begin with"
     checkpoints.remove_leftovers(folder)
@@ -1002,10 +1027,10 @@ def _describe_run(run_dir, program, data, notes):
     _write_json(run_dir / "environment.json", environment())
 
 
-def _final_scores(run_dir, average, measure, network):
-    "Validate the last and the averaged weights, and write them down"
-    weights, scores = get_weights(network), {}
-    scores["last"] = measure(weights)
+def _final_scores(state, average, network):
+    "Validate the last weights, if that was not just done, and the averaged ones; write both down"
+    run_dir, measure, weights = state["run_dir"], state["evaluate"], get_weights(network)
+    scores = {"last": state.get("last_scores") or measure(weights)}
     if average.count:
         scores["average"] = measure({**weights, **average.arrays()})
     rows = [_score_row(kind, s) for kind, s in scores.items()]
@@ -1064,13 +1089,14 @@ def train(
 def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 
-# %% ../nbs/38_training.ipynb #f89473b5
+# %% ../nbs/38_training.ipynb #0c6f6bf7
 PROTOCOLS = {
     "published": {},
     "clean": dict(
         optimizer="sgd", momentum=0.0, warmup_epochs=0, mixup_alpha=0.0, cutmix_lambda=None
     ),
 }
+_BATCHES = ("global_batch_size", "micro_batch_size", "max_steps")
 LONG_RUN = 100  # Epochs; below, the average still holds more than 5 % of the first epoch's weights
 
 
@@ -1105,7 +1131,7 @@ def load_weights(
         arrays = {**own, **{n: a.astype("float32") for n, a in arrays.items()}}
     return arrays, metadata, source
 
-# %% ../nbs/38_training.ipynb #a3829a6c
+# %% ../nbs/38_training.ipynb #a6da6473
 def finetune_case(
     trained: Case,  # The case of the checkpoint
     image_size: int,  # Side to fine-tune at, pixels
@@ -1126,16 +1152,27 @@ def finetune_case(
     batch["global_batch_size"] = batch["global_batch_size"] or 512
     return for_one_device(override(case, **given), **batch)
 
+# %% ../nbs/38_training.ipynb #e5b9d6eb
+def finetune_size(
+    trained: Case,  # The case of the training
+) -> int:  # Pixels
+    "Choose the size to fine-tune at: native after a published half, else about twice the pixels, same modulo 32"
+    size = SIZE_TABLE["CIFAR" if trained.model_size == "cifar" else f"B{trained.model_size}"]
+    if trained.image_size == size.half:
+        return size.native
+    return trained.image_size + 32 * max(1, round((math.sqrt(2) - 1) * trained.image_size / 32))
 
+# %% ../nbs/38_training.ipynb #e03b4a5a
 def finetune(
     init,  # A run folder or a checkpoint to begin from
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
     *,
-    image_size: Optional[int] = None,  # Side to fine-tune at; None = the native one of the size
+    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `finetune_size`
     variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
     protocol: str = "published",  # or "clean"
     weights: str = "auto",  # "last", "average", "auto" = the average after a long run
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": the batch sizes of these
     seed: int = 0,
     precision: str = "auto",
     backend: Optional[str] = None,
@@ -1149,7 +1186,11 @@ def finetune(
     _check_backend(backend)
     arrays, metadata, source = load_weights(init, weights)
     trained, data = case_from_dict(metadata["case"]), open_data(data_dir, data_format)
-    image_size = image_size or ModelSpec.from_case(replace(trained, image_size=32)).native_size
+    image_size = image_size or finetune_size(trained)
+    batches = {
+        k: v for k, v in budget_overrides(budget, data_dir is not None)[1].items() if k in _BATCHES
+    }
+    overrides = {**batches, **{k: v for k, v in overrides.items() if v is not None}}
     case = finetune_case(trained, image_size, protocol, variable_filter, **overrides)
     warning = mod32_warning(trained.image_size, image_size)
     print(
@@ -1215,6 +1256,54 @@ def validate(
         )
     return scores
 
+# %% ../nbs/38_training.ipynb #7c948a03
+def read_case(
+    source,  # A run folder or a checkpoint
+    expected: Optional[str] = None,  # Name of the case it must be; None = any
+) -> Case:
+    "Read which case trained weights belong to"
+    case = case_from_dict(load_metadata(source)["case"])
+    if expected not in (None, case.name):
+        raise ValueError(
+            f"{source} holds {case.name}. Received: case={expected!r}. Leave `case` out."
+        )
+    return case
+
+
+def load_metadata(
+    source,  # A run folder or a checkpoint
+) -> dict:
+    "Read what the newest checkpoint of a run, or one file, says about itself"
+    source = Path(source)
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if folder.is_dir():
+        source = checkpoints.latest(folder)
+        if source is None:
+            raise FileNotFoundError(
+                f"No checkpoint in {folder}. Train first, or pass a checkpoint file."
+            )
+    metadata = checkpoints.read_metadata(source)
+    return load_metadata(source.parent) if metadata.get("kind") == "average" else metadata
+
+
+def find_run(
+    source=None,  # A run folder or a checkpoint; None = the default folder of the case
+    case: Optional[str] = None,  # A published name; None = the demo's
+    data_dir=None,  # Used in a smoke test only
+    runs="runs",  # Folder of runs
+):  # The run folder
+    "Find the run to go on with; a smoke test, which has none, makes one of two updates"
+    if source is not None:
+        return source
+    folder = Path(runs) / (case or "B1-G16-LN_PN-Half_16IPU_4x4")
+    if not (folder / "checkpoints").is_dir():
+        if budget_overrides("auto", data_dir is not None)[0] != "smoke":
+            raise FileNotFoundError(
+                f"No run in {folder}. Train first (`40_train`), or say where it is."
+            )
+        train(folder.name, data_dir, folder, budget="smoke", progress=False)
+    return folder
+
 # %% ../nbs/38_training.ipynb #d5080c10
 def plot_predictions(
     source,  # A run folder or a checkpoint
@@ -1244,3 +1333,35 @@ def plot_predictions(
         for b, y, row in zip(best, labels, p)
     ]
     return plot_pictures(pictures, titles, columns=min(8, len(pictures)), side=1.2)
+
+# %% ../nbs/38_training.ipynb #cde8f369
+def plot_confusion(
+    scores: Scores,  # From `evaluate`
+    class_names: Sequence[str],  # By label
+    most: int = 30,  # Show only the classes that are confused most, when there are more
+    ax=None,  # Matplotlib axes; None = new ones
+):  # The axes
+    "Draw which classes are taken for which"
+    import matplotlib.pyplot as plt
+
+    c = scores.confusion
+    mistakes = c.sum(0) + c.sum(1) - 2 * np.diag(c)
+    shown = np.sort(np.argsort(-mistakes, kind="stable")[:most])
+    c, names = c[np.ix_(shown, shown)], [class_names[i][:16] for i in shown]
+    if ax is None:
+        side = 2.2 + 0.22 * len(names)
+        _, ax = plt.subplots(figsize=(side, side), layout="constrained")
+    ax.imshow(c / np.maximum(c.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
+    for i, j in zip(*np.nonzero(c)):
+        dark = c[i, j] > 0.6 * c[i].sum()
+        ax.text(
+            j, i, c[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black"
+        )
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set(
+        xlabel="guess",
+        ylabel="truth",
+        title=f"Which classes are confused? (top-1 {scores.top1:.1%})",
+    )
+    return ax

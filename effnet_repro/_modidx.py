@@ -529,6 +529,7 @@ d = { 'settings': { 'branch': 'main',
                                        'effnet_repro.training.predictor': ('training.html#predictor', 'effnet_repro/training.py'),
                                        'effnet_repro.training.read_case': ('training.html#read_case', 'effnet_repro/training.py'),
                                        'effnet_repro.training.read_metrics': ('training.html#read_metrics', 'effnet_repro/training.py'),
+                                       'effnet_repro.training.record': ('training.html#record', 'effnet_repro/training.py'),
                                        'effnet_repro.training.train': ('training.html#train', 'effnet_repro/training.py'),
                                        'effnet_repro.training.updates': ('training.html#updates', 'effnet_repro/training.py'),
                                        'effnet_repro.training.validate': ('training.html#validate', 'effnet_repro/training.py')}}}

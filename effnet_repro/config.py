@@ -47,14 +47,12 @@ _CHOICES = {
     "pipeline_schedule": ("Grouped", "Interleaved", "Sequential"),
 }
 
-# %% ../nbs/00_config.ipynb #d02d4b25
+# %% ../nbs/00_config.ipynb #576fd181
 @dataclass(frozen=True)
 class _Network:
     name: str  # Published name of the case
     model_size: Union[int, str]  # 0 to 7 for B0 to B7, or "cifar"
-    group_size: (
-        int  # Channels per group of the spatial convolutions; 1 = depthwise (published: group_dim)
-    )
+    group_size: int  # Channels per group; 1 = depthwise (published: group_dim)
     expand_ratio: int  # Widening inside a block: 6 with depthwise, 4 with group size 16
     norm: str  # "GN", "LN_PN"; beyond the published ones "BN", "LN", "GN_PN"
     norm_groups: int  # Groups of the group norm: 4 for GN, 1 for layer norm (published: groups)
@@ -98,12 +96,12 @@ class _Recipe(_Batches):
         None  # Segments to train, e.g. ("Top",); None = all
     )
 
-# %% ../nbs/00_config.ipynb #cbd7599a
+# %% ../nbs/00_config.ipynb #a3dc3159
 @dataclass(frozen=True)
 class _Pictures(_Recipe):
     label_smoothing: float = 0.1  # Share of the target spread over all classes
     mixup_alpha: float = 0.1  # Of the Beta distribution; 0 = off
-    cutmix_lambda: Optional[float] = None  # CutMix v1's parameter; None = off
+    cutmix_lambda: Optional[float] = None  # CutMix v1's parameter; None or 0 = off
     cutmix_version: int = 1  # Only version 1 is published
     crop_area_min: float = 0.05  # Smallest share of the picture that a training crop covers
     train_preprocessing: str = "train"  # "validation" = no random crop or flip (fine-tuning)

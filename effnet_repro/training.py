@@ -6,7 +6,7 @@
 __all__ = ['PRECISIONS', 'PROTOCOLS', 'LONG_RUN', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_loss', 'TrainingModel',
            'updates', 'Scores', 'predictor', 'evaluate', 'device_name', 'environment', 'read_metrics', 'plot_run',
            'estimate', 'choose_precision', 'Run', 'train', 'load_weights', 'finetune_case', 'finetune_size', 'finetune',
-           'validate', 'read_case', 'load_metadata', 'find_run', 'plot_predictions', 'plot_confusion']
+           'validate', 'read_case', 'load_metadata', 'find_run', 'record', 'plot_predictions', 'plot_confusion']
 
 # %% ../nbs/38_training.ipynb #912cf6c5
 import csv
@@ -282,7 +282,7 @@ def _mean_gradients(program, names, weights, sums):
     rates = [case.weight_decay if decays[n] else 0.0 for n in names]
     return [add_weight_decay(g, weights[n], r) for g, n, r in zip(mean, names, rates)]
 
-# %% ../nbs/38_training.ipynb #89656ccf
+# %% ../nbs/38_training.ipynb #48ea2ea2
 class TrainingModel(keras.Model):
     "A network whose `train_step` is one weight update of a case"
 
@@ -339,8 +339,8 @@ class TrainingModel(keras.Model):
             variables[name].assign(value)
         return self._logs(loss, correct)
 
-    def _jax_step(self, state, batch):
-        trained, other, slots, metrics = state
+    def _jax_step(self, state, data):
+        (batch,), (trained, other, slots, metrics) = data, state
         places = {id(v): t for v, t in zip(self.trainable_variables, trained)}
         places.update({id(v): t for v, t in zip(self.non_trainable_variables, other)})
         variables = weights_by_name(self.network)
@@ -356,7 +356,7 @@ class TrainingModel(keras.Model):
         other = [moving.get(ids.get(id(v)), t) for v, t in zip(self.non_trainable_variables, other)]
         return self._logs(loss, correct), (trained, other, slots, metrics)
 
-# %% ../nbs/38_training.ipynb #b638181a
+# %% ../nbs/38_training.ipynb #39174118
 def _controls(case, update, updates_per_epoch, seed):
     "Everything of an update that is not a picture"
     draws = draw_mixing(
@@ -376,7 +376,7 @@ def updates(
     data: DataSet,  # Pictures
     seed: int,  # Of the run
     first_update: int = 0,  # Where to begin
-):  # Endless stream of dictionaries, one an update: a tf.data.Dataset, or a generator on JAX
+):  # Endless stream of dictionaries, one an update: a tf.data.Dataset, or a generator of 1-tuples on JAX
     "Stream the updates of a `case`"
     per_epoch = data.train_count // case.global_batch_size
     last = total_updates(case, per_epoch)
@@ -386,7 +386,9 @@ def updates(
     if keras.backend.backend() != "tensorflow":
         stream = array_batches(*args, preprocessing=case.train_preprocessing, **how)
         return (
-            {"images": images, "labels": labels, **controls(first_update + i)}
+            (
+                {"images": images, "labels": labels, **controls(first_update + i)},
+            )  # Keras wants tuples
             for i, (images, labels) in enumerate(stream)
         )
     return _tf_updates(
@@ -1303,6 +1305,33 @@ def find_run(
             )
         train(folder.name, data_dir, folder, budget="smoke", progress=False)
     return folder
+
+# %% ../nbs/38_training.ipynb #9860493f
+def record(
+    path,  # A CSV file of results; a row is added, or replaced when `what` is there already
+    what: str,  # What was measured, in a few words
+    scores: Scores,  # From `evaluate`, `validate` or a run
+    run_dir,  # Where it was made: environment and seed are taken from it
+    command: str,  # The exact command, with the data folder as a variable
+    data: str,  # Name of the data set
+    seconds: float,  # Wall time of the command
+):
+    "Write a measured accuracy with its circumstances"
+    read = lambda name: json.loads((Path(run_dir) / name).read_text())
+    env, config = read("environment.json"), read("config.json")
+    row = {
+        "what": what,
+        "data": data,
+        **_score_row("last", scores),
+        "runs": 1,
+        "seed": config["seed"],
+    }
+    row.update(
+        {k: env[k] for k in ("device", "backend", "date", "revision", "uncommitted_changes")}
+    )
+    row.update(case=config["case"]["name"], epochs=config["case"]["epochs"], seconds=round(seconds))
+    row.update(versions=json.dumps(env["versions"]), command=command)
+    _append_rows(path, [row], lambda old: old["what"] != what)
 
 # %% ../nbs/38_training.ipynb #d5080c10
 def plot_predictions(

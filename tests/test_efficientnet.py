@@ -1,0 +1,145 @@
+"""Keras models: published weights, keras.applications, folding, and the back ends' agreement."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import numpy as np
+import parity_vectors
+import pytest
+
+from effnet_repro.efficientnet import (
+    build_model,
+    fold,
+    load_keras_applications,
+    load_published,
+    to_published,
+)
+from effnet_repro.scaling import ModelSpec
+from effnet_repro.testing import relative_error, test_allclose
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.mark.parametrize("name", ["B0-G1-GN_64", "B0-G16-LN_PN_76"])
+def test_published_weights_through_keras(name):
+    vector, logits = parity_vectors.load(name)
+    model = build_model(parity_vectors.spec_of(vector), image_size=vector["image_size"])
+    variables = parity_vectors.published_variables(vector)
+    load_published(model, variables)
+    pictures = parity_vectors.pictures_of(vector)
+    assert relative_error(model.predict(pictures, verbose=0), logits) < 1e-4
+    back = to_published(model)
+    assert list(back) == list(variables)
+    for key, value in variables.items():
+        if key.endswith("/proxy"):  # rows 2 and 3 follow from the others
+            value, back[key] = value[[0, 1, 4, 5]], back[key][[0, 1, 4, 5]]
+        test_allclose(back[key], value, rtol=0, msg=key)
+    if vector["proxy_norm"]:
+        assert relative_error(fold(model).predict(pictures, verbose=0), logits) < 1e-4
+
+
+@pytest.mark.parametrize("size", [f"B{i}" for i in range(6)])
+def test_equals_keras_applications(size):
+    """Same weights, same raw pictures, same logits; every array random, moving averages and input norm, too."""
+    make = getattr(keras.applications, f"EfficientNet{size}")
+    theirs = make(weights=None, input_shape=(64, 64, 3), classes=7, classifier_activation=None)
+    rng = np.random.default_rng(int(size[1]))
+    for v in theirs.weights:
+        if v.name in ("moving_variance", "variance"):
+            v.assign(rng.uniform(0.5, 2, v.shape))
+        elif v.name in ("moving_mean", "mean", "beta", "bias", "gamma"):
+            v.assign(rng.normal(v.name == "gamma", 0.2, v.shape))
+    next(la for la in theirs.layers if isinstance(la, keras.layers.Normalization)).finalize_state()
+    ours = build_model(f"{size}-G1-BN", image_size=64, num_classes=7, input_norm="keras")
+    load_keras_applications(ours, theirs)
+    pictures = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    assert relative_error(ours(pictures), theirs(pictures)) < 1e-4
+    assert ours.count_params() == sum(v.numpy().size for v in theirs.weights) - _bookkeeping(theirs)
+
+
+def _bookkeeping(model):
+    """Keras' Normalization counts its batches in a weight, and holds mean and variance where we hold an affine."""
+    extra = [la for la in model.layers if isinstance(la, keras.layers.Normalization)][0]
+    return sum(v.numpy().size for v in extra.weights) - 6
+
+
+def test_keras_weights_from_a_file(tmp_path):
+    """A file like Keras' ImageNet ones: deviations stored as variances, scaled once more at load."""
+    theirs = keras.applications.EfficientNetB0(
+        weights=None, input_shape=(64, 64, 3), classifier_activation=None
+    )
+    norm = next(la for la in theirs.layers if isinstance(la, keras.layers.Normalization))
+    norm.adapt_mean.assign([0.485, 0.456, 0.406])
+    norm.adapt_variance.assign([0.229, 0.224, 0.225])
+    norm.finalize_state()
+    path = tmp_path / "b0.weights.h5"
+    theirs.save_weights(path)
+    ours = build_model("B0-G1-BN", image_size=64, input_norm="keras")
+    load_keras_applications(ours, str(path))
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    x = (pictures / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    body = keras.Model(theirs.get_layer("stem_conv_pad").input, theirs.output)
+    assert relative_error(ours(pictures), body(x.astype("float32"))) < 1e-4
+
+
+def test_a_headless_source_leaves_our_classifier(tmp_path):
+    theirs = keras.applications.EfficientNetB0(
+        weights=None, include_top=False, input_shape=(64, 64, 3)
+    )
+    ours = build_model("B0-G1-BN", image_size=64, num_classes=5, input_norm="keras")
+    kernel = "all/Top/logits/dense/kernel"
+    before = to_published(ours)[kernel]
+    load_keras_applications(ours, theirs)
+    test_allclose(to_published(ours)[kernel], before, rtol=0)
+    with pytest.raises(ValueError, match="of another shape"):
+        full = keras.applications.EfficientNetB0(weights=None, input_shape=(64, 64, 3))
+        load_keras_applications(ours, full)
+    with pytest.raises(ValueError, match="not an EfficientNet-B1"):
+        load_keras_applications(build_model("B1-G1-BN", image_size=64, input_norm="keras"), theirs)
+
+
+JAX = """
+import sys
+import numpy as np
+import keras
+from effnet_repro.efficientnet import GroupConv2D, MBConv, ProxyNormAct, build_model
+from effnet_repro.testing import check_layer
+assert keras.backend.backend() == "jax"
+x = np.random.default_rng(0).standard_normal((2, 7, 5, 16)).astype("float32")
+for layer, kwargs in ((GroupConv2D, {}), (ProxyNormAct, {}), (MBConv, dict(filters=16))):
+    np.save(f"{sys.argv[1]}/{layer.__name__}.npy", check_layer(layer, kwargs, x))
+model = build_model("CIFAR-G16-LN_PN", num_classes=10)
+pictures = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+np.save(f"{sys.argv[1]}/model.npy", model.predict(pictures, verbose=0))
+"""
+
+
+def test_layers_and_models_on_jax(tmp_path):
+    """The same lessons on the other back end; a process of its own, since Keras has one back end a process."""
+    env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(
+        [sys.executable, "-c", JAX, str(tmp_path)], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    from effnet_repro.efficientnet import GroupConv2D, MBConv, ProxyNormAct
+
+    x = np.random.default_rng(0).standard_normal((2, 7, 5, 16)).astype("float32")
+    for layer, kwargs in ((GroupConv2D, {}), (ProxyNormAct, {}), (MBConv, dict(filters=16))):
+        theirs = np.load(tmp_path / f"{layer.__name__}.npy")
+        assert relative_error(layer(**kwargs)(x), theirs) < 1e-5, layer.__name__
+    pictures = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    ours = build_model("CIFAR-G16-LN_PN", num_classes=10).predict(pictures, verbose=0)
+    assert relative_error(ours, np.load(tmp_path / "model.npy")) < 1e-4
+
+
+def test_bfloat16_stays_close_and_weights_stay_float32():
+    spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10)
+    full, mixed = (build_model(spec, image_size=64, dtype=d) for d in ("float32", "mixed_bfloat16"))
+    pictures = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    assert {keras.backend.standardize_dtype(v.dtype) for v in mixed.weights} == {"float32"}
+    assert keras.backend.standardize_dtype(mixed.output.dtype) == "float32"
+    # 8 bits of mantissa through 50 layers, and logits that nearly cancel: far from what a wrong type would do
+    assert relative_error(mixed(pictures), full(pictures)) < 0.2

@@ -1,0 +1,324 @@
+"""The Keras runtime: resume to the bit, accumulation, frozen variables, both back ends, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from effnet_repro import checkpoint
+from effnet_repro.config import for_one_device, get_case, override
+from effnet_repro.data import open_data
+from effnet_repro.testing import relative_error, test_allclose
+from effnet_repro.training import (
+    evaluate,
+    finetune,
+    finetune_case,
+    load_weights,
+    read_metrics,
+    train,
+    validate,
+)
+
+ROOT = Path(__file__).parents[1]
+TINY = override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), model_size="cifar", image_size=32)
+SMOKE = dict(budget="smoke", precision="float32", progress=False, validate_every=0)
+PYTHON = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run of four updates, two epochs of a shrunken set."""
+    return train(TINY, run_dir=tmp_path_factory.mktemp("whole"), **{**SMOKE, "max_steps": 4})
+
+
+def _same_bytes(one, two):
+    a, b = (checkpoint.load(p)[0] for p in (one, two))
+    assert list(a) == list(b)
+    for name in a:
+        test_allclose(a[name], b[name], rtol=0, msg=name)
+
+
+def test_a_run_cut_in_two_is_the_same_to_the_bit(whole, tmp_path):
+    train(TINY, run_dir=tmp_path, **{**SMOKE, "max_steps": 3})
+    resumed = train(TINY, run_dir=tmp_path, **{**SMOKE, "max_steps": 4})
+    assert resumed.update == 4
+    _same_bytes(resumed.checkpoint, whole.checkpoint)
+
+
+KILLED = """
+import sys
+sys.path.insert(0, sys.argv[2] + "/tests")
+from test_training import SMOKE, TINY
+from effnet_repro.training import train
+train(TINY, run_dir=sys.argv[1], **{**SMOKE, "max_steps": 40, "global_batch_size": 400, "micro_batch_size": 8, "epochs": 4})
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_killed_process_goes_on(number, tmp_path):
+    """Three updates an epoch: wait for the first checkpoint, kill, go on, compare with a run nobody killed."""
+    arguments = [sys.executable, "-c", KILLED, str(tmp_path / "cut"), str(ROOT)]
+    process = subprocess.Popen(
+        arguments, env=PYTHON, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    deadline = time.time() + 240
+    while checkpoint.latest(tmp_path / "cut" / "checkpoints") is None and time.time() < deadline:
+        assert process.poll() is None, process.stdout.read()[-2000:]
+        time.sleep(0.05)
+    process.send_signal(number)
+    output = process.communicate(timeout=240)[0].decode()
+    newest = checkpoint.latest(tmp_path / "cut" / "checkpoints")
+    assert newest is not None
+    if number == signal.SIGTERM:
+        assert process.returncode == 0 and "run the same command again to go on" in output
+        assert checkpoint.read_metadata(newest)["update"] < 12
+    options = {
+        **SMOKE,
+        "max_steps": 12,
+        "global_batch_size": 400,
+        "micro_batch_size": 8,
+        "epochs": 4,
+    }
+    resumed = train(TINY, run_dir=tmp_path / "cut", **{**options, "max_steps": 7})
+    straight = train(TINY, run_dir=tmp_path / "straight", **{**options, "max_steps": 7})
+    assert resumed.update == straight.update == 7
+    _same_bytes(resumed.checkpoint, straight.checkpoint)
+    _same_bytes(resumed.average, straight.average)
+    assert list(read_metrics(tmp_path / "cut")["update"])[-1] == 7
+
+
+def test_micro_batches_do_not_matter(tmp_path):
+    """One update of 8 pictures at once and as 4 x 2: the squared gradient in the slot agrees to rounding."""
+    plain = dict(mixup_alpha=0.0, drop_path_rate=0.0, max_steps=1)
+    slots = []
+    for micro in (8, 2):
+        options = {**SMOKE, **plain, "micro_batch_size": micro}
+        run = train(TINY, run_dir=tmp_path / str(micro), **options)
+        slots.append(checkpoint.load(run.checkpoint, "slots/momentum/")[0])
+    for name, a in slots[0].items():
+        # float32 in another order through 50 layers; arrays whose gradient is rounding noise are left to their size
+        assert np.linalg.norm(a - slots[1][name]) <= 5e-3 * np.linalg.norm(a) + 1e-7, name
+
+
+def test_frozen_variables_do_not_move(whole, tmp_path):
+    for i, (chosen, moved) in enumerate(
+        ((("Top",), {"Top"}), (("Top", "block7"), {"Top", "block7a"}))
+    ):
+        run = finetune(
+            whole.run_dir,
+            run_dir=tmp_path / str(i),
+            image_size=64,
+            variable_filter=chosen,
+            budget="smoke",
+            progress=False,
+            base_learning_rate_exponent=-2,
+            protocol="clean",
+            validate_every=0,
+        )
+        before, after = (checkpoint.load(p, "all/")[0] for p in (whole.checkpoint, run.checkpoint))
+        changed = {n for n in before if (before[n] != after[n]).any()}
+        assert {n.split("/")[1] for n in changed} == moved
+        slots = checkpoint.load(run.checkpoint, "slots/")[0]
+        assert {n.split("/")[3] for n in slots} == moved
+
+
+def test_averages_and_epochs(tmp_path):
+    """Two epochs: a checkpoint each, and an average that is theirs."""
+    options = {
+        **SMOKE,
+        "global_batch_size": 600,
+        "micro_batch_size": 8,
+        "epochs": 2,
+        "max_steps": 4,
+    }
+    run = train(TINY, run_dir=tmp_path, keep=5, **options)
+    files = checkpoint.list_checkpoints(tmp_path / "checkpoints")
+    assert [p.name for p in files] == ["epoch-0001.safetensors", "epoch-0002.safetensors"]
+    first, second = (checkpoint.load(p, "all/")[0] for p in files)
+    average, _ = checkpoint.load(run.average)
+    for name in average:
+        want = 0.97 * first[name].astype("float64") + 0.03 * second[name].astype("float64")
+        test_allclose(average[name], want, rtol=1e-12, atol=1e-15, msg=name)
+    assert set(run.scores) == {"last", "average"}
+    rows = (tmp_path / "validation.csv").read_text().splitlines()
+    assert len(rows) == 3
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["case"]["global_batch_size"] == 600 and config["data"]["builtin"]
+    weights, _, path = load_weights(tmp_path, "average")
+    assert path == run.average and weights["all/Top/proxy/beta"].dtype == np.float32
+
+
+def test_batch_norm_trains_with_accumulation(tmp_path):
+    case = override(TINY, norm="BN", group_size=1, expand_ratio=6)
+    run = train(case, run_dir=tmp_path, **SMOKE)
+    moving = checkpoint.load(run.checkpoint, "all/block0/batch_norm/")[0]
+    assert np.abs(moving["all/block0/batch_norm/moving_mean"]).max() > 0
+    tuned = finetune(
+        tmp_path, run_dir=tmp_path / "tuned", image_size=32, budget="smoke", progress=False
+    )
+    still = checkpoint.load(tuned.checkpoint, "all/block0/batch_norm/")[0]
+    for name in moving:  # a frozen batch norm stands still
+        test_allclose(still[name], moving[name], rtol=0)
+
+
+JAX = """
+import sys
+import numpy as np
+sys.path.insert(0, sys.argv[2] + "/tests")
+from test_training import one_update
+np.savez(sys.argv[1], **one_update())
+"""
+
+
+def one_update():
+    """Weights and slots after one update without masks, from the back end's own reader."""
+    from effnet_repro.efficientnet import build_model, get_weights
+    from effnet_repro.training import Program, TrainingModel, _save_state
+    from effnet_repro.training import updates as stream
+    from effnet_repro.scaling import ModelSpec
+    import tempfile
+
+    case = for_one_device(
+        override(TINY, drop_path_rate=0.0, dropout_rate=0.0, cutmix_lambda=0.8, warmup_epochs=0),
+        4,
+        8,
+    )
+    data = open_data(verbose=False)
+    batch = next(iter(stream(case, data, 0)))
+    batch = batch[0] if isinstance(batch, tuple) else batch
+    batch = {**{k: np.asarray(v) for k, v in batch.items()}, "images": _pictures()}
+    spec = ModelSpec.from_case(case, num_classes=10)
+    network = build_model(spec, image_size=32)
+    model = TrainingModel(
+        network,
+        Program(case, spec, tuple(la.segment.name for la in network.layers[1:]), "float32", 0),
+    )
+    model.fit(iter([(batch,)] * 2), steps_per_epoch=1, verbose=0, shuffle=False)
+    import keras
+
+    if keras.backend.backend() == "jax":
+        model.jax_state_sync()
+    folder = tempfile.mkdtemp()
+    arrays = checkpoint.load(_save_state(Path(folder) / "epoch-0000.safetensors", model, 1, 0, {}))[
+        0
+    ]
+    assert abs(float(model.optimizer.learning_rate) - float(batch["learning_rate"])) < 1e-9
+    assert get_weights(network)
+    rest = ("mixup", "cutmix_lambda", "cutmix_centre", "labels", "update", "learning_rate")
+    return {**arrays, **{f"batch/{k}": batch[k] for k in rest}}
+
+
+def _pictures():
+    return np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("uint8")
+
+
+def test_one_update_on_both_back_ends(tmp_path):
+    """The same pictures and draws: every weight and slot agrees; the readers feed the same labels and draws."""
+    env = {**PYTHON, "KERAS_BACKEND": "jax"}
+    path = tmp_path / "jax.npz"
+    run = subprocess.run(
+        [sys.executable, "-c", JAX, str(path), str(ROOT)], env=env, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    ours, theirs = one_update(), np.load(path)
+    assert set(ours) == set(theirs.files)
+    for name, value in ours.items():
+        if name.startswith("slots/mean_square"):
+            value, other = value - 1, theirs[name] - 1
+            assert np.linalg.norm(value - other) <= 1e-2 * np.linalg.norm(value) + 1e-4, name
+        else:
+            scale = 1e-3 if name.startswith("slots") else 1e-4
+            assert np.linalg.norm(value - theirs[name]) <= scale * np.linalg.norm(value) + 1e-6, (
+                name
+            )
+
+
+def test_measuring_counts_every_picture_once(whole):
+    arrays, metadata, _ = load_weights(whole.run_dir, "last")
+    data = open_data(verbose=False)
+    from effnet_repro.scaling import ModelSpec
+
+    spec = ModelSpec.from_case(whole.case, num_classes=10)
+    some = [evaluate(spec, arrays, data, 32, batch) for batch in (7, 300)]
+    assert [s.pictures for s in some] == [300, 300]
+    assert some[0].top1 == some[1].top1 and abs(some[0].loss - some[1].loss) < 1e-4
+    assert (some[0].confusion == some[1].confusion).all() and some[0].confusion.sum() == 300
+    broken = {**arrays, "all/Top/logits/dense/bias": np.full(10, np.nan, "float32")}
+    assert evaluate(spec, broken, data, 32).top1 == 0
+    assert metadata["class_names"] == list(data.class_names)
+
+
+def test_published_finetuning_case():
+    trained = get_case("B2-G16-LN_PN-Half_16IPU_4x4")
+    case = finetune_case(trained, 260, micro_batch_size=32)
+    assert (case.global_batch_size, case.epochs, case.learning_rate) == (512, 2, 0.25)
+    assert (case.optimizer, case.warmup_epochs, case.lr_schedule) == ("rmsprop", 5, "cosine")
+    assert (case.variable_filter, case.train_preprocessing) == (("Top",), "validation")
+    clean = finetune_case(trained, 260, "clean", micro_batch_size=32)
+    assert (clean.optimizer, clean.momentum, clean.warmup_epochs, clean.cutmix_lambda) == (
+        "sgd",
+        0.0,
+        0,
+        None,
+    )
+
+
+@pytest.mark.parametrize(
+    "call, error, says",
+    [
+        (lambda w: train("B1-G16-LN_PN-Half", **SMOKE), ValueError, "Did you mean"),
+        (
+            lambda w: train(TINY, run_dir="x", **{**SMOKE, "global_batch_size": 2000}),
+            ValueError,
+            "exceeds the 1200",
+        ),
+        (
+            lambda w: train(TINY, **{**SMOKE, "precision": "fp8"}),
+            ValueError,
+            "Unknown precision 'fp8'",
+        ),
+        (lambda w: train(TINY, backend="jax", **SMOKE), ValueError, "KERAS_BACKEND=jax"),
+        (lambda w: train(TINY, run_dir=w.run_dir, seed=3, **SMOKE), ValueError, "seed 0"),
+        (
+            lambda w: train(TINY, run_dir=w.run_dir, epochs=9, **SMOKE),
+            ValueError,
+            "epochs: 1 there, 9 here",
+        ),
+        (
+            lambda w: finetune(w.run_dir, image_size=64, protocol="best", budget="smoke"),
+            ValueError,
+            "protocol",
+        ),
+        (lambda w: finetune("nowhere", image_size=64), FileNotFoundError, "nowhere"),
+        (lambda w: validate(w.run_dir, weights="mean"), ValueError, "Unknown weights 'mean'"),
+    ],
+)
+def test_bad_input_gets_one_clear_answer(whole, tmp_path, monkeypatch, call, error, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=says):
+        call(whole)
+
+
+def test_a_broken_loss_stops_and_names_the_update(tmp_path):
+    with pytest.raises(FloatingPointError, match="The loss of update [1-9]"):
+        train(
+            TINY,
+            run_dir=tmp_path,
+            **{**SMOKE, "max_steps": 12, "base_learning_rate_exponent": 60, "warmup_epochs": 0},
+        )
+
+
+def test_logits_do_not_depend_on_the_neighbours(whole):
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import predictor
+
+    arrays, _, _ = load_weights(whole.run_dir, "last")
+    predict = predictor(ModelSpec.from_case(whole.case, num_classes=10), arrays)
+    pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
+    assert relative_error(predict(pictures)[:1], predict(pictures[:1])) < 1e-5

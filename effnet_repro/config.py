@@ -7,10 +7,9 @@ __all__ = ['NORMS', 'SIZES', 'PUBLISHED_KEYS', 'unknown_name', 'Case', 'validate
            'get_case', 'for_one_device', 'budget_overrides', 'resolve', 'case_to_dict', 'case_from_dict',
            'differing_fields']
 
-# %% ../nbs/00_config.ipynb #49612396
+# %% ../nbs/00_config.ipynb #4ff420da
 import dataclasses
 import difflib
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path

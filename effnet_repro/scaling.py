@@ -7,13 +7,13 @@ __all__ = ['SIZE_TABLE', 'NET_STAGES', 'STEM_FILTERS', 'HEAD_FILTERS', 'SE_RATIO
            'round_repeats', 'num_groups', 'ModelSpec', 'Block', 'blocks', 'Conv', 'conv_table', 'Cost', 'Counts',
            'count', 'same_padding', 'padding_pattern', 'mod32_warning', 'half_resolution']
 
-# %% ../nbs/01_scaling.ipynb #3d0daeea
+# %% ../nbs/01_scaling.ipynb #62760fd0
 import math
 import re
 from dataclasses import dataclass, replace
 from typing import Dict, NamedTuple, Optional, Tuple, Union
 
-from .config import NORMS, Case, get_case, load_cases, unknown_name
+from .config import NORMS, Case, get_case, unknown_name
 
 # %% ../nbs/01_scaling.ipynb #c69ab560
 class Size(NamedTuple):

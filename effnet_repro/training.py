@@ -272,10 +272,10 @@ def _jax_gradients(program, names, weights, batch):
     (sums, moving), _ = jax.lax.scan(one, state, micros)
     return sums[:-2], sums[-2], sums[-1], moving
 
-# %% ../nbs/38_training.ipynb #c991ab52
+# %% ../nbs/38_training.ipynb #93e46800
 def _mean_gradients(program, names, weights, sums):
     "From summed scaled gradients to what the optimizer takes"
-    ops, case = current_ops(), program.case
+    case = program.case
     decays = decay_mask(params(program.spec))
     scale = program.loss_scale * case.gradient_accumulation
     mean = [g if scale == 1 else g * (1.0 / scale) for g in sums]
@@ -836,19 +836,17 @@ def _say_estimate(case, data):
         flush=True,
     )
 
-# %% ../nbs/38_training.ipynb #d8c0b565
+# %% ../nbs/38_training.ipynb #589cfa74
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
 def choose_precision(
     precision: str = "auto",  # "float32", "bfloat16", "float16", or "auto"
 ) -> str:  # Type to compute in; weights and statistics are float32 in any case
-    "Choose the type to compute in: float32 on a CPU, bfloat16 on a GPU"
+    "Choose the type to compute in; `auto` is float32 on every device"
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    if precision != "auto":
-        return precision
-    return "float32" if device_name().startswith("CPU") else "bfloat16"
+    return "float32" if precision == "auto" else precision
 
 
 def _program(case, data, precision, seed):

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'save', 'load', 'read_metadata', 'epoch_path', 'list_checkpoints', 'latest', 'remove_leftovers',
-           'check_matches', 'WeightAverage', 'average_files', 'average_weights']
+           'WeightAverage', 'average_files', 'average_weights']
 
-# %% ../nbs/33_checkpoint.ipynb #d69bd0dc
+# %% ../nbs/33_checkpoint.ipynb #71f34df1
 import json
 import os
 import re
@@ -17,6 +17,8 @@ from pathlib import Path
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
+
+from .config import list_some
 
 # %% ../nbs/33_checkpoint.ipynb #273b4f4e
 FORMAT_VERSION = 1
@@ -192,34 +194,7 @@ def remove_leftovers(
         path.unlink()
     return [path.name for path in left]
 
-# %% ../nbs/33_checkpoint.ipynb #6036d7ad
-def _some(names, limit=3):
-    names = sorted(names)
-    more = len(names) - limit
-    return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
-
-# %% ../nbs/33_checkpoint.ipynb #43676f98
-def check_matches(
-    arrays,  # Name -> array, e.g. from load(path, prefix="all/")
-    params,  # Iterable of Param: what the network declares
-):  # None; raises ValueError that names missing, unexpected and wrongly shaped arrays
-    "Check that `arrays` are exactly the parameters that a network declares"
-    declared = {p.name: tuple(p.shape) for p in params}
-    missing, unexpected = set(declared) - set(arrays), set(arrays) - set(declared)
-    wrong = [
-        f"{name} {np.shape(arrays[name])} for {shape}"
-        for name, shape in declared.items()
-        if name in arrays and np.shape(arrays[name]) != shape
-    ]
-    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
-    found = [f"{len(names)} {kind}: {_some(names)}" for kind, names in kinds.items() if names]
-    if found:
-        raise ValueError(
-            f"These weights are not this network's. {'. '.join(found)}. "
-            "Build it from the checkpoint's own case (`read_metadata(path)['case']`)."
-        )
-
-# %% ../nbs/33_checkpoint.ipynb #65544e3b
+# %% ../nbs/33_checkpoint.ipynb #e4dc3e7d
 def _check_next(average, new, at_update):
     "Refuse other names or shapes than before, and a checkpoint that was already counted"
     if at_update is not None and at_update <= average.last_update:
@@ -235,7 +210,7 @@ def _check_next(average, new, at_update):
     ]
     if average.count and changed:
         raise ValueError(
-            f"An average needs the same arrays every time. {len(changed)} differ in name or shape: {_some(changed)}."
+            f"An average needs the same arrays every time. {len(changed)} differ in name or shape: {list_some(changed)}."
         )
 
 # %% ../nbs/33_checkpoint.ipynb #63d65049

@@ -986,7 +986,7 @@ def training_batches(
     stream = stream.map(decode, num_parallel_calls=auto, deterministic=True)
     return stream.batch(plan.local, drop_remainder=True).prefetch(auto)
 
-# %% ../nbs/30_data.ipynb #5f72b628
+# %% ../nbs/30_data.ipynb #76b56a2b
 def plot_pictures(
     images,  # Pictures, (n, H, W, 3) uint8
     titles: Sequence[str] = (),  # One each, or none
@@ -997,7 +997,8 @@ def plot_pictures(
     import matplotlib.pyplot as plt
 
     rows = -(-len(images) // columns)
-    height = side + (0.2 if len(titles) else 0)
+    lines = max((t.count("\n") + 1 for t in titles), default=0)
+    height = side + 0.04 + 0.16 * lines
     fig, axes = plt.subplots(rows, columns, figsize=(columns * side, rows * height), squeeze=False)
     for ax in axes.flat:
         ax.axis("off")

@@ -7,7 +7,7 @@ __all__ = ['current_ops', 'xla_pays', 'ParamLayer', 'SegmentLayer', 'as_spec', '
            'get_weights', 'set_weights', 'load_published', 'to_published', 'fold', 'load_keras_applications',
            'GroupConv2D', 'ProxyNormAct', 'MBConv']
 
-# %% ../nbs/20_efficientnet.ipynb #649dcd2a
+# %% ../nbs/20_efficientnet.ipynb #319d0a3b
 from dataclasses import asdict, replace
 from typing import Dict, Optional, Sequence, Tuple, Union
 
@@ -22,6 +22,7 @@ from effnet_repro.network import (
     Param,
     _block_params,
     _norm_params,
+    check_matches,
     fold_proxies,
     initial_value,
     pack,
@@ -187,7 +188,7 @@ def spec_of(
     "Recover the specification that a model was built from"
     return next(layer.spec for layer in model.layers if isinstance(layer, SegmentLayer))
 
-# %% ../nbs/20_efficientnet.ipynb #4483f6cb
+# %% ../nbs/20_efficientnet.ipynb #d43a7370
 def get_weights(
     model: keras.Model,  # A model made by `build_model`
 ) -> Dict[str, np.ndarray]:  # Full name -> float32 array; what checkpoints hold
@@ -201,22 +202,10 @@ def set_weights(
     optional: Tuple[str, ...] = ("input/scale", "input/shift"),  # Names that may be absent
 ):
     "Copy weights into a model; names and shapes must match"
+    layers = [layer for layer in model.layers if isinstance(layer, SegmentLayer)]
+    declared = [p for layer in layers for p in layer.segment.params]
+    check_matches(weights, [p for p in declared if p.name in weights or p.name not in optional])
     variables = weights_by_name(model)
-    missing = [n for n in variables if n not in weights and n not in optional]
-    unexpected = [n for n in weights if n not in variables]
-    shapes = [
-        f"{n}: {np.shape(weights[n])} for {tuple(v.shape)}"
-        for n, v in variables.items()
-        if n in weights and np.shape(weights[n]) != tuple(v.shape)
-    ]
-    problems = {"missing": missing, "unexpected": unexpected, "of another shape": shapes}
-    found = [
-        f"{len(p)} {k} ({', '.join(p[:3])}{', ...' if len(p) > 3 else ''})"
-        for k, p in problems.items()
-        if p
-    ]
-    if found:
-        raise ValueError(f"These weights do not fit {spec_of(model).name}: {'; '.join(found)}.")
     for name, value in weights.items():
         variables[name].assign(value)
 

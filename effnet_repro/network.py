@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Param', 'Segment', 'normalise_pictures', 'features', 'segments', 'params',
-           'initial_value', 'initial_weights', 'run', 'pack', 'unpack', 'fold_proxies']
+           'initial_value', 'initial_weights', 'run', 'check_matches', 'pack', 'unpack', 'fold_proxies']
 
-# %% ../nbs/14_network.ipynb #8e4e0f85
+# %% ../nbs/14_network.ipynb #e947d673
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
 import numpy as np
 
+from .config import list_some
 from .group_conv import group_conv, kernel_shape
 from .mbconv import Scope, expand, mbconv, norm_act, project, spatial
 from .ops import NumpyOps
@@ -244,6 +245,27 @@ def run(
         if outputs is not None:
             outputs[segment.name] = x
     return x
+
+# %% ../nbs/14_network.ipynb #7a70b00a
+def check_matches(
+    arrays,  # Name -> array
+    params,  # Iterable of parameters: what the network declares
+):  # None; raises ValueError that names missing, unexpected and wrongly shaped arrays
+    "Check that `arrays` are exactly the parameters that a network declares"
+    declared = {p.name: tuple(p.shape) for p in params}
+    missing, unexpected = set(declared) - set(arrays), set(arrays) - set(declared)
+    wrong = [
+        f"{name} {np.shape(arrays[name])} for {shape}"
+        for name, shape in declared.items()
+        if name in arrays and np.shape(arrays[name]) != shape
+    ]
+    kinds = {"missing": missing, "unexpected": unexpected, "wrong shape": wrong}
+    found = [f"{len(names)} {kind}: {list_some(names)}" for kind, names in kinds.items() if names]
+    if found:
+        raise ValueError(
+            f"These weights are not this network's. {'. '.join(found)}. "
+            "Build it from the checkpoint's own case (`read_metadata(path)['case']`)."
+        )
 
 # %% ../nbs/14_network.ipynb #583595ee
 _PROXY_ROWS = ("beta", "gamma", "mean", "inv_std", "beta_prime", "gamma_prime")

@@ -733,7 +733,7 @@ def _say_epoch(row, case, path):
         flush=True,
     )
 
-# %% ../nbs/38_training.ipynb #d500265f
+# %% ../nbs/38_training.ipynb #0349b11b
 def _write_events(state, row):
     "TensorBoard scalars, by update; left out where TensorBoard is not installed"
     try:
@@ -779,6 +779,7 @@ def plot_run(
     axes[2].plot(m.epoch, m.learning_rate, marker="o", ms=3)
     axes[2].set(xlabel="epoch", title="learning rate at the epoch's end", ylim=(0, None))
     for ax in axes:
+        ax.locator_params("x", integer=True, min_n_ticks=1)
         ax.spines[["top", "right"]].set_visible(False)
     return axes
 

@@ -21,7 +21,6 @@ from effnet_repro.checkpoint import (
     WeightAverage,
     average_files,
     average_weights,
-    check_matches,
     epoch_path,
     latest,
     list_checkpoints,
@@ -31,7 +30,7 @@ from effnet_repro.checkpoint import (
     save,
 )
 from effnet_repro.config import case_from_dict, case_to_dict, load_cases
-from effnet_repro.network import Param, initial_weights, params
+from effnet_repro.network import Param, check_matches, initial_weights, params
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import test_allclose as check_close
 

@@ -194,7 +194,7 @@ def remove_leftovers(
         path.unlink()
     return [path.name for path in left]
 
-# %% ../nbs/33_checkpoint.ipynb #e4dc3e7d
+# %% ../nbs/33_checkpoint.ipynb #f9b9562f
 def _check_next(average, new, at_update):
     "Refuse other names or shapes than before, and a checkpoint that was already counted"
     if at_update is not None and at_update <= average.last_update:
@@ -210,7 +210,8 @@ def _check_next(average, new, at_update):
     ]
     if average.count and changed:
         raise ValueError(
-            f"An average needs the same arrays every time. {len(changed)} differ in name or shape: {list_some(changed)}."
+            f"An average needs the same arrays every time. {len(changed)} differ in name or "
+            f"shape: {list_some(changed)}."
         )
 
 # %% ../nbs/33_checkpoint.ipynb #63d65049

@@ -38,7 +38,6 @@ from effnet_repro.config import (
     case_to_dict,
     differing_fields,
     for_one_device,
-    get_case,
     override,
     resolve,
     unknown_name,

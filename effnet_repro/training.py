@@ -74,6 +74,9 @@ from effnet_repro.recipe import (
 )
 from .scaling import SIZE_TABLE, ModelSpec, count, mod32_warning
 
+# %% ../nbs/38_training.ipynb #one-op-at
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+
 # %% ../nbs/38_training.ipynb #65d7ac40
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class RecipeOptimizer(keras.optimizers.Optimizer):

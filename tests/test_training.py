@@ -206,8 +206,14 @@ def one_update():
         network,
         Program(case, spec, tuple(la.segment.name for la in network.layers[1:]), "float32", 0),
     )
-    model.fit(((batch,) for _ in range(2)), steps_per_epoch=1, verbose=0, shuffle=False)
     import keras
+
+    stream = ((batch,) for _ in range(2))
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        stream = tf.data.Dataset.from_tensors(batch).repeat()
+    model.fit(stream, steps_per_epoch=1, verbose=0, shuffle=False)
 
     if keras.backend.backend() == "jax":
         model.jax_state_sync()

@@ -96,9 +96,7 @@ class _Recipe(_Batches):
     lr_drops: int = 146  # Equal drops over the run, exponential only
     lr_decay: float = 0.97  # Factor of a drop
     warmup_epochs: float = 5  # Linear warm-up of the learning rate
-    weight_decay: float = (
-        1e-5  # Added to the gradient of kernels, biases and the proxy's own vectors
-    )
+    weight_decay: float = 1e-5  # For kernels, biases and the proxy's own vectors
     loss_scale: float = 128  # Of 16-bit gradients; undone exactly
     weight_average_decay: float = 0.97  # Exponential average over epoch checkpoints
     variable_filter: Optional[Tuple[str, ...]] = (

@@ -893,6 +893,7 @@ def _average_until(folder, case, update):
         arrays, metadata = checkpoints.load(file, "all/")
         if average.last_update < metadata["update"] <= update and metadata.get("whole_epoch"):
             average.update(arrays, metadata["update"])
+            average.save(path)  # the writer was killed between the checkpoint and its average
     return average
 
 # %% ../nbs/38_training.ipynb #ccadd046

@@ -99,9 +99,7 @@ class _Recipe(_Batches):
     weight_decay: float = 1e-5  # For kernels, biases and the proxy's own vectors
     loss_scale: float = 128  # Of 16-bit gradients; undone exactly
     weight_average_decay: float = 0.97  # Exponential average over epoch checkpoints
-    variable_filter: Optional[Tuple[str, ...]] = (
-        None  # Segments to train, e.g. ("Top",); None = all
-    )
+    variable_filter: Optional[Tuple[str, ...]] = None  # Segments to train, e.g. ("Top",)
 
 # %% ../nbs/00_config.ipynb #a3dc3159
 @dataclass(frozen=True)

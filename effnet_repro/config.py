@@ -122,9 +122,7 @@ class Case(_Pictures):
     stochastic_rounding: bool = False  # Published: no_stochastic_rounding
     eight_bit_io: bool = True  # Send pictures to the device as bytes
     internal_exchange_optimisation_target: str = "balanced"  # or "memory"
-    available_memory_proportion: Tuple[
-        float, ...
-    ] = ()  # One value, or forward and backward of each stage
+    available_memory_proportion: Tuple[float, ...] = ()  # One value, or two a stage
     enable_conv_dithering: bool = False  # Spread convolutions over tiles
     offload_fp32_weight_copy: bool = False  # Keep float32 weights outside the chip (16.16 only)
     disable_variable_offloading: bool = True  # Keep the optimizer's slots on the chip

@@ -890,9 +890,9 @@ def _average_until(folder, case, update):
         loaded = checkpoints.WeightAverage.load(path)
         average = loaded if loaded.last_update <= update else average
     for file in checkpoints.list_checkpoints(folder):
-        arrays, metadata = checkpoints.load(file, "all/")
+        metadata = checkpoints.read_metadata(file)
         if average.last_update < metadata["update"] <= update and metadata.get("whole_epoch"):
-            average.update(arrays, metadata["update"])
+            average.update(checkpoints.load(file, "all/")[0], metadata["update"])
             average.save(path)  # the writer was killed between the checkpoint and its average
     return average
 
@@ -1104,6 +1104,22 @@ _BATCHES = ("global_batch_size", "micro_batch_size", "max_steps")
 LONG_RUN = 100  # Epochs; below, the average still holds more than 5 % of the first epoch's weights
 
 
+def _newest(
+    source,  # A checkpoint file, or a run folder
+):  # The file itself, or the newest checkpoint in the folder
+    "The checkpoint file that `source` stands for"
+    source = Path(source)
+    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
+    if not folder.is_dir():
+        return source
+    last = checkpoints.latest(folder)
+    if last is None:
+        raise FileNotFoundError(
+            f"No checkpoint in {folder}. Train first, or pass a checkpoint file."
+        )
+    return last
+
+
 def load_weights(
     source,  # A checkpoint file, an average, or a run folder
     weights: str = "auto",  # Of a run folder: "last", "average", or "auto"
@@ -1111,17 +1127,11 @@ def load_weights(
     "Read weights and where they come from"
     if weights not in ("auto", "last", "average"):
         raise unknown_name("weights", weights, ("auto", "last", "average"))
-    source = Path(source)
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    if folder.is_dir():
-        last = checkpoints.latest(folder)
-        if last is None:
-            raise FileNotFoundError(
-                f"No checkpoint in {folder}. Train first, or pass a checkpoint file."
-            )
+    source, last = Path(source), _newest(source)
+    if source != last:
         long = case_from_dict(checkpoints.read_metadata(last)["case"]).epochs >= LONG_RUN
         use_average = weights == "average" or (weights == "auto" and long)
-        source = folder / "average.safetensors" if use_average else last
+        source = last.parent / "average.safetensors" if use_average else last
     metadata = checkpoints.read_metadata(source)
     arrays = {n: a for n, a in checkpoints.load(source)[0].items() if not n.startswith("slots/")}
     if metadata.get("kind") == "average":
@@ -1278,14 +1288,7 @@ def load_metadata(
     source,  # A run folder or a checkpoint
 ) -> dict:
     "Read what the newest checkpoint of a run, or one file, says about itself"
-    source = Path(source)
-    folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
-    if folder.is_dir():
-        source = checkpoints.latest(folder)
-        if source is None:
-            raise FileNotFoundError(
-                f"No checkpoint in {folder}. Train first, or pass a checkpoint file."
-            )
+    source = _newest(source)
     metadata = checkpoints.read_metadata(source)
     return load_metadata(source.parent) if metadata.get("kind") == "average" else metadata
 

@@ -26,7 +26,7 @@ MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = ("40_train", "41_finetune", "42_validate")
 # These need Keras when they are imported; nothing else does.
-WITH_KERAS = {"efficientnet", "training", "export", "cli"}
+WITH_KERAS = {"efficientnet", "training", "export"}
 # The base install, and so all that a module may import at its top.
 BASE = {"numpy", "yaml", "safetensors", "effnet_repro"}
 

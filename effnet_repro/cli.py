@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['EXIT_STATUSES', 'COMMANDS', 'UsageError', 'Command', 'cases_command', 'main']
 
-# %% ../nbs/90_cli.ipynb #d3e230f8
+# %% ../nbs/90_cli.ipynb #4fbbc7eb
 import argparse
 import csv
-import dataclasses
 import functools
 import inspect
 import json

@@ -3,7 +3,7 @@
 nbdev prepares the notebooks (hidden cells, `show_doc`, links of names in backticks), smalldocs
 renders them with _quarto.yml, and this script adds what the two leave open: pages called as nbdev
 links to them (`config.html`), the vendored KaTeX, pages of the exported source, copies of linked
-files, and checks. Any problem ends it with a list and status 1.
+files, what `finish` does to every page, and checks. Any problem ends it with a list and status 1.
 """
 
 import argparse
@@ -19,12 +19,16 @@ from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import finish
 import tree
 import yaml
 
 KATEX_URL = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
 MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
+FENCED = re.compile(r"(?ms)^```.*?^```")
+CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
+HEAVIEST_PAGE = 1_500_000  # bytes, with its pictures and without what all pages share
 PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipynb|html)")
 
 
@@ -105,6 +109,18 @@ def plain_links(text, linked):
     return MD_LINK.sub(one, text)
 
 
+def one_stream(outputs):
+    "Outputs in which what was printed in several goes is one block, as it was on the terminal."
+    joined = []
+    for output in outputs:
+        before = joined[-1] if joined else {}
+        if output["output_type"] == "stream" and before.get("name") == output["name"]:
+            before["text"] = "".join(before["text"]) + "".join(output["text"])
+        else:
+            joined.append(output)
+    return joined
+
+
 def lay_out(proc, site, linked):
     "Copy nbdev's pages to the folder `site` under the names that its links use."
     for path in sorted(proc.rglob("*")):
@@ -125,10 +141,15 @@ def lay_out(proc, site, linked):
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
                 cell["source"] = plain_links(source, linked)
+            if cell["cell_type"] == "code":
+                cell["outputs"] = one_stream(cell["outputs"])
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
                 if "text/markdown" in data:
-                    data["text/markdown"] = plain_links("".join(data["text/markdown"]), linked)
+                    text = "".join(data["text/markdown"])
+                    # nbdev links names in the comments of a signature, where a link is shown as typed
+                    text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
+                    data["text/markdown"] = plain_links(text, linked)
         target.write_text(json.dumps(nb))
 
 
@@ -138,12 +159,20 @@ SOURCE_PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{module} - source - effnet_repro</title>
-<link rel="stylesheet" href="../styles.css"><style>{style}</style></head>
-<body class="source-page"><p><a href="../{page}.html">{page}</a> &middot;
-the module <code>effnet_repro/{module}.py</code>, exported from its notebook</p>
+<link rel="icon" href="../assets/favicon.svg"><link rel="stylesheet" href="../styles.css">
+<script>{scheme}</script><script src="../assets/site.js" defer></script></head>
+<body class="source-page"><main><h1>{module}</h1>
+<p>The module <code>effnet_repro/{module}.py</code>, exported from
+<a href="../{page}.html">its notebook</a>.</p>
 {code}
-</body></html>
+</main></body></html>
 """
+# The theme that the reader chose on the pages, or that the system prefers.
+SOURCE_SCHEME = (
+    'try { var chosen = localStorage.getItem("smalldocs-scheme"); } catch (e) {} '
+    'if (chosen ? chosen === "alternate" : matchMedia("(prefers-color-scheme: dark)").matches) '
+    'document.documentElement.classList.add("quarto-dark");'
+)
 
 
 def line_of(symbol, module):
@@ -199,7 +228,7 @@ def add_sources(out, git_url):
             SOURCE_PAGE.format(
                 module=module,
                 page=module,
-                style=formatter.get_style_defs(".highlight"),
+                scheme=SOURCE_SCHEME,
                 code=highlight(source, PythonLexer(), formatter),
             )
         )
@@ -224,7 +253,7 @@ class Page(HTMLParser):
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
-        self.links, self.loads, self.anchors, self.no_alt = [], [], {"", "top"}, 0
+        self.links, self.loads, self.anchors, self.no_alt = [], [], {"", "top"}, []
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
@@ -237,7 +266,9 @@ class Page(HTMLParser):
         for name in ("src", "data-src", "poster", "data"):
             if tag != "a" and at.get(name) and (name != "data" or tag == "object"):
                 self.loads.append(at[name])
-        self.no_alt += tag == "img" and "alt" not in at
+        alt = {"img": "alt", "svg": "aria-label"}.get(tag)
+        if alt and not at.get(alt) and at.get("aria-hidden") != "true":
+            self.no_alt.append(at.get("src", tag)[:80])
 
 
 def check(out, expected):
@@ -268,6 +299,16 @@ def check(out, expected):
             elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
                 wrong.append(f"{name}: {target} has no place #{anchor}")
         text = (out / name).read_text()
+        wrong += [f"{name}: the picture {p} has no alternative text" for p in page.no_alt]
+        own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
+        files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
+        weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())
+        if weight > HEAVIEST_PAGE:
+            wrong.append(
+                f"{name}: weighs {weight:,} bytes with its pictures, over {HEAVIEST_PAGE:,}"
+            )
+        if "cell-output-stderr" in text:
+            wrong.append(f"{name}: shows what was written to stderr")
         if "Traceback (most recent call last)" in text or "cell-output-error" in text:
             wrong.append(f"{name}: shows a traceback")
         if re.search(
@@ -325,6 +366,7 @@ def main():
             sys.exit(f"build_docs: nbdev left out {', '.join(sorted(lost))}")
         site, linked = Path(folder) / "site", set()
         lay_out(proc, site, linked)
+        config["format"]["html"].pop("respect-user-color-scheme", None)  # smalldocs always does
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         text = PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", text)
         (site / "_quarto.yml").write_text(text)
@@ -340,6 +382,7 @@ def main():
         out = Path(built.out)
         modules = add_sources(out, get_config(path=tree.ROOT).git_url)
         make_local(out)
+        finish.finish(out, card=config["website"].get("image"))
         expected = {Path(tree.page_name(n)).with_suffix(".html").as_posix() for n in present}
         wrong, pages = check(out, expected)
         wrong += [f"smalldocs: {w}" for w in built.warnings]
@@ -348,10 +391,9 @@ def main():
         shutil.move(out, final)
 
     links = sum(len(p.links) + len(p.loads) for p in pages.values())
-    no_alt = sum(p.no_alt for p in pages.values())
     print(
         f"build_docs: {len(expected)} pages and {len(modules)} source pages in {final.name}, "
-        f"{links} links checked" + (f", {no_alt} pictures without alt text" if no_alt else "")
+        f"{links} links checked"
     )
     if wrong:
         sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")

@@ -1,5 +1,6 @@
 """The site's and the README's own checks: each is shown what it must find, and what it must let pass."""
 
+import base64
 import json
 import sys
 from pathlib import Path
@@ -10,11 +11,27 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
 import build_docs  # noqa: E402
 import build_readme  # noqa: E402
+import finish  # noqa: E402
 import tree  # noqa: E402
+from bs4 import BeautifulSoup  # noqa: E402
 
 GOOD = """<html><head><link rel="stylesheet" href="a.css"></head><body><h2 id="part">Part</h2>
 <a href="#part">up</a> <a href="other.html#there">other</a> <a href="https://arxiv.org/abs/1">paper</a>
 <img src="data:image/png;base64,AA" alt="x"></body></html>"""
+
+RENDERED = """<html><head><title>T</title></head><body><nav class="navbar"><div class="navbar-container">
+<button class="navbar-toggler"></button><div class="collapse"><div class="quarto-navbar-tools">
+<a class="quarto-color-scheme-toggle" href=""></a></div></div></div></nav>
+<nav id="quarto-sidebar"><div class="sidebar-item-section"><div class="sidebar-item-container">
+<a data-bs-toggle="collapse" data-bs-target="#s1">Learn</a>
+<a data-bs-toggle="collapse" data-bs-target="#s1"><i></i></a></div><ul id="s1"></ul></div></nav>
+<main id="main"><table border="1"><thead><tr><th></th><th>macs</th><th>what</th></tr>
+<tr><th>case</th><th></th><th></th></tr></thead><tbody><tr><th>a</th><td>1,234</td><td>b1</td></tr>
+<tr><th>b</th><td>-</td><td>7</td></tr></tbody></table></main></body></html>"""
+MATPLOTLIB = """<?xml version="1.0"?>
+<svg alt="A line" viewBox="0 0 9 9"><metadata>matplotlib</metadata><g id="figure_1">
+<path id="m1" style="stroke: #000000; fill: #ffffff"/><use xlink:href="#m1" style="fill: #1f77b4"/>
+<g clip-path="url(#m1)"></g></g></svg>"""
 
 
 @pytest.fixture
@@ -34,7 +51,7 @@ def test_check_lets_a_good_site_pass(site):
     "text, said",
     [
         ('<a href="gone.html">x</a>', "leads nowhere"),
-        ('<img src="gone.png">', "leads nowhere"),
+        ('<img src="gone.png" alt="x">', "leads nowhere"),
         ('<a href="other.html#gone">x</a>', "has no place #gone"),
         ('<a href="#gone">x</a>', "has no place #gone"),
         ('<script src="https://cdn.example.org/x.js"></script>', "from elsewhere"),
@@ -43,6 +60,10 @@ def test_check_lets_a_good_site_pass(site):
         ('<a href="file:///x">x</a>', "one machine"),
         ("<pre>Traceback (most recent call last):</pre>", "traceback"),
         ("<p>as @fig-proxy shows</p>", "cross-reference"),
+        ('<img src="data:image/png;base64,AA">', "no alternative text"),
+        ("<svg><path/></svg>", "no alternative text"),
+        ('<div class="cell-output-stderr">W</div>', "stderr"),
+        (f"<p>{'x' * 1_500_000}</p>", "weighs"),
     ],
 )
 def test_check_finds(site, text, said):
@@ -58,6 +79,66 @@ def test_check_finds_missing_pages_and_fonts(site):
     (site / "site_libs").mkdir()
     build_docs.make_local(site)
     assert build_docs.check(site, {"index.html"})[0] == []
+
+
+def test_finish_names_what_is_pressed_and_where_one_is(tmp_path):
+    (tmp_path / "index.html").write_text(RENDERED)
+    finish.finish(tmp_path, card="assets/card.png")
+    page = BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
+    assert page.select_one(".skip-link")["href"] == "#main" and not page.select(".navbar-toggler")
+    assert page.select_one(".navbar-container > .quarto-navbar-tools > button.scheme-switch")
+    folds = page.select("#quarto-sidebar button")
+    assert [b.get_text() for b in folds] == ["Learn"] and folds[0]["aria-controls"] == "s1"
+    assert not page.select("#quarto-sidebar [data-bs-toggle]:not(button)")
+    assert page.find("meta", property="og:image")["content"] == "assets/card.png"
+    names = [nav["aria-label"] for nav in page.select("nav")]
+    assert len(set(names)) == len(names) == 2
+
+
+def test_finish_tidies_tables_of_numbers(tmp_path):
+    (tmp_path / "index.html").write_text(RENDERED)
+    finish.finish_page(tmp_path / "index.html")
+    page = BeautifulSoup((tmp_path / "index.html").read_text(), "html.parser")
+    heads = page.select("thead tr")
+    assert len(heads) == 1 and [h.get_text() for h in heads[0]("th")] == ["case", "macs", "what"]
+    assert [c.get_text() for c in page.select(".num")] == ["macs", "1,234", "-"]
+    assert page.select_one("tbody th")["scope"] == "row" and not page.select("[border]")
+
+
+def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
+    drawn = RENDERED.replace("</main>", MATPLOTLIB * 2 + "</main>")
+    (tmp_path / "index.html").write_text(drawn)
+    finish.finish_page(tmp_path / "index.html")
+    text = (tmp_path / "index.html").read_text()
+    page = BeautifulSoup(text, "html.parser")
+    one, two = page.select("main svg")
+    assert one["aria-label"] == "A line" and one["role"] == "img" and "alt" not in one.attrs
+    assert [p["id"] for p in page.select("path")] == ["f1-m1", "f2-m1"]
+    assert two.find("use")["xlink:href"] == "#f2-m1" and "url(#f2-m1)" in str(two)
+    assert "stroke: currentColor" in str(one) and "fill: var(--page)" in str(one)
+    assert "#1f77b4" in str(one) and "<?xml" not in text and "metadata" not in text
+
+
+def test_finish_writes_pictures_to_files(tmp_path):
+    size = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")
+    uri = "data:image/png;base64," + base64.b64encode(size).decode()
+    (tmp_path / "page.html").write_text(f'<body><img alt="x" src="{uri}"></body>')
+    finish.finish_page(tmp_path / "page.html")
+    img = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser").img
+    assert (img["src"], img["width"], img["height"]) == ("figures/page-1.png", "640", "480")
+    assert (tmp_path / "figures" / "page-1.png").read_bytes() == size
+
+
+def test_printed_lines_are_one_block_and_comments_show_no_links():
+    def stream(name, text):
+        return {"output_type": "stream", "name": name, "text": text}
+
+    shown = {"output_type": "display_data", "data": {}}
+    outputs = [stream("stdout", "a\n"), stream("stdout", ["b\n"]), shown, stream("stdout", "c\n")]
+    assert [o.get("text") for o in build_docs.one_stream(outputs)] == ["a\nb\n", None, "c\n"]
+    text = "[`a`](a.html)\n```python\nf( # [`a`](a.html#a)\n```\n[`a`](a.html)"
+    bare = build_docs.FENCED.sub(lambda m: build_docs.CODE_LINK.sub(r"\1", m[0]), text)
+    assert bare == "[`a`](a.html)\n```python\nf( # `a`\n```\n[`a`](a.html)"
 
 
 def test_links_get_the_names_of_the_site():
@@ -88,7 +169,9 @@ def test_sidebar_names_and_drops_pages():
 
 def test_names_without_a_heading_lead_to_their_source(site, monkeypatch):
     monkeypatch.setattr(tree, "ROOT", site)
-    (site / "styles.css").write_text("")
+    for name in ("styles.css", "assets/favicon.svg", "assets/site.js"):
+        (site / name).parent.mkdir(exist_ok=True)
+        (site / name).write_text("")
     (site / "effnet_repro").mkdir()
     (site / "effnet_repro" / "other.py").write_text("import os\n\n\ndef _hidden():\n    pass\n")
     link = '<a href="https://example.invalid/blob/main/effnet_repro/other.py#L4" target="_blank">source</a>'

@@ -1,0 +1,227 @@
+"""What each page of the site gets after rendering: a header that fits a phone, names for its
+landmarks, buttons where something is pressed, figures as files or in the page's own colours, and
+tables whose numbers line up. `finish` does it; `build_docs` calls it."""
+
+import base64
+import json
+import re
+
+from bs4 import BeautifulSoup, NavigableString
+
+ENDINGS = {"png": "png", "jpeg": "jpg", "gif": "gif", "svg+xml": "svg", "webp": "webp"}
+DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
+NUMBER = re.compile(r"[-+\u2212]?[\d,.\u202f ]*\d(?:e[-+]?\d+)?\s?%?$")
+EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
+
+
+# ---------------------------------------------------------------- figures
+
+
+def drawn(svg, number, alt):
+    "A figure of Matplotlib as a part of the page: black and white become the page's ink and ground."
+    svg = svg[re.search(r"<svg\b", svg).start() :]
+    svg = re.sub(r"(?s)<metadata>.*?</metadata>|<!--.*?-->", "", svg)
+    ids = set(re.findall(r'\bid="([^"]+)"', svg))
+    for pattern in (r'(\bid=")([^"]+)', r'(href="#)([^"]+)', r"(url\(#)([^)]+)"):
+        svg = re.sub(pattern, lambda m: f"{m[1]}{f'f{number}-' if m[2] in ids else ''}{m[2]}", svg)
+    svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#000000|#000|black)\b", r"\1\2currentColor", svg)
+    svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#ffffff|#fff|white)\b", r"\1\2var(--page)", svg)
+    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1inherit", svg)
+    head = re.match(r"<svg\b[^>]*>", svg)[0]
+    open_tag = re.sub(r' (?:alt|role|class|aria-label)="[^"]*"', "", head)
+    open_tag = open_tag.replace("<svg", '<svg class="figure" role="img"', 1)
+    if alt:
+        open_tag = open_tag.replace("<svg", f'<svg aria-label="{alt}"', 1)
+    return open_tag + svg[len(head) :]
+
+
+def draw_in_place(text):
+    "The page with its Matplotlib figures drawn in the page's colours."
+    count = 0
+
+    def one(match):
+        nonlocal count
+        if "matplotlib" not in match[0] and 'id="figure_1"' not in match[0]:
+            return match[0]
+        count += 1
+        alt = re.search(r'<svg\b[^>]*? alt="([^"]*)"', match[0])
+        return drawn(match[0], count, alt[1] if alt else "")
+
+    prolog = r"(?:<\?xml[^>]*\?>\s*)?(?:<!DOCTYPE svg[^>]*>\s*)?"
+    return re.sub(rf"(?s){prolog}<svg\b.*?</svg>", one, text)
+
+
+def pictures_as_files(soup, folder, page):
+    "Write pictures that are in the page as text to files, which a browser loads when it gets there."
+    for number, img in enumerate(soup.find_all("img", src=DATA_URI), 1):
+        kind, data = DATA_URI.fullmatch(img["src"]).groups()
+        data = base64.b64decode(data)
+        folder.mkdir(exist_ok=True)
+        name = f"{page}-{number}.{ENDINGS[kind]}"
+        (folder / name).write_bytes(data)
+        img["src"] = f"{folder.name}/{name}"
+        img["loading"] = "lazy"
+        if kind == "png":  # the room it takes, so that nothing jumps when it arrives
+            img["width"], img["height"] = (int.from_bytes(data[n : n + 4], "big") for n in (16, 20))
+
+
+# ---------------------------------------------------------------- tables
+
+
+def is_number(cell):
+    return bool(NUMBER.match(cell)) or cell.lower() in EMPTY
+
+
+def tidy_table(table):
+    "One row of headings instead of two, no style of its own, numbers at the right."
+    for name in ("border", "style"):
+        table.attrs.pop(name, None)
+    head, body = table.find("thead"), table.find("tbody")
+    for row in table.find_all("tr"):
+        row.attrs.pop("style", None)
+    if not head or not body:
+        return
+    rows = head.find_all("tr")
+    if len(rows) == 2 and len(rows[0].find_all("th")) == len(rows[1].find_all("th")):
+        above, below = (r.find_all("th") for r in rows)
+        names = [a.get_text(strip=True) and b.get_text(strip=True) for a, b in zip(above, below)]
+        if not any(names[1:]):  # the second row only names the index
+            for one, two in zip(above, below):
+                if two.get_text(strip=True):
+                    one.string = two.get_text(strip=True)
+            rows[1].decompose()
+    for cell in head.find_all("th"):
+        cell["scope"] = "col"
+        if not cell.get_text(strip=True):  # an index without a name heads nothing
+            cell.name = "td"
+            del cell["scope"]
+    columns = {}
+    for row in body.find_all("tr"):
+        cells = row.find_all(["th", "td"], recursive=False)
+        for n, cell in enumerate(cells, -len(cells)):
+            if cell.name == "th":
+                cell["scope"] = "row"
+            columns.setdefault(n, []).append(cell)
+    last = head.find_all("tr")[-1].find_all(["th", "td"], recursive=False) if head.tr else []
+    for n, cells in columns.items():
+        texts = [c.get_text(strip=True) for c in cells]
+        if all(map(is_number, texts)) and not all(t.lower() in EMPTY for t in texts):
+            for cell in cells + ([last[n]] if -n <= len(last) else []):
+                if cell.get("class") != ["num"]:
+                    cell["class"] = [*cell.get("class", []), "num"]
+
+
+# ---------------------------------------------------------------- header, sidebar, landmarks
+
+
+def one_button_a_section(soup):
+    "A section of the sidebar folds with one button, not with two links that lead nowhere."
+    for box in soup.select(".sidebar-item-section > .sidebar-item-container"):
+        links = box.find_all("a", attrs={"data-bs-toggle": "collapse"})
+        if not links:
+            continue
+        button = soup.new_tag("button", type="button")
+        target = links[0]["data-bs-target"]
+        button.attrs |= {
+            "class": "sidebar-fold",
+            "data-bs-toggle": "collapse",
+            "data-bs-target": target,
+            "aria-controls": target.lstrip("#"),
+            "aria-expanded": links[0].get("aria-expanded", "true"),
+        }
+        if button["aria-expanded"] == "false":
+            button["class"] += " collapsed"
+        label = soup.new_tag("span")
+        label.string = links[0].get_text(strip=True)
+        arrow = soup.new_tag("i", attrs={"class": "bi bi-chevron-right", "aria-hidden": "true"})
+        button.extend([label, arrow])
+        for link in links:
+            link.decompose()
+        box.append(button)
+
+
+def header(soup):
+    "Search and the theme switch stay in the bar on a phone; the pages are behind one named button."
+    for toggler in soup.select(".navbar-toggler"):
+        toggler.decompose()
+    tools = soup.select_one(".quarto-navbar-tools")
+    box = soup.select_one(".navbar-container")
+    if tools and box:
+        box.append(tools.extract())
+        for link in soup.select("a.quarto-color-scheme-toggle"):
+            link.decompose()
+        switch = soup.new_tag("button", type="button")
+        switch.attrs |= {
+            "class": "scheme-switch",
+            "aria-label": "Dark theme",
+            "aria-pressed": "false",
+            "title": "Light or dark",
+        }
+        switch.append(soup.new_tag("i", attrs={"class": "bi", "aria-hidden": "true"}))
+        tools.append(switch)
+    for toggle in soup.select(".quarto-btn-toggle"):
+        toggle.attrs.pop("aria-label", None)
+        toggle["aria-expanded"] = "false"
+        toggle.append(NavigableString("Pages"))
+        for icon in toggle.select("i"):
+            icon["aria-hidden"] = "true"
+
+
+def landmarks(soup):
+    "Every landmark has its own name, and the text can be reached with one key."
+    for nav in soup.select("nav.quarto-secondary-nav"):
+        nav.name = "div"
+    names = {
+        "nav.navbar": "Site",
+        "nav#quarto-sidebar": "Pages",
+        "nav.page-navigation": "Previous and next page",
+        "nav#TOC": "On this page",
+        "nav.quarto-page-breadcrumbs": "Where this page is",
+    }
+    for where, name in names.items():
+        for nav in soup.select(where):
+            nav["aria-label"] = name
+    main = soup.find("main")
+    if main and main.get("id"):
+        link = soup.new_tag("a", attrs={"class": "skip-link"}, href=f"#{main['id']}")
+        link.string = "Skip to the text"
+        soup.body.insert(0, link)
+        main["tabindex"] = "-1"
+
+
+def social_card(soup, image):
+    "Name the card that a messenger shows for a link; with `site-url` set, the renderer has done it."
+    if soup.find("meta", property="og:image"):
+        return
+    for name in ("og:image", "twitter:image"):
+        key = "property" if name.startswith("og") else "name"
+        soup.head.append(soup.new_tag("meta", attrs={key: name, "content": image}))
+
+
+# ---------------------------------------------------------------- a page, the site
+
+
+def finish_page(path, card=None):
+    "Finish one page in place."
+    soup = BeautifulSoup(draw_in_place(path.read_text()), "html.parser")
+    for style in soup.select("div.cell-output style[scoped]"):
+        style.decompose()
+    pictures_as_files(soup, path.parent / "figures", path.stem)
+    for table in soup.select("main table"):
+        tidy_table(table)
+    one_button_a_section(soup)
+    header(soup)
+    landmarks(soup)
+    if card:
+        social_card(soup, card)
+    path.write_text(str(soup))
+
+
+def finish(out, card=None):
+    "Finish every page at the top of the site, and bring the search index as a script, too."
+    for path in sorted(out.glob("*.html")):
+        finish_page(path, card)
+    index = out / "search.json"
+    if index.exists():  # a page opened as a file may load a script, but not fetch
+        entries = json.loads(index.read_text())
+        (out / "search.js").write_text(f"window.searchIndex = {json.dumps(entries)};\n")

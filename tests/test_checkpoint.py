@@ -186,6 +186,34 @@ def test_other_files_are_refused(tmp_path, text):
         read_metadata(tmp_path / "c.safetensors")
 
 
+def test_a_flipped_bit_is_refused_or_harmless(tmp_path):
+    "Every bit of a small file in turn. Harmless: the name of the entry with the checksums."
+    arrays = {"w": np.ones((3, 4), "float32"), "b": np.int8(3)}
+    path = save(tmp_path / "c.safetensors", arrays, {"update": 1})
+    whole, harmless = path.read_bytes(), 0
+    for place in range(len(whole) * 8):
+        flipped = bytearray(whole)
+        flipped[place // 8] ^= 1 << place % 8
+        path.write_bytes(flipped)
+        try:
+            back, metadata = load(path)
+        except ValueError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+        else:
+            same(back, {k: np.asarray(v) for k, v in arrays.items()})
+            assert metadata["update"] == 1
+            harmless += 1
+    assert harmless < 200
+
+
+def test_files_from_before_the_checksums_are_read(tmp_path):
+    from safetensors.numpy import save_file
+
+    header = {"effnet_repro": json.dumps({"update": 7, "format_version": 1})}
+    save_file({"w": np.ones(2)}, str(tmp_path / "old.safetensors"), metadata=header)
+    assert load(tmp_path / "old.safetensors")[1]["update"] == 7
+
+
 def test_somebody_elses_safetensors_is_refused(tmp_path):
     from safetensors.numpy import save_file
 
@@ -285,7 +313,9 @@ def test_a_disk_that_is_full_half_way_leaves_the_old_file(tmp_path):
     "The system refuses to write more than 1000 bytes."
     path = save(epoch_path(tmp_path, 1), {"w": np.float32([1])}, dict(update=1))
     old = path.read_bytes()
-    assert child(FULL_DISK, path).communicate()[0] == b"File too large\n"
+    said = child(FULL_DISK, path).communicate()[0].decode()
+    assert f"Cannot write {path}: File too large. Needed: 0.1 MB, free: " in said
+    assert said.endswith("What was there before is unchanged.\n")
     assert path.read_bytes() == old and os.listdir(tmp_path) == [path.name]
 
 

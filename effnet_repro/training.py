@@ -39,6 +39,7 @@ from effnet_repro.config import (
     case_to_dict,
     differing_fields,
     for_one_device,
+    get_case,
     override,
     resolve,
     unknown_name,
@@ -621,10 +622,14 @@ def _refuse_other_case(path, theirs, ours):
     fields = differing_fields(theirs, ours)
     fields.pop("max_steps", None)
     if fields:
-        listed = "; ".join(f"{n}: {a} there, {b} here" for n, (a, b) in list(fields.items())[:6])
         raise ValueError(
-            f"{path} belongs to another run ({listed}). Use another run_dir, or the same settings."
+            f"{path} belongs to another run ({_list_fields(fields)}). Use another run_dir, or the same settings."
         )
+
+
+def _list_fields(fields):
+    "What `differing_fields` found, as text"
+    return "; ".join(f"{n}: {a} there, {b} here" for n, (a, b) in list(fields.items())[:6])
 
 # %% ../nbs/38_training.ipynb #b87ddf70
 class _Stop(Exception):
@@ -992,8 +997,10 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
         program.spec, w, data, case.image_size, precision=program.precision
     )
     state.update(evaluate=measure, validate_every=validate_every, started=time.perf_counter())
+    state["data"] = data
     finished = _fit(model, data, state, first, last, per_epoch)
-    scores = _final_scores(state, average, network) if finished else {}
+    measured = finished and validate_every is not None
+    scores = _final_scores(state, average, network) if measured else {}
     average_path = folder / "average.safetensors"
     return Run(
         run_dir,
@@ -1038,19 +1045,30 @@ def _final_scores(state, average, network):
     scores = {"last": state.get("last_scores") or measure(weights)}
     if average.count:
         scores["average"] = measure({**weights, **average.arrays()})
-    rows = [_score_row(kind, s) for kind, s in scores.items()]
-    size = str(scores["last"].image_size)
-    _append_rows(run_dir / "validation.csv", rows, lambda row: row["image_size"] != size)
+    at = {"last": state["follow"].update, "average": average.last_update}
     for kind, s in scores.items():
-        print(
-            f"validation, {kind} weights: top-1 {s.top1:.2%} of {s.pictures:,} pictures at {s.image_size} px"
-        )
+        _say_scores(kind, s)
+        _write_scores(run_dir, kind, s, at[kind], state["data"])
     return scores
+
+
+def _say_scores(weights, s):
+    print(
+        f"validation, {weights} weights: top-1 {s.top1:.2%} of {s.pictures:,} pictures at {s.image_size} px",
+        flush=True,
+    )
 
 
 def _score_row(weights, s):
     own = ("top1", "top5", "loss", "pictures", "image_size")
     return {"weights": weights, **{k: getattr(s, k) for k in own}}
+
+
+def _write_scores(run_dir, weights, scores, update, data):
+    "Write or replace a row of validation.csv"
+    row = {**_score_row(weights, scores), "update": update, "data": data.root}
+    same = lambda old: all(old.get(k) == str(row[k]) for k in ("weights", "image_size", "data"))
+    _append_rows(Path(run_dir) / "validation.csv", [row], lambda old: not same(old))
 
 # %% ../nbs/38_training.ipynb #da54a0c4
 def _check_backend(backend):
@@ -1071,7 +1089,11 @@ def train(
     precision: str = "auto",  # Type to compute in: "float32", "bfloat16", "float16"
     backend: Optional[str] = None,  # "tensorflow" or "jax"; refused when Keras runs on the other
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
-    validate_every: int = 1,  # Epochs between validations; 0 = only at the end
+    validate_every: Optional[
+        int
+    ] = 1,  # Epochs between validations; 0 = only at the end, None = never
+    init=None,  # Run folder or checkpoint to begin from; None = fresh weights
+    weights: str = "auto",  # Of `init`: "last", "average", "auto" = the average after a long run
     keep: int = 2,  # Checkpoints to keep, >= 1; the average needs none of them
     progress: bool = True,  # Whether to draw a progress bar
     **overrides,  # Fields of the case, e.g. epochs=3, image_size=64; None means what the case says
@@ -1086,8 +1108,13 @@ def train(
         "published": {k: _listed(v) for k, v in published.items()},
     }
     run_dir = Path(run_dir) if run_dir else Path("runs") / resolved.name
+    arrays = None
+    if init is not None:
+        arrays, metadata, source = load_weights(init, weights)
+        _check_init(source, metadata, data, resolved)
+        notes["init"] = str(source)
     return _execute(
-        resolved, data, run_dir, None, seed, precision, validate_every, keep, progress, notes
+        resolved, data, run_dir, arrays, seed, precision, validate_every, keep, progress, notes
     )
 
 
@@ -1102,6 +1129,24 @@ PROTOCOLS = {
     ),
 }
 _BATCHES = ("global_batch_size", "micro_batch_size", "max_steps")
+
+# %% ../nbs/38_training.ipynb #21f33589
+_NETWORK = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
+
+
+def _check_init(source, metadata, data, case):
+    "Refuse weights of another network, or of another number of classes"
+    fields = differing_fields(case_from_dict(metadata["case"]), case, _NETWORK)
+    if fields:
+        raise ValueError(
+            f"{source} holds another network than {case.name} ({_list_fields(fields)}). "
+            "Begin from a run of the same network."
+        )
+    if metadata["num_classes"] != data.num_classes:
+        raise ValueError(
+            f"{source} has {metadata['num_classes']} classes, the data {data.num_classes} ({data.root}). "
+            "Fine-tune on the data set that it was trained on."
+        )
 
 # %% ../nbs/38_training.ipynb #a6da6473
 def finetune_case(
@@ -1149,7 +1194,7 @@ def finetune(
     precision: str = "auto",
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
-    validate_every: int = 1,
+    validate_every: Optional[int] = 1,
     keep: int = 2,
     progress: bool = True,
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
@@ -1169,11 +1214,7 @@ def finetune(
         f"fine-tuning {', '.join(variable_filter)} at {image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
-    if metadata["num_classes"] != data.num_classes:
-        raise ValueError(
-            f"{source} has {metadata['num_classes']} classes, the data {data.num_classes} ({data.root}). "
-            "Fine-tune on the data set that it was trained on."
-        )
+    _check_init(source, metadata, data, trained)
     folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
     run_dir = Path(run_dir) if run_dir else folder / f"finetune-{image_size}"
     notes = {
@@ -1186,59 +1227,80 @@ def finetune(
         case, data, run_dir, arrays, seed, precision, validate_every, keep, progress, notes
     )
 
-# %% ../nbs/38_training.ipynb #f3e082ed
+# %% ../nbs/38_training.ipynb #d588a149
 def validate(
     source,  # A run folder, a checkpoint file or an average
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     *,
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
-    weights: str = "both",  # Of a run folder: "last", "average" or "both"
+    weights: str = "both",  # Of a run folder: "last", "average", "both", or "all": see below
     precision: str = "auto",
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
     batch: int = 64,  # Pictures at a time
-) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores
+) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
     _check_backend(backend)
-    if weights not in ("last", "average", "both"):
-        raise unknown_name("weights", weights, ("last", "average", "both"))
     source, data, scores = Path(source), open_data(data_dir, data_format), {}
     is_run = source.is_dir()
-    kinds = (["last", "average"] if weights == "both" else [weights]) if is_run else ["last"]
-    if (
-        is_run
-        and weights == "both"
-        and not (source / "checkpoints" / "average.safetensors").exists()
-    ):
-        kinds = ["last"]  # the run ended before its first epoch did
-    for kind in kinds:
-        arrays, metadata, path = load_weights(source, kind)
+    run_dir = source.parent if source.name == "checkpoints" else source
+    for name, path in _weight_files(source, weights).items():
+        arrays, metadata, _ = load_weights(path)
         case = case_from_dict(metadata["case"])
+        size, update = image_size or case.image_size, checkpoints.read_metadata(path)["update"]
+        if weights == "all" and _is_measured(run_dir, name, update, size, data):
+            continue
         spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
-        size = image_size or case.image_size
-        name = kind if is_run else path.name
         scores[name] = evaluate(spec, arrays, data, size, batch, choose_precision(precision))
-    if is_run:
-        rows = [_score_row(kind, s) for kind, s in scores.items()]
-        again = {(r["weights"], str(r["image_size"])) for r in rows}
-        _append_rows(
-            source / "validation.csv",
-            rows,
-            lambda row: (row["weights"], row["image_size"]) not in again,
-        )
+        if weights == "all":
+            _say_scores(name, scores[name])
+        if is_run:
+            _write_scores(run_dir, name, scores[name], update, data)
     return scores
+
+# %% ../nbs/38_training.ipynb #4e9dfd6c
+def _weight_files(source, weights):
+    "What there is to measure: name -> file"
+    if weights not in ("last", "average", "both", "all"):
+        raise unknown_name("weights", weights, ("last", "average", "both", "all"))
+    newest = _newest(source)
+    if newest == source:
+        return {source.name: source}
+    average = newest.parent / "average.safetensors"
+    if weights == "all":
+        found = {p.stem: p for p in checkpoints.list_checkpoints(newest.parent)}
+    else:
+        found = {"last": newest} if weights in ("last", "both") else {}
+    if weights == "average" or (weights != "last" and average.exists()):
+        found["average"] = average  # a run that ended within its first epoch has none
+    return found
+
+
+def _is_measured(run_dir, name, update, image_size, data):
+    "Whether validation.csv holds these weights, be it under another name"
+    path = run_dir / "validation.csv"
+    if not path.exists():
+        return False
+    want = (name == "average", str(update), str(image_size), data.root)
+    with path.open(newline="") as file:
+        return any(
+            (r["weights"] == "average", r.get("update"), r["image_size"], r.get("data")) == want
+            for r in csv.DictReader(file)
+        )
 
 # %% ../nbs/38_training.ipynb #7c948a03
 def read_case(
     source,  # A run folder or a checkpoint
-    expected: Optional[str] = None,  # Name of the case it must be; None = any
+    expected: Union[str, Case, None] = None,  # The case it must be, or its name; None = any
 ) -> Case:
     "Read which case trained weights belong to"
     case = case_from_dict(load_metadata(source)["case"])
-    if expected not in (None, case.name):
-        raise ValueError(
-            f"{source} holds {case.name}. Received: case={expected!r}. Leave `case` out."
-        )
+    if expected in (None, case.name):
+        return case
+    expected = get_case(expected) if isinstance(expected, str) else expected
+    fields = differing_fields(case, expected, ("name", *_NETWORK))
+    if fields:
+        raise ValueError(f"{source} holds another case ({_list_fields(fields)}). Leave `case` out.")
     return case
 
 

@@ -1,5 +1,6 @@
 """The Keras runtime: resume to the bit, accumulation, frozen variables, both back ends, bad input."""
 
+import csv
 import json
 import os
 import signal
@@ -20,6 +21,7 @@ from effnet_repro.training import (
     finetune,
     finetune_case,
     load_weights,
+    read_case,
     read_metrics,
     train,
     validate,
@@ -154,10 +156,35 @@ def test_averages_and_epochs(tmp_path):
     assert set(run.scores) == {"last", "average"}
     rows = (tmp_path / "validation.csv").read_text().splitlines()
     assert len(rows) == 3
+    # What was just measured is not measured again; the first checkpoint is, and another size is.
+    assert set(validate(tmp_path, weights="all")) == {"epoch-0001"}
+    assert validate(tmp_path, weights="all") == {}
+    assert len(validate(tmp_path, image_size=40, weights="all")) == 3
+    rows = list(csv.DictReader((tmp_path / "validation.csv").open()))
+    assert [(r["weights"], r["update"], r["image_size"]) for r in rows] == [
+        ("last", "4", "32"),
+        ("average", "4", "32"),
+        ("epoch-0001", "2", "32"),
+        ("epoch-0001", "2", "40"),
+        ("epoch-0002", "4", "40"),
+        ("average", "4", "40"),
+    ]
     config = json.loads((tmp_path / "config.json").read_text())
     assert config["case"]["global_batch_size"] == 600 and config["data"]["builtin"]
     weights, _, path = load_weights(tmp_path, "average")
     assert path == run.average and weights["all/Top/proxy/beta"].dtype == np.float32
+
+
+def test_a_run_begins_from_given_weights_and_need_not_validate(whole, tmp_path):
+    """With a learning rate of almost nothing, they are still there afterwards."""
+    still = {"max_steps": 1, "base_learning_rate_exponent": -60, "validate_every": None}
+    run = train(TINY, run_dir=tmp_path, init=whole.run_dir, **{**SMOKE, **still})
+    assert run.finished and run.scores == {} and not (tmp_path / "validation.csv").exists()
+    before, after = (checkpoint.load(r.checkpoint, "all/")[0] for r in (whole, run))
+    for name in before:
+        test_allclose(after[name], before[name], rtol=0, atol=1e-12, msg=name)
+    with pytest.raises(ValueError, match="norm: LN_PN there, LN here"):
+        train(override(TINY, norm="LN"), run_dir=tmp_path / "ln", init=whole.run_dir, **SMOKE)
 
 
 def test_batch_norm_trains_with_accumulation(tmp_path):
@@ -310,6 +337,11 @@ def test_published_finetuning_case():
         ),
         (lambda w: finetune("nowhere", image_size=64), FileNotFoundError, "nowhere"),
         (lambda w: validate(w.run_dir, weights="mean"), ValueError, "Unknown weights 'mean'"),
+        (
+            lambda w: read_case(w.run_dir, "B0-G1-GN-Native_16IPU_2x8"),
+            ValueError,
+            "norm: LN_PN there, GN here",
+        ),
     ],
 )
 def test_bad_input_gets_one_clear_answer(whole, tmp_path, monkeypatch, call, error, says):

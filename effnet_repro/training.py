@@ -1263,7 +1263,7 @@ def _weight_files(source, weights):
     "What there is to measure: name -> file"
     if weights not in ("last", "average", "both", "all"):
         raise unknown_name("weights", weights, ("last", "average", "both", "all"))
-    newest = _newest(source)
+    newest = checkpoints._newest(source)
     if newest == source:
         return {source.name: source}
     average = newest.parent / "average.safetensors"

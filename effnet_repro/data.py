@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['random_bits', 'random_uniform', 'crc32c', 'write_tfrecords', 'scan_tfrecord', 'parse_example', 'make_example',
-           'sample_set', 'Split', 'DataSet', 'open_data', 'picture_bytes', 'epoch_order', 'draw_crops', 'draw_flips',
-           'validation_window', 'resize', 'training_batches', 'plot_pictures', 'validation_batches', 'array_batches',
-           'validation_arrays', 'load_arrays']
+           'sample_set', 'Split', 'DataSet', 'open_data', 'picture_bytes', 'find_damaged', 'epoch_order',
+           'update_pictures', 'draw_crops', 'draw_flips', 'validation_window', 'resize', 'training_batches',
+           'plot_pictures', 'validation_batches', 'array_batches', 'validation_arrays', 'load_arrays']
 
-# %% ../nbs/30_data.ipynb #d95a2cba
+# %% ../nbs/30_data.ipynb #ce64595e
+import contextlib
 import functools
 import hashlib
 import io
@@ -22,7 +23,7 @@ import tempfile
 import zipfile
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
@@ -62,15 +63,49 @@ def _crc_table():
 
 _CRC_TABLE = _crc_table()
 
-# %% ../nbs/30_data.ipynb #dcf630d8
+# %% ../nbs/30_data.ipynb #2cad864a
 def crc32c(
     data: bytes,  # Any bytes
 ) -> int:  # 32 bits
     "Compute the CRC-32C (Castagnoli) of `data`"
+    if len(data) > 1024:
+        return _crc_of_lanes(data)
     crc = 0xFFFFFFFF
     for byte in data:
         crc = _CRC_TABLE[(crc ^ byte) & 255] ^ (crc >> 8)
     return crc ^ 0xFFFFFFFF
+
+# %% ../nbs/30_data.ipynb #9a8bde51
+def _zeros_tables():
+    "Tables that append 2**k zero bytes to a register: for each of its four bytes, 256 entries"
+    table = np.array(_CRC_TABLE, np.uint32)
+    ones = np.arange(256, dtype=np.uint32)
+    tables = [np.stack([table[x & 255] ^ (x >> 8) for x in (ones << 8 * b for b in range(4))])]
+    for _ in range(40):
+        tables.append(_append_zeros(tables[-1], tables[-1]))
+    return tables
+
+
+def _append_zeros(crc, table):
+    parts = (table[b][(crc >> np.uint32(8 * b)) & 255] for b in range(4))
+    return functools.reduce(np.bitwise_xor, parts)
+
+
+_remembered_tables = functools.lru_cache(maxsize=1)(_zeros_tables)
+
+# %% ../nbs/30_data.ipynb #f9a8cbe9
+def _crc_of_lanes(data):
+    "`crc32c` of more than a few bytes"
+    lanes = np.frombuffer(bytes(-len(data) % 64) + bytes(data), np.uint8).copy()
+    lanes[-len(data) :][:4] ^= 255  # the register begins with ones
+    crc, table = np.zeros(len(lanes) // 64, np.uint32), np.array(_CRC_TABLE, np.uint32)
+    for byte in lanes.reshape(-1, 64).T:
+        crc = table[(crc ^ byte) & 255] ^ (crc >> np.uint32(8))
+    for zeros in _remembered_tables()[6:]:
+        if len(crc) == 1:
+            return int(crc[0]) ^ 0xFFFFFFFF
+        crc = np.concatenate([np.zeros(len(crc) % 2, np.uint32), crc])
+        crc = _append_zeros(crc[::2], zeros) ^ crc[1::2]
 
 # %% ../nbs/30_data.ipynb #33bdf418
 def _masked_crc(data):
@@ -89,10 +124,10 @@ def write_tfrecords(
             file.write(length + struct.pack("<I", _masked_crc(length)))
             file.write(record + struct.pack("<I", _masked_crc(record)))
 
-# %% ../nbs/30_data.ipynb #6b604e08
+# %% ../nbs/30_data.ipynb #cd2f3d1c
 def scan_tfrecord(
     path,  # A TFRecord file
-    check_data: bool = False,  # Check the data's checksums, too; slow, since it is Python
+    check_data: bool = False,  # Check the data's checksums, too: reads the whole file
 ) -> np.ndarray:  # (records, 2) int64: where each record's data begins, and its length in bytes
     "List the records of a file by hopping from length to length"
     places, at, size = [], 0, os.path.getsize(path)
@@ -362,7 +397,7 @@ class Split(NamedTuple):
     boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
     box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
 
-# %% ../nbs/30_data.ipynb #337df653
+# %% ../nbs/30_data.ipynb #3427050b
 @dataclass(frozen=True)
 class DataSet:
     "Where the pictures of a data set lie, and what they show"
@@ -376,13 +411,15 @@ class DataSet:
     files: Dict[str, int]  # Number of files of each split
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
+    damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
 
     def describe(self) -> str:  # One line
         "Say what was found, and where"
         place = "built-in sample set" if self.builtin else self.root
+        left_out = f"; {len(self.damaged):,} damaged ones left out" if self.damaged else ""
         return (
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
-            f"training and {self.validation_count:,} validation pictures"
+            f"training and {self.validation_count:,} validation pictures{left_out}"
         )
 
 # %% ../nbs/30_data.ipynb #5764cabc
@@ -401,7 +438,7 @@ def _record_facts(record):
     name = (facts.get("image/class/text") or [b""])[0].decode("utf-8", "replace")
     return place, facts["image/class/label"].tolist(), name, np.clip(boxes, 0, 1)
 
-# %% ../nbs/30_data.ipynb #c966b5b9
+# %% ../nbs/30_data.ipynb #875db3a1
 def _list_tfrecord(path):
     "Facts of each record of a file; the picture's place as offset in the file and length"
     records, facts = scan_tfrecord(path).tolist(), []
@@ -418,15 +455,16 @@ def _list_tfrecord(path):
                         f"Record {i} of {path} is not a picture with a label: it needs "
                         f"`image/encoded` (one JPEG) and `image/class/label`."
                     ) from error
-                if len(label) != 1 or label[0] < 1:
+                if len(label) != 1 or not isinstance(label[0], int) or label[0] < 1:
                     raise ValueError(
-                        f"`image/class/label` must be one number from 1 (0 is the unused "
-                        f"background class). Received: {label} in record {i} of {path}."
+                        f"`image/class/label` must be one whole number from 1 (0 is the unused "
+                        f"background class). Received: {label} in record {i} of {path}. "
+                        f"Write the records again with labels from 1."
                     )
                 facts.append((at + begin, end - begin, label[0], *rest))
     return facts
 
-# %% ../nbs/30_data.ipynb #83162d34
+# %% ../nbs/30_data.ipynb #5f172820
 def _split(paths, file, offset, length, label, boxes=()):
     numbers = [np.asarray(values, np.int64) for values in (file, offset, length)]
     counts = [len(found) for found in boxes] if len(boxes) else np.zeros(len(label), int)
@@ -441,14 +479,19 @@ def _list_tfrecords(paths):
     offset, length, label, name, boxes = zip(*facts) if facts else [()] * 5
     file = np.repeat(np.arange(len(paths)), [len(found) for found in lists])
     names = {number - 1: text for number, text in zip(label, name) if text}
-    return _split(paths, file, offset, length, np.array(label, int) - 1, boxes), names
+    label = np.minimum(np.array(label, int) - 1, np.iinfo(np.int32).max)
+    return _split(paths, file, offset, length, label, boxes), names
+
+
+def _stamp(paths):
+    "A name for these very files: other sizes or times give another"
+    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
+    return hashlib.sha256(json.dumps([1, stats]).encode()).hexdigest()[:24]
 
 
 def _cached_list(paths, cache_dir):
     "`_list_tfrecords`, from the cache if these very files were listed before"
-    stats = [(str(path), os.stat(path).st_size, os.stat(path).st_mtime_ns) for path in paths]
-    name = hashlib.sha256(json.dumps([1, stats]).encode()).hexdigest()[:24]
-    kept = _cache(cache_dir) / "lists" / f"{name}.npz"
+    kept = _cache(cache_dir) / "lists" / f"{_stamp(paths)}.npz"
     try:
         with np.load(kept) as found:
             names = {int(k): v for k, v in json.loads(bytes(found["names"])).items()}
@@ -574,17 +617,20 @@ def _recognise(root):
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}."
     )
 
-# %% ../nbs/30_data.ipynb #3fb9a0f6
+# %% ../nbs/30_data.ipynb #177b2ff7
 def open_data(
     data_dir=None,  # Folder of the data set; None = the built-in sample set
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
     cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
     *,
+    on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
     verbose: bool = True,  # Print what was found
 ) -> DataSet:
     "List the pictures in `data_dir` and say what was found"
     if data_format is not None and data_format not in _OPENERS:
         raise unknown_name("data_format", data_format, _OPENERS)
+    if on_corrupt not in ("refuse", "skip"):
+        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
     root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
@@ -605,26 +651,54 @@ def open_data(
         builtin=data_dir is None,
         splits=splits,
     )
+    data = _leave_out_damaged(data, cache_dir) if on_corrupt == "skip" else data
     if verbose:
         print(data.describe())
+        for place in data.damaged[:5]:
+            print(f"  left out: {place}")
     return data
 
-# %% ../nbs/30_data.ipynb #cf7bd9c0
+# %% ../nbs/30_data.ipynb #38d6b396
+_MOST_CLASSES = 100_000  # without an `info.json` that says otherwise
+
+
+def _read_info(path):
+    "Number and names of the classes in `info.json`: (None, {}) where there is none"
+    if not path.exists():
+        return None, {}
+    try:
+        info = json.loads(path.read_text())
+        names = {int(c["label"]) - 1: str(c["text"]) for c in info.get("classes", ())}
+        number = None if info.get("num_classes") is None else int(info["num_classes"])
+        if min(names, default=0) < 0 or (number is not None and number < 1):
+            raise ValueError("labels and num_classes begin at 1")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a description of classes ({type(error).__name__}: {error}). It needs "
+            f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
+        ) from None
+    return number, names
+
+
 def _classes(root, splits, names):
     "Number and names of the classes, from `info.json` if there is one; labels are checked"
-    info = root / "info.json"
-    info = json.loads(info.read_text()) if info.exists() else {}
-    names = {**names, **{int(c["label"]) - 1: c["text"] for c in info.get("classes", ())}}
+    number, told = _read_info(root / "info.json")
+    names = {**names, **told}
     highest = max(int(split.label.max(initial=-1)) for split in splits.values())
     if highest < 0:
-        raise FileNotFoundError(f"No pictures in {root}.")
-    num_classes = int(info.get("num_classes") or max(highest, *names, 0) + 1)
+        raise FileNotFoundError(
+            f"No pictures in {root}. Found: {', '.join(sorted(p.name for p in root.iterdir())[:6])}."
+        )
+    num_classes = number or max(highest, *names, 0) + 1
+    limit = f"the {num_classes} classes of {root}"
+    if number is None and num_classes > _MOST_CLASSES:
+        num_classes, limit = _MOST_CLASSES, f"{_MOST_CLASSES:,} (or give num_classes in info.json)"
     for name, split in splits.items():
         beyond = np.flatnonzero(split.label >= num_classes)
         if len(beyond):
             raise ValueError(
-                f"Labels must not exceed the {num_classes} classes of {root}. Received: label "
-                f"{split.label[beyond[0]] + 1} in {split.files[split.file[beyond[0]]]} "
+                f"Labels must not exceed {limit}. Received: label "
+                f"{int(split.label[beyond[0]]) + 1} in {split.files[split.file[beyond[0]]]} "
                 f"({len(beyond)} pictures of the {name} split)."
             )
     return num_classes, names
@@ -649,7 +723,27 @@ def _bmp(pixels):
     sizes = (54 + body.size, 0, 0, 54, 40, w, h, 1, 24, 0, body.size, 0, 0, 0, 0)
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
 
-# %% ../nbs/30_data.ipynb #d4a84f1b
+# %% ../nbs/30_data.ipynb #0dc91ea5
+def _decode(data):
+    "A picture as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
+    from PIL import Image
+
+    try:
+        if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
+            raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I") and image.format == "PNG":  # 16 bits: Pillow would clip
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of type {image.mode} have no agreed white")
+        return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        text = re.sub(r" <_io.BytesIO[^>]*>", "", " ".join(str(error).split()))
+        raise ValueError(f"Not a picture that can be decoded ({text}).") from None
+
+# %% ../nbs/30_data.ipynb #601fd34c
 def picture_bytes(
     data: bytes,  # A picture file: JPEG, PNG or whatever Pillow reads
 ) -> Tuple[bytes, Tuple[int, int]]:  # A gray or RGB JPEG or a BMP; height and width
@@ -657,15 +751,10 @@ def picture_bytes(
     height, width, channels = _jpeg_shape(data)
     if height and width and channels in (1, 3):
         return data, (height, width)
-    from PIL import Image
-
-    try:
-        pixels = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"Not a picture that can be decoded ({error}).") from error
+    pixels = _decode(data)
     return _bmp(pixels), pixels.shape[:2]
 
-# %% ../nbs/30_data.ipynb #478e4223
+# %% ../nbs/30_data.ipynb #f922198c
 def _read(dataset, split, i):
     "Encoded picture (JPEG or BMP) and its (height, width)"
     places = dataset.splits[split]
@@ -673,13 +762,98 @@ def _read(dataset, split, i):
     with open(path, "rb", buffering=0) as file:
         file.seek(at)
         data = file.read(int(places.length[i]))
-    if dataset.format == "cifar":
-        planes = np.frombuffer(data, np.uint8).reshape(3, 32, 32)
-        return _bmp(planes.transpose(1, 2, 0)), (32, 32)
-    try:
+    with _located(dataset, split, i):
+        if len(data) < places.length[i]:
+            raise ValueError(f"Truncated file: {len(data)} of {places.length[i]} bytes are there.")
+        if dataset.format == "cifar":
+            planes = np.frombuffer(data, np.uint8).reshape(3, 32, 32)
+            return _bmp(planes.transpose(1, 2, 0)), (32, 32)
         return picture_bytes(data)
+
+
+@contextlib.contextmanager
+def _located(dataset, split, i):
+    "Let an error about a picture say where the picture is, and the way out"
+    try:
+        yield
     except ValueError as error:
-        raise ValueError(f"{error} It is at byte {at} of {path}.") from error
+        places = dataset.splits[split]
+        where = f"byte {places.offset[i]} of {places.files[places.file[i]]}"
+        raise ValueError(
+            f"{error} It is picture {i} of the {split} split, at {where}. Replace it, or leave "
+            f"damaged pictures out with on_corrupt='skip'."
+        ) from None
+
+# %% ../nbs/30_data.ipynb #28887b8f
+def find_damaged(
+    dataset: DataSet,  # From `open_data`
+    split: str,  # "train" or "validation"
+    pictures=None,  # Numbers of the pictures to look at; None = all, and the records' checksums
+) -> Dict[int, str]:  # Number of each damaged picture -> what is wrong, and where it is
+    "Decode pictures and list those that cannot be"
+    places = dataset.splits[split]
+    chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
+
+    def look(part):
+        found = {}
+        for i in part:
+            try:
+                encoded, _ = _read(dataset, split, i)
+                with _located(dataset, split, i):
+                    _decode(encoded)
+            except (OSError, ValueError) as error:
+                found[int(i)] = str(error)
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = np.array_split(chosen, -(-len(chosen) // 64) or 1)
+        found = {i: text for part in pool.map(look, parts) for i, text in part.items()}
+    if dataset.format == "tfrecord" and pictures is None:
+        found = {**_wrong_checksums(places), **found}
+    return found
+
+# %% ../nbs/30_data.ipynb #d0bd7a1f
+def _wrong_checksums(places):
+    "Pictures in records whose data do not give their checksum"
+    found = {}
+    for number, path in enumerate(places.files):
+        inside = np.flatnonzero(places.file == number)
+        records = scan_tfrecord(path)
+        with open(path, "rb") as file:
+            for i, (at, length) in zip(inside, records):
+                file.seek(at)
+                data, crc = file.read(int(length)), file.read(4)
+                if struct.pack("<I", _masked_crc(data)) != crc:
+                    text = f"Damaged file: the checksum of the record at byte {at - 12} is wrong."
+                    found[int(i)] = f"{text} It is picture {i}, in {path}."
+    return found
+
+
+def _without(places, gone):
+    "The split without some pictures"
+    stays = np.setdiff1d(np.arange(len(places.label)), gone)
+    boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in stays]
+    columns = (getattr(places, key)[stays] for key in ("file", "offset", "length", "label"))
+    return _split(places.files, *columns, boxes)
+
+# %% ../nbs/30_data.ipynb #6fb4e5c5
+def _leave_out_damaged(dataset, cache_dir):
+    "The data set without its damaged pictures; which ones, is kept in the cache"
+    splits, damaged = {}, []
+    for name, places in dataset.splits.items():
+        kept = _cache(cache_dir) / "damaged" / f"{_stamp(places.files)}.json"
+        try:
+            found = {int(i): str(text) for i, text in json.loads(kept.read_text()).items()}
+        except (OSError, ValueError, AttributeError):  # not there, or not whole: look again
+            print(f"data: decoding {len(places.label):,} {name} pictures, once", flush=True)
+            found = find_damaged(dataset, name)
+            with contextlib.suppress(OSError):  # it is only a cache
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found))
+        splits[name] = _without(places, sorted(found)) if found else places
+        damaged += [found[i] for i in sorted(found)]
+    counts = {f"{name}_count": len(split.label) for name, split in splits.items()}
+    return replace(dataset, splits=splits, damaged=tuple(damaged), **counts)
 
 # %% ../nbs/30_data.ipynb #41b8b9ab
 _ORDER, _CROP, _FLIP = range(3)  # purposes, so that the draws do not repeat each other
@@ -761,6 +935,17 @@ def _announce(split, pictures):
             with open(split.files[file], "rb") as opened:
                 where = opened.fileno(), int(begin), int(end - begin)
                 os.posix_fadvise(*where, os.POSIX_FADV_WILLNEED)
+
+# %% ../nbs/30_data.ipynb #9706a43c
+def update_pictures(
+    dataset: DataSet,  # From `open_data`
+    global_batch_size: int,  # Pictures of one weight update
+    update: int,  # Number of the update, from 0
+    seed: int = 0,  # Of the run
+) -> np.ndarray:  # (global_batch_size,) numbers of training pictures
+    "Tell which pictures an update sees"
+    plan = _plan(dataset, global_batch_size, seed, (0, 1))
+    return plan.take(update, 0, plan.local)[0]
 
 # %% ../nbs/30_data.ipynb #a047f684
 def draw_crops(
@@ -870,7 +1055,7 @@ def resize(
     out = lines[0] + (lines[1] - lines[0]) * fy
     return np.clip(np.rint(out), 0, 255).astype(np.uint8)
 
-# %% ../nbs/30_data.ipynb #3417fcb5
+# %% ../nbs/30_data.ipynb #84743964
 def _tf_round(image):
     import tensorflow as tf
 
@@ -901,9 +1086,17 @@ def _tf_validation_picture(encoded, image_size):
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
         lambda: tf.io.decode_bmp(encoded, channels=3),
     )
-    size, (top, left) = _tf_window(tf.shape(image), image_size)
-    image = tf.image.resize(image, size)
-    return _tf_round(image[top : top + image_size, left : left + image_size])
+    size, corner = _tf_window(tf.shape(image), image_size)
+    part = lambda x, *place: resize(x, place[:2], place[2:], (image_size, image_size))
+    return tf.cond(  # of 1 x 10,000 pixels only the middle is enlarged, not all of it
+        tf.reduce_max(size) > 16 * image_size,
+        lambda: tf.numpy_function(part, [image, size[0], size[1], *corner], tf.uint8),
+        lambda: _tf_round(
+            tf.image.resize(image, size)[
+                corner[0] : corner[0] + image_size, corner[1] : corner[1] + image_size
+            ]
+        ),
+    )
 
 
 def _tf_window(shape, image_size):
@@ -916,7 +1109,7 @@ def _tf_window(shape, image_size):
     corner = (new - image_size) // 2
     return new, (corner[0], corner[1])
 
-# %% ../nbs/30_data.ipynb #b23662d9
+# %% ../nbs/30_data.ipynb #e4185448
 _CHUNK = 64  # pictures read by one call
 _PREPROCESSING = ("train", "validation")
 
@@ -931,7 +1124,7 @@ def _check_request(image_size, area_min, preprocessing):
         )
 
 
-def _train_inputs(dataset, plan, update, begin, end, area_min):
+def _train_inputs(dataset, plan, area_min, update, begin, end):
     "What decoding needs: encoded pictures, crops (n, 4), flips (n,) and labels (n,)"
     split = dataset.splits["train"]
     pictures, places = plan.take(update, begin, end)
@@ -942,7 +1135,7 @@ def _train_inputs(dataset, plan, update, begin, end, area_min):
     crops = draw_crops(np.array(sizes), boxes, plan.seed, places, area_min)
     return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
 
-# %% ../nbs/30_data.ipynb #ee2d7a3b
+# %% ../nbs/30_data.ipynb #7df6cab0
 def training_batches(
     dataset: DataSet,  # From `open_data`
     image_size: int,  # Side of the pictures, S, pixels
@@ -953,18 +1146,30 @@ def training_batches(
     area_min: float = 0.05,  # Smallest crop, share of the area
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    reader: str = "tensorflow",  # or "numpy": an iterator of arrays, see `array_batches`
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     "Stream shuffled training batches"
-    import tensorflow as tf
-
+    if reader not in _READERS:
+        raise unknown_name("reader", reader, _READERS)
     _check_request(image_size, area_min, preprocessing)
     plan = _plan(dataset, global_batch_size, seed, shard)
+    read = functools.partial(_train_inputs, dataset, plan, area_min)
+    stream = _tensors if reader == "tensorflow" else _arrays
+    return stream(dataset, plan, read, image_size, preprocessing == "train", first_update)
+
+
+_READERS = ("tensorflow", "numpy")
+
+# %% ../nbs/30_data.ipynb #065ec54f
+def _tensors(dataset, plan, inputs, image_size, random, first_update):
+    "The stream of `training_batches` for TensorFlow"
+    import tensorflow as tf
+
     chunks = -(-plan.local // _CHUNK)  # in one batch
 
     def read(k):
         update, chunk = divmod(int(k), chunks)
-        end = min((chunk + 1) * _CHUNK, plan.local)
-        encoded, *rest = _train_inputs(dataset, plan, update, chunk * _CHUNK, end, area_min)
+        encoded, *rest = inputs(update, chunk * _CHUNK, min((chunk + 1) * _CHUNK, plan.local))
         return (np.array(encoded, object), *rest)
 
     def tf_read(k):
@@ -974,7 +1179,7 @@ def training_batches(
         return tuple(inputs)
 
     def decode(encoded, crop, flip, label):
-        if preprocessing == "train":
+        if random:
             image = _tf_train_picture(encoded, crop, flip, image_size)
         else:
             image = _tf_validation_picture(encoded, image_size)
@@ -1062,13 +1267,7 @@ def validation_batches(
     both = tf.data.Dataset.zip((stream, known))
     return both.map(lambda images, rest: (images, *rest)).prefetch(auto)
 
-# %% ../nbs/30_data.ipynb #cefa0235
-def _decode(encoded):
-    from PIL import Image
-
-    return np.asarray(Image.open(io.BytesIO(encoded)).convert("RGB"))
-
-
+# %% ../nbs/30_data.ipynb #a7f99e75
 def _train_picture(encoded, crop, flip, image_size):
     top, left, height, width = crop
     image = _decode(encoded)[top : top + height, left : left + width]
@@ -1081,28 +1280,35 @@ def _validation_picture(encoded, image_size):
     size, corner = validation_window(*image.shape[:2], image_size)
     return resize(image, size, corner, (image_size, image_size))
 
-# %% ../nbs/30_data.ipynb #af2e577d
+
+def _validation_read(dataset, split, i, image_size):
+    encoded, _ = _read(dataset, split, i)
+    with _located(dataset, split, i):
+        return _validation_picture(encoded, image_size)
+
+# %% ../nbs/30_data.ipynb #af30242f
 def array_batches(
-    dataset: DataSet,  # From `open_data`
-    image_size: int,  # Side of the pictures, S, pixels
-    global_batch_size: int,  # Pictures of one weight update, all processes together
-    *,
-    seed: int = 0,  # Decides order, crops and flips
-    first_update: int = 0,  # Begin here, as if the updates before had been taken
-    area_min: float = 0.05,  # Smallest crop, share of the area
-    preprocessing: str = "train",  # "validation" = the validation crop
-    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
+    **options,  # and its options: seed, first_update, area_min, preprocessing, shard
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8, labels (B,)
     "Stream the batches of `training_batches` as NumPy arrays"
-    _check_request(image_size, area_min, preprocessing)
-    plan = _plan(dataset, global_batch_size, seed, shard)
+    return training_batches(*request, reader="numpy", **options)
+
+
+def _arrays(dataset, plan, inputs, image_size, random, first_update):
+    "The stream of `training_batches` without TensorFlow"
 
     def part(update, begin):
         end = min(begin + 8, plan.local)
-        inputs = _train_inputs(dataset, plan, update, begin, end, area_min)
-        if preprocessing == "train":
-            return [_train_picture(*one, image_size) for one in zip(*inputs[:3])], inputs[3]
-        return [_validation_picture(encoded, image_size) for encoded in inputs[0]], inputs[3]
+        encoded, crops, flips, labels = inputs(update, begin, end)
+        images = []
+        for i, *one in zip(plan.take(update, begin, end)[0], encoded, crops, flips):
+            with _located(dataset, "train", i):
+                if random:
+                    images.append(_train_picture(*one, image_size))
+                else:
+                    images.append(_validation_picture(one[0], image_size))
+        return images, labels
 
     def batches():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -1115,7 +1321,7 @@ def array_batches(
 
     return batches()
 
-# %% ../nbs/30_data.ipynb #35d22cc4
+# %% ../nbs/30_data.ipynb #d35eccfd
 def validation_arrays(
     dataset: DataSet,  # From `open_data`
     image_size: int,  # Side of the pictures, S, pixels
@@ -1128,14 +1334,14 @@ def validation_arrays(
     def picture(i):
         if i < 0:
             return np.zeros((image_size, image_size, 3), np.uint8)
-        return _validation_picture(_read(dataset, "validation", i)[0], image_size)
+        return _validation_read(dataset, "validation", i, image_size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for ids in _validation_ids(dataset, batch, shard):
             images = np.stack(list(pool.map(picture, ids)))
             yield (images, *_validation_labels(dataset, ids))
 
-# %% ../nbs/30_data.ipynb #75d2904f
+# %% ../nbs/30_data.ipynb #47265db0
 def load_arrays(
     dataset: DataSet,  # From `open_data`
     split: str,  # "train" or "validation"
@@ -1148,7 +1354,7 @@ def load_arrays(
     images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
 
     def place(i):
-        images[i] = _validation_picture(_read(dataset, split, i)[0], image_size)
+        images[i] = _validation_read(dataset, split, i, image_size)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(place, range(len(labels))))

@@ -53,8 +53,12 @@ def picture(height=30, width=40, seed=0):
 
 
 def encode(pixels, kind="JPEG", mode="RGB", **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).convert(mode).save(file, kind, **options)
+    file, image = io.BytesIO(), Image.fromarray(pixels)
+    if mode == "I;16":
+        image = Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257)
+    else:
+        image = image.convert(mode)
+    image.save(file, kind, **options)
     return file.getvalue()
 
 
@@ -212,6 +216,9 @@ def test_info_names_the_classes(tmp_path):
     "bad, message",
     [
         (record(label=0), "from 1 .*Received: \\[0\\] in record 1"),
+        (record(label=-3), "from 1 .*Received: \\[-3\\] in record 1"),
+        (record(label=1.5), "whole number from 1 .*Received: \\[1.5\\] in record 1"),
+        (record(label=10**15), "must not exceed 100,000 .*give num_classes in info.json"),
         (record(label=[1, 2]), "Received: \\[1, 2\\]"),
         (d.make_example({"image/class/label": 1}), "Record 1 of .* is not a picture"),
         (d.make_example({"image/encoded": b"x"}), "Record 1 of .* is not a picture"),

@@ -171,7 +171,7 @@ SOURCE_PAGE = """<!DOCTYPE html>
 SOURCE_SCHEME = (
     'try { var chosen = localStorage.getItem("smalldocs-scheme"); } catch (e) {} '
     'if (chosen ? chosen === "alternate" : matchMedia("(prefers-color-scheme: dark)").matches) '
-    'document.documentElement.classList.add("quarto-dark");'
+    'document.documentElement.dataset.scheme = "alternate";'
 )
 
 

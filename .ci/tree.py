@@ -13,6 +13,7 @@ IGNORED = {
     ".venv",
     "_proc",
     "_docs",
+    "_screenshots",
     "runs",
     "data",
     "build",

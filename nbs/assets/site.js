@@ -17,6 +17,40 @@
     };
   }
 
+  // Search by words: each counts by how rare it is and where it stands. What no word finds is
+  // left to the fuzzy search, which forgives a slip of the finger.
+  const Fuzzy = window.Fuse;
+  class WordSearch {
+    constructor(entries, options) {
+      this.options = options;
+      this.entries = entries.map((item) => ({
+        item,
+        fields: [[12, item.title], [10, item.section], [1, item.text]].map(([w, s]) => [w, (s || "").toLowerCase()]),
+      }));
+    }
+    search(query, { limit }) {
+      const words = query.toLowerCase().split(/[\s,;:()]+/).filter((w) => w.length > 1);
+      const found = new Map();
+      for (const word of words) {
+        const begin = new RegExp("(?<![a-z0-9])" + word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
+        const hits = this.entries.filter(({ fields }) => fields.some(([, text]) => text.includes(word)));
+        const rarity = Math.log(1 + this.entries.length / (1 + hits.length));
+        for (const entry of hits) {
+          let place = 0;
+          for (const [weight, text] of entry.fields) {
+            if (!text.includes(word)) continue;
+            const share = weight > 1 ? word.length / text.length : 0;  // a short heading is about little else
+            place += (weight + 10 * share) * (begin.test(text) ? 1 : 0.4);
+          }
+          found.set(entry, (found.get(entry) || 0) + rarity * (20 + place));
+        }
+      }
+      if (!found.size && Fuzzy) return new Fuzzy(this.entries.map((e) => e.item), this.options).search(query, { limit });
+      return [...found].sort((a, b) => b[1] - a[1]).slice(0, limit).map(([{ item }]) => ({ item }));
+    }
+  }
+  window.Fuse = WordSearch;
+
   const start = () => {
     // The theme switch says which theme it is.
     const root = document.documentElement;

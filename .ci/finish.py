@@ -10,7 +10,9 @@ from bs4 import BeautifulSoup, NavigableString
 
 ENDINGS = {"png": "png", "jpeg": "jpg", "gif": "gif", "svg+xml": "svg", "webp": "webp"}
 DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
-NUMBER = re.compile(r"[-+\u2212]?[\d,.\u202f ]*\d(?:e[-+]?\d+)?\s?%?$")
+NUMBER = re.compile(
+    r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?%?$"
+)
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
 

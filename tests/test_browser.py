@@ -16,6 +16,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
 import tree  # noqa: E402
 
+from effnet_repro.config import load_cases  # noqa: E402
+from effnet_repro.scaling import mod32_warning  # noqa: E402
+
 DOCS, SHOTS = ROOT / "_docs", ROOT / "_screenshots"
 AXE = (ROOT / "tests" / "vendor" / "axe-core" / "axe.min.js").read_text()
 PAGES = [tree.page_name(p.name).replace(".ipynb", ".html") for p in tree.notebooks()]
@@ -285,6 +288,71 @@ def test_theme_is_the_systems_until_chosen(visit):
     page.goto(page.url.replace("index", "ops"))
     assert page.evaluate(ground) != dark, "the choice is forgotten on the next page"
     assert page.get_by_role("button", name="Dark theme").get_attribute("aria-pressed") == "false"
+
+
+def test_cases_are_searched_and_sorted_by_keyboard(visit):
+    page = visit("cases.html")
+    table = page.get_by_role("region", name="The thirty cases").locator("table")
+    rows = table.locator("tbody tr:visible")
+    first = table.locator("tbody tr >> nth=0").locator("th")
+    published = list(load_cases())
+    assert rows.count() == 30 and first.inner_text() == published[0]
+    page.get_by_role("searchbox", name="Search the cases").focus()
+    page.keyboard.type("b2 half")
+    page.get_by_text("2 of 30").wait_for()
+    expected = [name for name in published if name.startswith("B2") and "Half" in name]
+    assert rows.locator("th").all_inner_texts() == expected
+    page.keyboard.press("Escape")
+    page.get_by_text("30 of 30").wait_for()
+
+    def column(title):
+        titles = [t.strip() for t in table.locator("thead th").all_inner_texts()]
+        return [
+            row.split("\t")[titles.index(title)] for row in table.inner_text().splitlines()[-30:]
+        ]
+
+    title = "paper: POD16, images/s"
+    button = table.get_by_role("button", name=title)
+    button.focus()
+    page.keyboard.press("Enter")
+    speeds = [float(v.replace(",", "")) for v in column(title)]
+    assert speeds == sorted(speeds) and speeds[0] < speeds[-1]
+    assert table.locator("[aria-sort]").get_attribute("aria-sort") == "ascending"
+    page.keyboard.press("Enter")
+    assert [float(v.replace(",", "")) for v in column(title)] == speeds[::-1]
+    page.keyboard.press("Enter")
+    assert first.inner_text() == published[0] and table.locator("[aria-sort]").count() == 0
+
+
+def test_fine_tune_sizes_are_those_of_the_library(visit):
+    page = visit("cases.html")
+    pairs = [
+        (train, other) for train in (160, 176, 196, 204, 252, 328) for other in range(32, 500, 7)
+    ]
+    told = page.evaluate("pairs => pairs.map(([a, b]) => sizePicker.nearest(a, b))", pairs)
+    for (train, other), sizes in zip(pairs, told):
+        warning = mod32_warning(train, other)
+        assert (warning is None) == (sizes == [])
+        assert warning is None or warning.endswith(f"Use {' or '.join(map(str, sizes))}.")
+    picker = page.locator("#size-picker")
+    assert "1.8 times" in picker.inner_text() and "-p image_size 240" in picker.inner_text()
+    picker.get_by_label("fine-tune at").fill("224")
+    picker.get_by_text("Take 208 or 240").wait_for()
+    picker.get_by_role("button", name="208").focus()
+    page.keyboard.press("Space")
+    picker.get_by_text("fine-tuned at 208").wait_for()
+    picker.get_by_label("trained case").select_option("B2-G16-LN_PN-Half_16IPU_4x4")
+    picker.get_by_text("Trained at 196, fine-tuned at 260").wait_for()
+
+
+@pytest.mark.parametrize("name, kept", [("cases.html", "B5-G16-LN_PN-Half_16IPU_4x4")])
+def test_pages_keep_their_point_without_scripts(browser, site, name, kept):
+    context = browser.new_context(java_script_enabled=False, viewport=PHONE)
+    page = context.new_page()
+    page.goto(site + name)
+    assert page.get_by_text(kept).first.is_visible()
+    assert page.locator("button:visible", has_text="208").count() == 0
+    context.close()
 
 
 def test_what_scrolls_sideways_can_be_reached_by_keyboard(visit):

@@ -105,6 +105,16 @@ def test_finish_tidies_tables_of_numbers(tmp_path):
     assert page.select_one("tbody th")["scope"] == "row" and not page.select("[border]")
 
 
+@pytest.mark.parametrize("text", ["7", "-1.5", "1,234", "12,345,678.9", "97.1 %", "1e-05", ".5"])
+def test_numbers_are_seen(text):
+    assert finish.is_number(text)
+
+
+@pytest.mark.parametrize("text", ["2 x 8", "96, 128", "96,12", "b4", "1.2.3", "block2b", "."])
+def test_words_are_not_numbers(text):
+    assert not finish.is_number(text)
+
+
 def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
     drawn = RENDERED.replace("</main>", MATPLOTLIB * 2 + "</main>")
     (tmp_path / "index.html").write_text(drawn)

@@ -61,6 +61,10 @@
       say();
     }
 
+    // In a long list of pages, this one is in sight.
+    const here = document.querySelector("#quarto-sidebar a.active"), list = here && here.closest("#quarto-sidebar");
+    if (here && here.offsetTop > list.clientHeight - 80) list.scrollTop = here.offsetTop - list.clientHeight / 2;
+
     // On a phone the list of pages opens with a button, takes the focus, and closes with Escape.
     const toggle = document.querySelector(".quarto-btn-toggle");
     const sidebar = document.getElementById("quarto-sidebar");

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['current_ops', 'xla_pays', 'ParamLayer', 'SegmentLayer', 'as_spec', 'build_model', 'weights_by_name', 'spec_of',
-           'get_weights', 'set_weights', 'load_published', 'to_published', 'fold', 'load_keras_applications',
-           'GroupConv2D', 'ProxyNormAct', 'MBConv']
+           'get_weights', 'set_weights', 'load_published', 'to_published', 'fold', 'from_keras_applications',
+           'load_keras_applications', 'to_keras_applications', 'GroupConv2D', 'ProxyNormAct', 'MBConv']
 
 # %% ../nbs/20_efficientnet.ipynb #319d0a3b
 from dataclasses import asdict, replace
@@ -25,7 +25,9 @@ from effnet_repro.network import (
     check_matches,
     fold_proxies,
     initial_value,
+    input_affine,
     pack,
+    params,
     segments,
     unpack,
 )
@@ -253,15 +255,14 @@ def _keras_layer_names(name):
     return f"{block}_{part}{kind}"
 
 
-def _keras_array(name, layer):
-    "The array of a Keras layer that belongs to our parameter"
+def _keras_variable(name, layer):
+    "The variable of a Keras layer that belongs to our parameter, and the order of its axes"
     attribute = name.rsplit("/", 1)[-1]
     variable = getattr(layer, attribute, None)
     if variable is None:  # older Keras: depthwise_kernel
         variable = getattr(layer, f"depthwise_{attribute}")
-    value = np.asarray(keras.ops.convert_to_numpy(variable))
     depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
-    return value.transpose(0, 1, 3, 2) if depthwise else value
+    return variable, (0, 1, 3, 2) if depthwise else tuple(range(len(variable.shape)))
 
 # %% ../nbs/20_efficientnet.ipynb #fa1ec731
 def _keras_input_norm(source):
@@ -300,16 +301,29 @@ def _open_keras(spec, weights, num_classes):
     return source, affine
 
 # %% ../nbs/20_efficientnet.ipynb #75f8a0ec
-def load_keras_applications(
-    model: keras.Model,  # A batch-norm, group-size-1 model of B0 to B7, with input_norm="keras"
-    source,  # A keras.applications EfficientNet, or the path of its weights file
-):
-    "Load the weights of `keras.applications.EfficientNetB*`; a source without top leaves our classifier alone"
-    spec, variables = spec_of(model), weights_by_name(model)
-    if not (spec.batch_norm and spec.group_size == 1 and spec.input_norm == "keras"):
+def _check_keras_twin(spec):
+    "Refuse a network that keras.applications does not have"
+    if (
+        not spec.batch_norm
+        or (spec.group_size, spec.expand_ratio) != (1, 6)
+        or spec.size == "CIFAR"
+    ):
         raise ValueError(
-            f"keras.applications weights need batch norm, group size 1 and input_norm='keras'. Received: "
-            f"{spec.name}, input_norm={spec.input_norm!r}. Use build_model('{spec.size}-G1-BN', input_norm='keras')."
+            "keras.applications has B0 to B7 with batch norm, group size 1 and expansion 6 only. "
+            f"Received: {spec.name}, expand_ratio={spec.expand_ratio}."
+        )
+
+
+def from_keras_applications(
+    spec: ModelSpec,  # Batch norm, group size 1, input_norm="keras"
+    source,  # A keras.applications EfficientNet, or the path of its weights file
+) -> Dict[str, np.ndarray]:  # Full name -> array; without the classifier when the source has none
+    "Read the weights of `keras.applications.EfficientNetB*` under our names"
+    _check_keras_twin(spec)
+    if spec.input_norm != "keras":
+        raise ValueError(
+            f"keras.applications weights need input_norm='keras'. Received: {spec.name}, input_norm="
+            f"{spec.input_norm!r}. Use build_model('{spec.size}-G1-BN', input_norm='keras')."
         )
     if isinstance(source, keras.Model):
         loaded = _keras_input_norm(source)
@@ -317,20 +331,52 @@ def load_keras_applications(
         source, loaded = _open_keras(spec, source, spec.num_classes)
     layers = {layer.name: layer for layer in source.layers}
     top = "predictions" in layers
-    for name in variables:
-        if name.startswith("all/") and (top or "logits" not in name):
+    for name in (p.name for p in params(spec) if p.name.startswith("all/")):
+        if top or "logits" not in name:
             layer = layers.get(_keras_layer_names(name))
             if layer is None:
                 raise ValueError(
                     f"{source.name} has no layer for {name}: it is not an EfficientNet-{spec.size}."
                 )
-            loaded[name] = _keras_array(name, layer)
-    kept = {
-        n: np.asarray(keras.ops.convert_to_numpy(v))
-        for n, v in variables.items()
-        if n not in loaded
-    }
-    set_weights(model, {**kept, **loaded})
+            variable, axes = _keras_variable(name, layer)
+            loaded[name] = np.array(keras.ops.convert_to_numpy(variable)).transpose(axes)
+    return loaded
+
+
+def load_keras_applications(
+    model: keras.Model,  # A batch-norm, group-size-1 model of B0 to B7, with input_norm="keras"
+    source,  # A keras.applications EfficientNet, or the path of its weights file
+):
+    "Load the weights of `keras.applications.EfficientNetB*`; a source without top leaves our classifier alone"
+    loaded = from_keras_applications(spec_of(model), source)
+    set_weights(model, {**get_weights(model), **loaded})
+
+# %% ../nbs/20_efficientnet.ipynb #50f93b9a
+def to_keras_applications(
+    spec: ModelSpec,  # Batch norm, group size 1, expansion 6
+    weights: Dict[str, np.ndarray],  # Full name -> array, all that the network declares
+    classifier_activation: Optional[str] = "softmax",  # Keras' default; None gives logits
+) -> keras.Model:  # `keras.applications.EfficientNetB*` that takes raw pictures, 0..255
+    "Make the network of keras.applications that computes what these weights compute"
+    _check_keras_twin(spec)
+    check_matches(weights, params(spec))
+    top = dict(classes=spec.num_classes, classifier_activation=classifier_activation)
+    target = getattr(keras.applications, f"EfficientNet{spec.size}")(
+        weights=None,
+        input_shape=(spec.image_size, spec.image_size, 3),
+        **(top if spec.num_classes else dict(include_top=False)),
+    )
+    for name, value in weights.items():
+        if name.startswith("all/"):
+            variable, axes = _keras_variable(name, target.get_layer(_keras_layer_names(name)))
+            variable.assign(np.asarray(value).transpose(axes))
+    scale, shift = (v.astype("float64") for v in input_affine(spec, weights))
+    std = 1 / (255 * scale)  # the model divides by 255, subtracts a mean and divides by this
+    norm = next(la for la in target.layers if isinstance(la, keras.layers.Normalization))
+    norm.adapt_mean.assign(-shift * std)
+    norm.adapt_variance.assign(std**2)
+    norm.finalize_state()
+    return target
 
 # %% ../nbs/20_efficientnet.ipynb #d6c8a998
 @keras.saving.register_keras_serializable(package="effnet_repro")

@@ -6,12 +6,13 @@
 __all__ = ['FORMATS', 'network_of', 'case_for', 'Weights', 'read_tf1', 'write_tf1', 'timm_name', 'torch_name', 'to_state_dict',
            'format_of', 'read', 'convert']
 
-# %% ../nbs/34_convert.ipynb #b430c62f
+# %% ../nbs/34_convert.ipynb #bb14e448
 import difflib
 import io
 import json
 import os
 import re
+import tempfile
 import uuid
 import zipfile
 from dataclasses import replace
@@ -22,7 +23,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from .checkpoint import load_weights, save, write_whole
+from .checkpoint import _explained, load_weights, save, write_file
 from effnet_repro.config import (
     Case,
     case_from_dict,
@@ -179,7 +180,7 @@ def read_tf1(
         ) from None
     return variables, others
 
-# %% ../nbs/34_convert.ipynb #2da0f260
+# %% ../nbs/34_convert.ipynb #c5a77acb
 def write_tf1(
     path,  # Prefix of the checkpoint's two files, e.g. "out/model.ckpt"
     arrays: Dict[str, np.ndarray],  # Full name -> array
@@ -189,16 +190,24 @@ def write_tf1(
 
     path, variables = Path(path), pack(arrays)
     path = path / "model.ckpt" if path.is_dir() else _tf1_prefix(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    tf.raw_ops.SaveV2(
-        prefix=str(temporary),
-        tensor_names=list(variables),
-        shape_and_slices=[""] * len(variables),
-        tensors=[tf.constant(v) for v in variables.values()],
-    )
-    for ending in (".data-00000-of-00001", ".index"):  # the index last: it is what readers look for
-        os.replace(f"{temporary}{ending}", f"{path}{ending}")
+    endings = (".data-00000-of-00001", ".index")  # the index last: it is what readers look for
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            tf.raw_ops.SaveV2(
+                prefix=str(temporary),
+                tensor_names=list(variables),
+                shape_and_slices=[""] * len(variables),
+                tensors=[tf.constant(v) for v in variables.values()],
+            )
+            for ending in endings:
+                os.replace(f"{temporary}{ending}", f"{path}{ending}")
+        except tf.errors.OpError as e:
+            raise OSError(str(e).splitlines()[0][:200]) from None
+        finally:
+            for left in path.parent.glob(f"{temporary.name}*"):
+                left.unlink()
     return path
 
 # %% ../nbs/34_convert.ipynb #e4767c0d
@@ -273,7 +282,7 @@ def _find_keras(path, options):
     affine = arrays.pop("input/scale"), arrays.pop("input/shift")
     return _Found(arrays, affine=affine)
 
-# %% ../nbs/34_convert.ipynb #c6d815c2
+# %% ../nbs/34_convert.ipynb #4e79dfcc
 def _write_keras(path, weights):
     from effnet_repro.efficientnet import to_keras_applications
 
@@ -283,15 +292,10 @@ def _write_keras(path, weights):
             f"Keras writes weights to *.weights.h5 and models to *.keras. Received: {path.name}."
         )
     model = to_keras_applications(weights.spec, weights.arrays)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    ending = ".keras" if whole else ".weights.h5"
-    temporary = path.parent / f".{uuid.uuid4().hex[:8]}{ending}"
-    try:
-        model.save(str(temporary)) if whole else model.save_weights(str(temporary))
-        os.replace(str(temporary), str(path))
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+    with _explained(path), tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / path.name  # Keras asks for its own endings, and writes in place
+        model.save(str(file)) if whole else model.save_weights(str(file))
+        write_file(path, file.read_bytes())
     return ("Keras' model ends with a softmax; ours gives logits.",) if whole else ()
 
 # %% ../nbs/34_convert.ipynb #38b2acf0
@@ -517,7 +521,7 @@ def _odd_size(native):
     "The size of 32 k + 1 pixels that is nearest to a native one"
     return 32 * round((native - 1) / 32) + 1
 
-# %% ../nbs/34_convert.ipynb #3a77f3de
+# %% ../nbs/34_convert.ipynb #7471951a
 def _write_torch(path, weights):
     spec, (scale, shift) = weights.spec, input_affine(weights.spec, weights.arrays)
     state = to_state_dict(spec, weights.arrays)
@@ -531,7 +535,7 @@ def _write_torch(path, weights):
         data = serialize(state, metadata={"format": "pt", _HEADER: json.dumps(about)})
     else:
         data = _pth_bytes(path, state)
-    write_whole(path, data)
+    write_file(path, data)
     named = [", ".join(f"{v:.4g}" for v in about[k]) for k in ("mean", "std")]
     centring = f"Feed pictures of 0..1 less mean ({named[0]}), over std ({named[1]})."
     return (

@@ -612,6 +612,9 @@ def test_paths_with_something_wrong(tmp_path):
         with pytest.raises(FileExistsError, match="out.ckpt.index exists"):
             convert.convert(ours, tmp_path / target)
     convert.convert(ours, tmp_path / "out.ckpt", overwrite=True)
+    for name in ("x.ckpt", "x.safetensors"):  # a file where a folder should be
+        with pytest.raises(OSError, match="Cannot write .*What was there before is unchanged"):
+            convert.convert(ours, ours / name, to="torch" if "safe" in name else "tf1")
     whole = ours.read_bytes()
     ours.write_bytes(whole[:-1])
     with pytest.raises(ValueError, match="not a whole safetensors file"):

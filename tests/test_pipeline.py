@@ -1,19 +1,31 @@
 """Pipelines: every published split, schedules as properties, and the staged step against the unstaged one."""
 
+import json
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_repro.config import load_cases
-from effnet_repro.network import segments
+from effnet_repro.network import initial_weights, segments
+from effnet_repro.ops import get_ops
 from effnet_repro.pipeline import (
     SCHEDULES,
+    Pipeline,
+    apply_update,
     check_accumulation,
+    describe_schedule,
+    duration,
+    first_slots,
     overlap,
+    plot_pipeline,
     schedule,
     split_segments,
 )
-from effnet_repro.scaling import ModelSpec
+from effnet_repro.recipe import cross_entropy, rmsprop_settings
+from effnet_repro.scaling import SIZE_TABLE, ModelSpec, Size
+from effnet_repro.testing import relative_error
 
 CASES = load_cases()
 
@@ -103,3 +115,187 @@ def test_wrong_schedules_are_refused():
         check_accumulation("grouped", 4, 8)
     with pytest.raises(ValueError, match="at least one stage"):
         schedule("Grouped", 0, 8)
+
+
+@settings(max_examples=60, deadline=None)
+@shapes
+def test_the_description_counts_what_the_table_does(name, num_stages, blocks, training):
+    count = blocks * overlap(name, num_stages, training)
+    table = schedule(name, num_stages, count, training)
+    facts = json.loads(json.dumps(describe_schedule(name, num_stages, count, training)))
+    assert facts["clocks"] == max(w.clock for w in table) + 1
+    assert 0 <= facts["bubble"] < 1 and facts["overlap"] == count // blocks
+    if not training:
+        return
+    for stage in range(num_stages):
+        alive = peak = 0
+        for w in table:
+            alive += (w.stage == stage) * (w.kind == "forward")
+            peak = max(peak, alive)
+            alive -= (w.stage == stage) * (w.kind == "backward")
+        assert peak == min(facts["alive"][stage], count)
+        assert (
+            facts["stash"][stage]
+            == {
+                "Grouped": 2 * (num_stages - 1 - stage),
+                "Interleaved": num_stages - 1 - stage,
+                "Sequential": 0,
+            }["Sequential" if num_stages == 1 else name]
+        )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(SCHEDULES), st.integers(1, 5), st.integers(1, 3), st.integers(0, 99))
+def test_duration_is_bounded_by_its_busiest_stage_and_by_no_overlap(name, stages, blocks, seed):
+    count = blocks * overlap(name, stages)
+    times = np.random.default_rng(seed).uniform(0.1, 1, (2, 3, stages))
+    table = schedule(name, stages, count)
+    took = duration(table, *times)
+    assert took.shape == (3,)
+    assert (took >= count * times.sum(0).max(-1) - 1e-9).all()
+    assert (took <= count * times.sum((0, 2)) + 1e-9).all()
+    one_by_one = [float(duration(table, f, b)) for f, b in zip(*times)]
+    np.testing.assert_allclose(took, one_by_one)
+
+
+def test_a_schedule_can_be_drawn():
+    matplotlib = pytest.importorskip("matplotlib")
+    matplotlib.use("Agg")
+    ax = plot_pipeline("Grouped", 2, 4)
+    assert len(ax.patches) == len(schedule("Grouped", 2, 4)) == len(ax.texts)
+    matplotlib.pyplot.close("all")
+
+
+# ---------------------------------------------------------------- the staged step
+
+PICTURES = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("float32")
+TARGETS = np.eye(10, dtype="float32")[np.arange(8) % 10]
+CASE = CASES["B0-G16-LN_PN-Half_16IPU_2x8"]
+RATE = CASE.learning_rate
+
+
+@pytest.fixture(scope="module", autouse=True)
+def tiny():
+    SIZE_TABLE["TINY"] = Size(width=0.25, depth=0.3, dropout_rate=0.0, native=32)
+    yield
+    del SIZE_TABLE["TINY"]
+
+
+@pytest.fixture
+def quick_compiler():
+    "JAX compiles for minutes what runs for a second: leave optimizations out"
+    jax = pytest.importorskip("jax")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
+def network(norm, drop_path_rate=0.0):
+    "Eight blocks, one of them residual, a quarter as wide as B0"
+    arm = dict(group_size=16, expand_ratio=4, num_classes=10, drop_path_rate=drop_path_rate)
+    return ModelSpec("TINY", norm=norm, norm_groups=4 if norm == "GN" else 1, **arm)
+
+
+def parts(ops, size):
+    "The pictures in micro-batches"
+    pair = lambda i: (ops.asarray(PICTURES[i : i + size]), ops.asarray(TARGETS[i : i + size]))
+    return [pair(i) for i in range(0, len(PICTURES), size)]
+
+
+def make(backend, spec, splits):
+    ops = get_ops(backend)
+
+    def loss(logits, targets):
+        return ops.mean(cross_entropy(ops, logits, targets, 0.1)) * CASE.loss_scale
+
+    stages = split_segments(spec, splits)
+    weights = {n: ops.asarray(w) for n, w in initial_weights(spec).items()}
+    return ops, stages, weights, Pipeline(ops, stages, loss)
+
+
+def flat(arrays, names):
+    return np.concatenate([np.ravel(np.asarray(arrays[n])) for n in names])
+
+
+@pytest.fixture(scope="module")
+def unstaged():
+    "Gradients of the uncut network, all pictures at once, and the weights they lead to in NumPy"
+    found = {}
+
+    def get(norm):
+        if norm not in found:
+            ops, stages, weights, whole = make("tensorflow", network(norm), [])
+            result = whole.gradients(weights, parts(ops, 8))
+            found[norm] = {n: np.asarray(g) for n, g in result.gradients.items()}
+        return found[norm]
+
+    return get
+
+
+def numpy_update(weights, gradients, spec):
+    "RMSProp in the published form, written out"
+    decay = {p.name: p.decay for s in segments(spec) for p in s.params}
+    constants, new = rmsprop_settings(CASE), {}
+    for n, g in gradients.items():
+        w = np.asarray(weights[n])
+        g = g / CASE.loss_scale + (CASE.weight_decay * w if decay[n] else 0)
+        s = 1.0 + (1 - constants["decay"]) * (g * g - 1.0)
+        new[n] = w - RATE * g / np.sqrt(s + constants["epsilon"])
+    return new
+
+
+@pytest.mark.parametrize("norm", ["GN", "LN_PN"])
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
+def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compiler):
+    "Float32 sums in another order: 1e-5 for all gradients together, 1e-3 for each (some nearly cancel)"
+    spec = network(norm)
+    splits = ["block3a", "block4a"] if norm == "GN" else ["block4a/b"]
+    ops, stages, weights, pipeline = make(backend, spec, splits)
+    pieces = parts(ops, 1)  # two replicas with four micro-batches of one picture
+    name = "Grouped" if len(stages) == 2 else "Sequential"
+    runs = [
+        pipeline.gradients(weights, p, name, replica=r)
+        for r, p in enumerate((pieces[:4], pieces[4:]))
+    ]
+    assert runs[0].alive == tuple(describe_schedule(name, len(stages), 4)["alive"])
+    desired = unstaged(norm)
+    mean = {n: sum(np.asarray(r.gradients[n]) for r in runs) / 2 for n in desired}
+    assert relative_error(flat(mean, desired), flat(desired, desired)) < 1e-5
+    assert max(relative_error(mean[n], desired[n]) for n in desired) < 1e-3
+
+    slots = first_slots(CASE, weights)
+    new, slots = apply_update(ops, CASE, stages, weights, slots, [r.gradients for r in runs], RATE)
+    whole = numpy_update(weights, desired, spec)
+    moved = flat(new, desired) - flat(weights, desired)
+    assert relative_error(moved, flat(whole, desired) - flat(weights, desired)) < 1e-4
+    assert set(slots["mean_square"]) == set(weights)
+
+
+def test_recomputation_draws_the_same_masks_as_the_uncut_network():
+    spec = network("LN_PN", drop_path_rate=0.8)
+    ops, _, weights, pipeline = make("tensorflow", spec, ["block6b"])
+    tail = lambda p, m: p.gradients(weights, m, "Sequential", seed=3, update=5, replica=1)
+    staged = tail(pipeline, parts(ops, 2)).gradients
+    whole = tail(make("tensorflow", spec, [])[3], parts(ops, 2)).gradients
+    assert relative_error(flat(staged, whole), flat(whole, whole)) < 1e-5
+    other = pipeline.gradients(weights, parts(ops, 2), "Sequential", seed=3, update=6, replica=1)
+    assert relative_error(flat(other.gradients, whole), flat(whole, whole)) > 1e-2
+
+
+def test_batch_norm_depends_on_the_micro_batch_but_not_on_the_cut():
+    spec = network("BN")
+    ops = get_ops("tensorflow")
+    stem, rest, *_ = split_segments(spec, ["block1a", "block2a/c"])
+    weights = {n: ops.asarray(w) for n, w in initial_weights(spec).items()}
+    loss = lambda y, targets: ops.mean(ops.square(y - 1.0))
+    run = lambda stages, size: (
+        Pipeline(ops, stages, loss).gradients(weights, parts(ops, size)).gradients
+    )
+    cut, same, whole = run([stem, rest], 2), run([stem + rest], 2), run([stem + rest], 8)
+    assert relative_error(flat(cut, same), flat(same, same)) < 1e-5
+    assert relative_error(flat(cut, whole), flat(whole, whole)) > 1e-2
+
+
+def test_numpy_has_no_gradients():
+    with pytest.raises(ValueError, match="back end for gradients 'numpy'.*tensorflow, jax"):
+        make("numpy", network("GN"), [])

@@ -86,6 +86,8 @@ class Program:
             raise RuntimeError("This stand-in was installed with execute=False: it only builds.")
         if m.config["device_connection.type"].name == "PRE_COMPILE":
             m.note("compiled_only", program=self)
+            for queue in self.enqueues:
+                queue.replicas = self.replicas
             return
         if m.config["device_connection.type"].name == "NEVER":
             text = "Device connection NEVER: the program was compiled, and cannot be run"
@@ -156,6 +158,7 @@ class Loop:
         self.carried = [tf.convert_to_tensor(i) for i in inputs or []]
         self.holes = [tf1.placeholder(t.dtype, t.shape) for t in self.carried]
         args, kwargs = infeed_queue.arguments() if infeed_queue is not None else ((), {})
+        self.element = tf.nest.flatten([args, kwargs])
         try:
             outputs = body(*self.holes, *args, **kwargs)
         except TypeError as e:
@@ -189,13 +192,13 @@ class Loop:
         state = [run(self.carried, {})] * p.replicas if self.carried else [[]] * p.replicas
         fetch = [self.next, [tf.nest.flatten(q.structure) for q in self.queues]]
         while self.count is None or done < self.count:
-            feeds = [dict(zip(self.holes, s)) for s in state]
+            feeds = [{**dict(zip(self.holes, s)), p.replica: r} for r, s in enumerate(state)]
             if self.condition is not None and not run(self.condition, feeds[0]):
                 break
+            for feed in feeds:
+                feed.update(zip(self.element, run(self.element, {}) if self.element else []))
             sums = p.reduced(run, feeds) if p.collectives else {}
-            values = []
-            for r, feed in enumerate(feeds):
-                values.append(run(fetch, {**feed, **sums, p.replica: r}))
+            values = [run(fetch, {**feed, **sums}) for feed in feeds]
             state = [v[0] for v in values]
             for k, queue in enumerate(self.queues):
                 queue.replicas = p.replicas

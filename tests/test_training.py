@@ -15,6 +15,7 @@ import pytest
 from effnet_repro import checkpoint
 from effnet_repro.config import for_one_device, get_case, override
 from effnet_repro.data import open_data
+from effnet_repro.runs import read_metrics
 from effnet_repro.testing import relative_error, test_allclose
 from effnet_repro.training import (
     evaluate,
@@ -22,7 +23,6 @@ from effnet_repro.training import (
     finetune_case,
     load_weights,
     read_case,
-    read_metrics,
     train,
     validate,
 )

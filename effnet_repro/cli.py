@@ -1003,6 +1003,11 @@ def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
     from effnet_repro.training import estimate
 
+    if data.train_count < plan.case.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={plan.case.global_batch_size} exceeds the {data.train_count} training "
+            f"pictures in {data.root}. Use a smaller --global-batch-size."
+        )
     e = estimate(plan.case, data)
     cost = {"updates": e["updates"], "epochs": plan.case.epochs}
     cost["pictures an update"] = plan.case.global_batch_size
@@ -1062,7 +1067,12 @@ def doctor_command(args):
             data, report["data"] = None, {"found": "nothing usable"}
             problems.append(_one_line(e))
         if plan and data and not any("does not work" in p for p in problems):
-            report[f"{plan.case.name}, budget {plan.budget}"] = _cost(plan, data, args)
+            title = f"{plan.case.name}, budget {plan.budget}"
+            try:
+                report[title] = _cost(plan, data, args)
+            except ValueError as e:
+                report[title] = {"does not run": ""}
+                problems.append(_one_line(e))
     report["problems"] = {str(i): p for i, p in enumerate(problems, 1)} or {"none": ""}
     if args.json:
         print(json.dumps(report, indent=1))

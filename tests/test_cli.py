@@ -4,14 +4,23 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
+import string
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
 
 from effnet_repro import cli
-from effnet_repro.config import load_cases
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.config import case_from_dict, get_case, load_cases
 
 ROOT = Path(__file__).parents[1]
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -20,7 +29,7 @@ CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
 @pytest.fixture
 def run(capsys, monkeypatch):
     "Run a command in this process: (exit status, stdout, stderr)"
-    for name in ("DATA_DIR", "CONFIG_PATH"):
+    for name in ("DATA_DIR", "CONFIG_PATH", "IN_TEST"):
         monkeypatch.delenv(name, raising=False)
 
     def call(*words):
@@ -49,7 +58,7 @@ def subprocess_run(*words, **env):
     "Run a command as a program of its own"
     return subprocess.run(
         [sys.executable, "-m", "effnet_repro.cli", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "IN_TEST": "", **env},
         capture_output=True,
         text=True,
         timeout=300,
@@ -155,3 +164,323 @@ def test_cases_of_another_file(run, tmp_path, monkeypatch):
     assert by_variable.returncode == 0 and "BN" in by_variable.stdout
     monkeypatch.delenv("CONFIG_PATH")
     assert run("cases", "mine", "--config-path", tmp_path / "mine.yml")[1] == by_variable.stdout
+
+
+# ---------------------------------------------------------------- what a command line comes to
+
+
+def plan(*words):
+    "The plan of effnet-train, without running it"
+    command = cli.COMMANDS["train"]
+    return cli.plan_training(command.parser().parse_args([str(w) for w in words]))
+
+
+def test_every_field_is_a_flag():
+    flags = cli.COMMANDS["train"].parser()._option_string_actions
+    for name in vars(get_case(CASE)):
+        assert name == "name" or "--" + name.replace("_", "-") in flags
+    published = (
+        "--config --config-path --batch-size --image-size --gradient-accumulation-count --init-path"
+    )
+    published += (
+        " --restore-path --replicas --shards --lr-schedule --epochs --base-learning-rate-exponent"
+    )
+    published += (
+        " --base-learning-rate --train-with-valid-preprocessing --variable-filter --no-validation"
+    )
+    assert set(published.split()) <= set(flags)
+
+
+def test_published_batch_flags_give_the_published_global_batch():
+    case = get_case(CASE)
+    whole = "--batch-size 8 --gradient-accumulation-count 4 --replicas 16 --shards 1".split()
+    for words, micro, batch in (
+        ([], 24, 768),
+        (["--batch-size", 12], 12, 768),
+        (["--batch-size", 12, "--gradient-accumulation-count", 4], 12, 12 * 4 * case.num_replicas),
+        (["--gradient-accumulation-count", 2, "--replicas", 2], 24, 96),
+        (["--replicas", 4, "--shards", 4], 24, 768),
+        (whole, 8, 512),
+        ([*whole, "--global-batch-size", 512], 8, 512),
+        (["--global-batch-size", 512, "--gradient-accumulation", 4, "--num-replicas", 16], 8, 512),
+    ):
+        made = plan(CASE, "--budget", "case", *words).case
+        assert (made.micro_batch_size, made.global_batch_size) == (micro, batch), words
+        assert (made.num_replicas, made.num_stages) == (1, 1)
+        assert made.learning_rate == 2**-14 * batch
+
+
+def test_own_names_and_published_names_are_the_same():
+    own = "--micro-batch-size 8 --gradient-accumulation 4 --num-replicas 16 --base-learning-rate-exponent -11"
+    published = (
+        "--batch-size 8 --gradient-accumulation-count 4 --replicas 16 --base-learning-rate=-11"
+    )
+    more = "--train-preprocessing validation --optimizer sgd --norm GN --norm-groups 4"
+    theirs = "--train-with-valid-preprocessing --optimiser SGD --norm GN --groups 4"
+    a, b = (plan(CASE, *w.split()).case for w in (f"{own} {more}", f"{published} {theirs}"))
+    assert a == b and a.base_learning_rate_exponent == -11 and a.optimizer == "sgd"
+
+
+def test_the_table_says_why(run):
+    status, out, err = run(
+        "train", CASE, "--budget", "demo", "--seed", "1", "--dry-run", "--epochs", "3"
+    )
+    rows = {line.split()[0]: line for line in out.splitlines()[2:]}
+    assert (status, err) == (0, "")
+    for field, ending in (
+        ("epochs", "flag"),
+        ("image_size", "budget demo"),
+        ("num_replicas", "one device"),
+        ("momentum", "0.9"),
+    ):
+        assert rows[field].endswith(ending), rows[field]
+    assert re.fullmatch(r"epochs +3 +350 +flag", rows["epochs"])
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "Which case?"),
+        (["--config", "B0-G16-LN_PN-Half"], "Did you mean"),
+        ([CASE, "--config", "B0-G1-GN-Native_16IPU_2x8"], "More than one case"),
+        ([CASE, "--ep", "3"], "Unknown flag '--ep'"),
+        ([CASE, "--bathc-size", "3"], "Did you mean '--batch-size'?"),
+        ([CASE, "extra"], "Unexpected argument 'extra'"),
+        ([CASE, "--epochs", "many"], "a finite number is needed. Received: 'many'"),
+        ([CASE, "--epochs", "nan"], "a finite number is needed"),
+        ([CASE, "--epochs", "0"], "must be positive"),
+        ([CASE, "--epochs"], "expected one argument"),
+        ([CASE, "--image-size", "32.5"], "a whole number is needed"),
+        ([CASE, "--image-size", "16"], "at least 32"),
+        ([CASE, "--batch-size", "8", "--micro-batch-size", "16"], "given twice"),
+        ([CASE, "--norm", "LNPN"], "Did you mean 'LN_PN'?"),
+        ([CASE, "--backend", "tensrflow"], "Did you mean 'tensorflow'?"),
+        ([CASE, "--precision", "fp16"], "Did you mean 'float16'?"),
+        ([CASE, "--budget", "demos"], "Did you mean 'demo'?"),
+        ([CASE, "--model-size", "B9"], "Unknown model_size 'B9'"),
+        ([CASE, "--budget", "case", "--batch-size", "7"], "must be a multiple"),
+        ([CASE, "--budget", "case", "--replicas", "7"], "do not divide the global batch 768"),
+        ([CASE, "--batch-size", "0"], "at least 1"),
+        (
+            [CASE, "--gradient-accumulation", "3", "--global-batch-size", "8"],
+            "is not the global batch 8",
+        ),
+        ([CASE, "--global-batch-size", "32768"], "would be negative"),
+        ([CASE, "--num-stages", "2", "--pipeline-splits", "a", "b"], "A split begins a stage"),
+        ([CASE, "--keep", "0"], "--keep must be at least 1"),
+        ([CASE, "--seed", "-1"], "at least 0"),
+        ([CASE, "--run-dir", "a", "--restore-path", "b"], "More than one run folder"),
+        ([CASE, "--config-path", "nowhere.yml"], "No configuration file nowhere.yml"),
+        ([CASE, "--no-validation", "--validate-every", "2"], "not allowed with"),
+    ],
+)
+def test_a_wrong_command_line_gets_one_line(refused, words, says):
+    assert says in refused("train", *words, "--dry-run")
+
+
+@pytest.mark.parametrize("name", ["finetune", "validate"])
+def test_a_source_that_is_not_there(refused, tmp_path, name):
+    assert "Which run folder" in refused(name)
+    assert "No checkpoint" in refused(name, tmp_path, status=1)
+    (tmp_path / "x.safetensors").write_bytes(b"no")
+    assert "not a whole checkpoint" in refused(name, tmp_path / "x.safetensors", status=1)
+    assert "More than one source" in refused(name, "a", "--restore-path", "b")
+
+
+SOME_FLAGS = {
+    "--batch-size": st.integers(-1, 64),
+    "--micro-batch-size": st.integers(-1, 64),
+    "--gradient-accumulation-count": st.integers(-1, 32),
+    "--replicas": st.integers(-1, 16),
+    "--num-stages": st.integers(-1, 4),
+    "--global-batch-size": st.sampled_from([0, 1, 96, 512, 768, 16384, 20000]),
+    "--image-size": st.integers(0, 600),
+    "--epochs": st.floats(-1, 400, allow_nan=False) | st.sampled_from(["inf", "", "1e3", "many"]),
+    "--base-learning-rate": st.integers(-20, 3),
+    "--norm": st.sampled_from(["GN", "LN", "LN_PN", "GN_PN", "BN", "gn"]),
+    "--groups": st.integers(0, 8),
+    "--cutmix-lambda": st.floats(-0.5, 1.5),
+    "--lr-schedule": st.sampled_from(["cosine", "exponential", "Cosine"]),
+    "--budget": st.sampled_from(["case", "demo", "smoke", "auto"]),
+    "--variable-filter": st.lists(st.sampled_from(["Top", "block7", ""]), min_size=1, max_size=2),
+    "--train-with-valid-preprocessing": st.just([]),
+    "--no-eight-bit-io": st.just([]),
+    "--no-such-flag": st.just([]),
+    "-x": st.just([]),
+}
+
+
+@st.composite
+def command_lines(draw):
+    words = [CASE]
+    for flag in draw(st.lists(st.sampled_from(list(SOME_FLAGS)), max_size=5)):
+        value = draw(SOME_FLAGS[flag])
+        words += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return words
+
+
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(words=command_lines())
+def test_any_command_line_is_a_consistent_case_or_one_line(capsys, words):
+    capsys.readouterr()
+    status = cli.main(["train", *words, "--dry-run"])
+    out, err = capsys.readouterr()
+    assert status in (0, 2), err
+    if status == 2:
+        assert out == "" and len(err.splitlines()) == 1 and err.startswith("effnet-train: ")
+        assert "unforeseen" not in err
+        return
+    made = plan(*words)
+    case, asked = made.case, dict(zip(words[1:], words[2:]))
+    assert case_from_dict(json.loads(json.dumps(cli.case_to_dict(case)))) == case
+    assert case.micro_batch_size * case.gradient_accumulation == case.global_batch_size
+    for flag, field in (
+        ("--image-size", "image_size"),
+        ("--norm", "norm"),
+        ("--groups", "norm_groups"),
+    ):
+        if flag in asked:
+            assert str(getattr(case, field)) == asked[flag]
+    batch = asked.get("--batch-size", asked.get("--micro-batch-size"))
+    assert batch is None or case.micro_batch_size == int(batch)
+    k, r = (int(asked.get(f, 0)) for f in ("--gradient-accumulation-count", "--replicas"))
+    if batch and k and r:
+        assert case.global_batch_size == int(batch) * k * r
+
+
+# ---------------------------------------------------------------- the published commands, as translated
+
+COMMANDS = yaml.safe_load((ROOT / "tests" / "data" / "commands.yml").read_text())
+DOCUMENT = """
+export REPO export DATA_DIR export CONFIG_PATH train.py validation.py poprun --config-path --config
+--no-validation --restore-path --batch-size --image-size --gradient-accumulation-count --init-path --replicas
+--shards --lr-schedule --epochs --train-with-valid-preprocessing --base-learning-rate --variable-filter
+""".split()
+
+
+def test_nothing_of_the_document_is_left_out():
+    published = " ".join(row["published"] for row in COMMANDS)
+    assert [word for word in DOCUMENT if word not in published] == []
+    assert all(set(row) == {"title", "published", "ours", "differs", "test"} for row in COMMANDS)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    "Two classes of coloured squares: 32 pictures to train on, 8 to validate"
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, n in (("train", 16), ("val", 4)):
+        for label in ("dark", "light"):
+            folder = root / split / label
+            folder.mkdir(parents=True)
+            for i in range(n):
+                pixels = rng.integers(0, 100, (40, 40, 3)) + 150 * (label == "light")
+                Image.fromarray(pixels.astype("uint8")).save(folder / f"{i}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def translated(pictures, tmp_path_factory):
+    "Run every translated command in the order of the document: title -> (status, stdout, stderr)"
+    variables = {
+        "CASE": CASE,
+        "CONFIG_PATH": str(ROOT / "config.yml"),
+        "RESTORE_PATH": str(tmp_path_factory.mktemp("run")),
+        "BATCH_SIZE": "2",
+        "GRAD_ACC": "1",
+        "IMAGE_SIZE": "64",
+        "DATA_DIR": str(pictures),
+    }
+    done = {"": variables}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("IN_TEST", raising=False)
+        for name in ("DATA_DIR", "CONFIG_PATH"):
+            patch.setenv(name, variables[name])
+        for row in COMMANDS:
+            line = string.Template(f"{row['ours']} {row['test']}").substitute(variables)
+            name, *words = shlex.split(line)
+            out, err = io.StringIO(), io.StringIO()
+            with cli.contextlib.redirect_stdout(out), cli.contextlib.redirect_stderr(err):
+                status = cli.main([name.split("effnet-")[1], *words])
+            done[row["title"]] = (status, out.getvalue(), err.getvalue())
+    return done
+
+
+@pytest.mark.parametrize("title", [row["title"] for row in COMMANDS])
+def test_a_translated_command_runs(translated, title):
+    status, out, err = translated[title]
+    assert status == 0, err
+    assert out
+
+
+def test_the_published_fine_tuning_is_the_short_one(translated):
+    "Both commands lead to one case, but for the batch that the variables of this test ask for."
+    run_dir = Path(translated[""]["RESTORE_PATH"])
+    trained, long, short = (load_metadata(run_dir / f)["case"] for f in ("", "tuned", "short"))
+    assert trained["global_batch_size"] == 16 and trained["epochs"] == 1
+    assert (long["global_batch_size"], long["micro_batch_size"]) == (32, 2)
+    for name in (
+        "epochs",
+        "lr_schedule",
+        "variable_filter",
+        "base_learning_rate_exponent",
+        "image_size",
+    ):
+        assert long[name] == short[name], name
+    assert long["train_preprocessing"] == short["train_preprocessing"] == "validation"
+    assert (long["optimizer"], long["warmup_epochs"]) == (
+        short["optimizer"],
+        short["warmup_epochs"],
+    )
+    config = json.loads((run_dir / "tuned" / "config.json").read_text())
+    assert config["init"].endswith("average.safetensors")
+
+
+def test_validation_is_done_once_and_for_the_right_case(run, refused, translated, pictures):
+    run_dir = translated[""]["RESTORE_PATH"]
+    rows = cli._validation_rows(run_dir)
+    assert [r["weights"] for r in rows] == ["last", "average"]
+    status, out, _ = run("validate", run_dir, "--data-dir", pictures, "--json")
+    assert status == 0 and json.loads(out) == cli._validation_rows(run_dir)
+    other = refused("validate", run_dir, "--config", "B0-G1-GN-Native_16IPU_2x8")
+    assert "norm: LN_PN there, GN here" in other and "group_size: 16 there, 1 here" in other
+    file = next(Path(run_dir, "checkpoints").glob("epoch-*"))
+    status, out, _ = run("validate", file, "--data-dir", pictures, "--csv")
+    assert status == 0 and out.splitlines()[1].startswith(f"{file.name},")
+
+
+def test_data_that_is_not_there(run, refused, tmp_path):
+    line = refused("train", CASE, "--budget", "smoke", "--data-dir", tmp_path / "none", status=1)
+    assert "`data_dir` must be a folder" in line
+    status, out, _ = run("doctor", "--data-dir", tmp_path / "none", "--json")
+    report = json.loads(out)
+    assert status == 1 and "must be a folder" in report["problems"]["1"]
+    status, out, _ = run("doctor", CASE, "--global-batch-size", "2048", "--json", "--no-trial")
+    assert status == 1 and "exceeds the 1200" in json.loads(out)["problems"]["1"]
+    assert report["versions"]["keras"] and "CPU" in report["back ends"]["tensorflow"]
+
+
+def test_stopping_is_an_exit_status_of_its_own(monkeypatch, capsys):
+    def stop(args):
+        raise KeyboardInterrupt
+
+    command = cli.COMMANDS["cases"]._replace(run=stop)
+    assert cli._call(command, []) == 130
+    assert capsys.readouterr().err == "effnet-cases: interrupted\n"
+
+
+def test_an_error_that_nobody_foresaw(monkeypatch, capsys):
+    command = cli.COMMANDS["cases"]._replace(run=lambda args: {}["missing"])
+    assert cli._call(command, []) == 1
+    line = capsys.readouterr().err
+    assert len(line.splitlines()) == 1 and "KeyError" in line and "--debug" in line
+
+
+def test_a_program_of_its_own(translated):
+    "The same plan through the shell, with the environment variables."
+    variables = {k: translated[""][k] for k in ("CONFIG_PATH", "DATA_DIR")}
+    done = subprocess_run("train", "--config", CASE, "--epochs", "7", "--dry-run", **variables)
+    assert done.returncode == 0 and done.stderr == "" and "budget case" in done.stdout
+    done = subprocess_run("train", "--config", CASE, "--epochs", "x", "--dry-run")
+    assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)

@@ -5,17 +5,19 @@
 # %% auto #0
 __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'write_json', 'append_rows', 'describe_machine', 'read_metrics',
            'plot_run', 'save_curves', 'say_scores', 'score_row', 'write_scores', 'Run', 'average_until',
-           'refuse_other_case', 'list_fields', 'check_init', 'finetune_case', 'finetune_size']
+           'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init', 'finetune_case', 'finetune_size']
 
-# %% ../nbs/34_runs.ipynb #4767d437
+# %% ../nbs/34_runs.ipynb #4ffa81be
 import csv
 import datetime
+import io
 import json
 import math
 import os
 import platform
 import subprocess
 import time
+import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -34,7 +36,7 @@ from effnet_repro.config import (
 )
 from .scaling import SIZE_TABLE
 
-# %% ../nbs/34_runs.ipynb #ff33262a
+# %% ../nbs/34_runs.ipynb #e03b4859
 class Scores(NamedTuple):
     "How a network did on the validation pictures"
 
@@ -72,20 +74,20 @@ def score(
     seconds = time.perf_counter() - (started or time.perf_counter())
     n = int(total[3])
     if n == 0:
-        raise ValueError(f"There are no validation pictures in {where}.")
+        raise ValueError(
+            f"There are no validation pictures in {where}. It needs validation-* files, or a folder "
+            "validation/ or val/ of class folders."
+        )
     speed = timed / seconds if timed else float("nan")
     return Scores(*(float(t) for t in total[:3] / n), n, image_size, speed, confusion)
 
-# %% ../nbs/34_runs.ipynb #9b448a56
+# %% ../nbs/34_runs.ipynb #8011a7a6
 def write_json(
     path,  # File to write
     values,  # JSON values
 ):
     "Write a small file whole or not at all"
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(json.dumps(values, indent=1) + "\n")
-    os.replace(str(temporary), str(path))
+    checkpoints.write_file(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def append_rows(
@@ -96,16 +98,18 @@ def append_rows(
     "Add rows to a CSV file, which is rewritten whole"
     path, old = Path(path), []
     if path.exists():
-        with path.open(newline="") as file:
-            old = [row for row in csv.DictReader(file) if keep(row)]
+        try:
+            with path.open(newline="") as file:
+                old = [row for row in csv.DictReader(file) if keep(row)]
+        except (KeyError, TypeError, ValueError, csv.Error) as e:
+            raise ValueError(f"{path} is damaged ({e!r}). Mend it, or move it away.") from None
     rows = old + [{k: str(v) for k, v in row.items()} for row in rows]
     names = list(dict.fromkeys(name for row in rows for name in row))
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, names)
-        writer.writeheader()
-        writer.writerows(rows)
-    os.replace(str(temporary), str(path))
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, names)
+    writer.writeheader()
+    writer.writerows(rows)
+    checkpoints.write_file(path, text.getvalue().encode())
 
 # %% ../nbs/34_runs.ipynb #1d7bd33c
 def _version(package):
@@ -151,7 +155,7 @@ def describe_machine(
         "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
 
-# %% ../nbs/34_runs.ipynb #e7218cc1
+# %% ../nbs/34_runs.ipynb #44e4e9c6
 def read_metrics(
     run_dir,  # A run folder
 ):  # A pandas DataFrame with a row per epoch
@@ -197,7 +201,10 @@ def save_curves(
     except ImportError:
         return
     figure = plot_run(run_dir)[0].figure
-    figure.savefig(str(run_dir / "curves.png"), dpi=120)
+    try:
+        figure.savefig(str(run_dir / "curves.png"), dpi=120)
+    except OSError as e:  # no reason to stop
+        warnings.warn(f"No figure: {e}", stacklevel=2)
     plt.close(figure)
 
 # %% ../nbs/34_runs.ipynb #9d71c5f6
@@ -264,7 +271,7 @@ def average_until(
             average.save(path)  # the writer was killed between the checkpoint and its average
     return average
 
-# %% ../nbs/34_runs.ipynb #ec09582b
+# %% ../nbs/34_runs.ipynb #783126b9
 NETWORK_FIELDS = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
 
 
@@ -279,6 +286,21 @@ def refuse_other_case(
     if fields:
         raise ValueError(
             f"{path} belongs to another run ({list_fields(fields)}). Use another run_dir, or the same settings."
+        )
+
+
+def refuse_other_data(
+    path,  # The checkpoint
+    metadata: dict,  # What it says
+    classes: int,  # Classes of the data to go on with
+    pictures: int,  # Training pictures of the data to go on with
+):  # None; raises ValueError
+    "Going on needs the pictures that the run began with: another number is another order"
+    there = metadata.get("num_classes"), metadata.get("pictures", pictures)
+    if there != (classes, pictures):
+        raise ValueError(
+            f"{path} belongs to a run on {there[1]} training pictures of {there[0]} classes. Received: "
+            f"{pictures} pictures of {classes} classes. Give the same data, or use another run_dir."
         )
 
 

@@ -7,11 +7,13 @@ __all__ = ['PRECISIONS', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_
            'evaluate', 'device_name', 'environment', 'estimate', 'choose_precision', 'train', 'finetune', 'validate',
            'read_case', 'find_run', 'record', 'plot_predictions', 'plot_confusion']
 
-# %% ../nbs/38_training.ipynb #77e7bee4
+# %% ../nbs/38_training.ipynb #5ae61904
+import contextlib
 import csv
 import functools
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -38,10 +40,11 @@ from effnet_repro.config import (
 )
 from effnet_repro.data import (
     DataSet,
-    array_batches,
+    find_damaged,
     open_data,
     plot_pictures,
     training_batches,
+    update_pictures,
     validation_arrays,
     validation_batches,
 )
@@ -77,7 +80,9 @@ from effnet_repro.runs import (
     finetune_case,
     finetune_size,
     list_fields,
+    read_metrics,
     refuse_other_case,
+    refuse_other_data,
     save_curves,
     say_scores,
     score,
@@ -371,7 +376,7 @@ class TrainingModel(keras.Model):
         other = [moving.get(ids.get(id(v)), t) for v, t in zip(self.non_trainable_variables, other)]
         return self._logs(loss, correct), (trained, other, slots, metrics)
 
-# %% ../nbs/38_training.ipynb #2eb00178
+# %% ../nbs/38_training.ipynb #ea29d864
 def _controls(case, update, updates_per_epoch, seed):
     "Everything of an update that is not a picture"
     draws = draw_mixing(
@@ -398,19 +403,16 @@ def updates(
     how = dict(seed=seed, first_update=first_update, area_min=case.crop_area_min)
     args = (data, case.image_size, case.global_batch_size)
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
+    how["preprocessing"] = case.train_preprocessing
     if keras.backend.backend() != "tensorflow":
-        stream = array_batches(*args, preprocessing=case.train_preprocessing, **how)
+        stream = training_batches(*args, reader="numpy", **how)
         return (
             (
                 {"images": images, "labels": labels, **controls(first_update + i)},
             )  # Keras wants tuples
             for i, (images, labels) in enumerate(stream)
         )
-    return _tf_updates(
-        training_batches(*args, preprocessing=case.train_preprocessing, **how),
-        controls,
-        first_update,
-    )
+    return _tf_updates(training_batches(*args, **how), controls, first_update)
 
 
 def _tf_updates(stream, controls, first_update):
@@ -450,7 +452,7 @@ def predictor(
     step, tensors = _forward(spec, precision), {n: ops.asarray(w) for n, w in weights.items()}
     return lambda images: np.asarray(step(tensors, ops.asarray(images)))
 
-# %% ../nbs/38_training.ipynb #8ca0e98c
+# %% ../nbs/38_training.ipynb #6d62d221
 def evaluate(
     spec: ModelSpec,  # The network
     weights: Dict[str, np.ndarray],  # Full name -> array
@@ -467,12 +469,37 @@ def evaluate(
             "Validate on the data set that it was trained on."
         )
     predict = predictor(spec, weights, precision)
-    batch = min(batch, data.validation_count)
-    reader = validation_batches if keras.backend.backend() == "tensorflow" else validation_arrays
-    triples = (
-        (predict(images), labels, mask) for images, labels, mask in reader(data, image_size, batch)
-    )
+    batch = max(1, min(batch, data.validation_count))
+    stream = _validation_stream(data, image_size, batch)
+    triples = ((predict(images), labels, mask) for images, labels, mask in stream)
     return score(triples, classes, image_size, data.root)
+
+# %% ../nbs/38_training.ipynb #096ebadf
+@contextlib.contextmanager
+def _explained(data, split, due, doing):
+    "Turn what a back end says about pictures or memory into one message"
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__} {error}"
+        if re.search("RESOURCE_EXHAUSTED|ResourceExhausted|out of memory", text):
+            raise MemoryError(f"The device has too little memory for {doing()}.") from None
+        if type(error).__module__.startswith("tensorflow"):
+            for damage in find_damaged(data, split, due()).values():
+                raise ValueError(damage) from None
+        raise
+
+
+def _validation_stream(data, image_size, batch):
+    "The validation batches of the running back end"
+    reader = validation_batches if keras.backend.backend() == "tensorflow" else validation_arrays
+    at = [0]
+    due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
+    doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
+    with _explained(data, "validation", due, doing):
+        for one in reader(data, image_size, batch):
+            yield one
+            at[0] += batch
 
 # %% ../nbs/38_training.ipynb #3744c0d4
 def device_name() -> str:  # e.g. "CPU, 2 cores" or the GPU's name
@@ -498,7 +525,7 @@ def environment() -> dict:  # What `environment.json` holds
     "Describe where a number was made"
     return describe_machine(keras.backend.backend(), device_name())
 
-# %% ../nbs/38_training.ipynb #12790643
+# %% ../nbs/38_training.ipynb #85084765
 def _save_state(path, model, update, epoch, extra):
     "Write weights and slots of a training model"
     arrays = get_weights(model.network)
@@ -508,6 +535,12 @@ def _save_state(path, model, update, epoch, extra):
         pairs = zip(names, values)
         arrays.update(
             {f"slots/{slot}/{n}": np.array(keras.ops.convert_to_numpy(v)) for n, v in pairs}
+        )
+    broken = [n for n, a in arrays.items() if not np.isfinite(a).all()]
+    if broken:
+        raise FloatingPointError(
+            f"After update {update} {len(broken)} arrays hold values that are not finite, such as "
+            f"{broken[0]}; they were not saved. {_last_good(path.parent)}"
         )
     program = model.program
     metadata = {
@@ -521,9 +554,16 @@ def _save_state(path, model, update, epoch, extra):
     return checkpoints.save(path, arrays, metadata)
 
 
-def _restore_state(path, model):
+def _last_good(folder):
+    newest = checkpoints.latest(folder)
+    good = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
+    return f"{good} Try a smaller base_learning_rate_exponent, or precision='float32'."
+
+
+def _restore_state(path, model, pictures):
     "Read what `_save_state` wrote into a training model; returns the metadata"
     arrays, metadata = checkpoints.load(path)
+    refuse_other_data(path, metadata, model.program.spec.num_classes, pictures)
     refuse_other_case(path, case_from_dict(metadata["case"]), model.program.case)
     if metadata["seed"] != model.program.seed:
         raise ValueError(
@@ -534,11 +574,18 @@ def _restore_state(path, model):
     by_id = {id(v): n for n, v in weights_by_name(model.network).items()}
     for slot, values in model.optimizer.slots.items():
         for v, target in zip(model.trainable_variables, values):
-            target.assign(arrays[f"slots/{slot}/{by_id[id(v)]}"])
+            value = arrays.get(f"slots/{slot}/{by_id[id(v)]}")
+            if np.shape(value) != tuple(target.shape) or value is None:
+                raise ValueError(
+                    f"{path} does not fit: the slot {slot} of {by_id[id(v)]} has shape "
+                    f"{None if value is None else value.shape}, the network {tuple(target.shape)}. "
+                    "Go on from a checkpoint that this code wrote."
+                )
+            target.assign(value)
     model.optimizer.iterations.assign(metadata["update"])
     return metadata
 
-# %% ../nbs/38_training.ipynb #80e14f99
+# %% ../nbs/38_training.ipynb #548d6b33
 class _Stop(Exception):
     "Raised after a finished update when somebody asked to stop"
 
@@ -546,14 +593,10 @@ class _Stop(Exception):
 class _Follow(keras.callbacks.Callback):
     "Watches updates: progress bar, mean loss and accuracy, speed, non-finite loss, requests to stop"
 
-    def __init__(self, first_update, last_update, pictures, progress):
+    def __init__(self, folder, first_update, last_update, pictures, progress):
         super().__init__()
-        self.update, self.last, self.pictures, self.progress = (
-            first_update,
-            last_update,
-            pictures,
-            progress,
-        )
+        self.folder, self.update, self.last = folder, first_update, last_update
+        self.pictures, self.progress = pictures, progress
         self.stop_requested, self.bar, self.seconds, self.timed, self.since = (
             False,
             None,
@@ -583,8 +626,7 @@ class _Follow(keras.callbacks.Callback):
         self.sums, self.steps = self.sums + values, self.steps + 1
         if not np.isfinite(values[0]):
             raise FloatingPointError(
-                f"The loss of update {self.update} is {values[0]}. The last checkpoint is good; try a smaller "
-                "base_learning_rate_exponent, or precision='float32'."
+                f"The loss of update {self.update} is {values[0]}. {_last_good(self.folder)}"
             )
         self.bar.set_postfix(
             loss=f"{values[0]:.3f}", images_per_s=f"{self.images_per_s:.0f}", refresh=False
@@ -601,7 +643,7 @@ class _Follow(keras.callbacks.Callback):
         if self.bar is not None:
             self.bar.close()
 
-# %% ../nbs/38_training.ipynb #49f2d81b
+# %% ../nbs/38_training.ipynb #e7bad01f
 class _Record(keras.callbacks.Callback):
     "At the end of an epoch: validate, average, save, write rows, events and the figure"
 
@@ -622,8 +664,10 @@ class _Record(keras.callbacks.Callback):
         }
         row.update(accuracy=round(accuracy, 6), images_per_s=round(follow.images_per_s, 2))
         row["learning_rate"] = learning_rate(case, follow.update - 1, per_epoch)
+        lasting = {n: v for n, v in row.items() if n != "images_per_s"}  # the same in every run
         row["seconds"] = round(time.perf_counter() - s["started"], 2)
-        path = s["save"](follow.update)
+        row.update({"skipped_pictures": len(s["data"].damaged)} if s["data"].damaged else {})
+        path = s["save"](follow.update, lasting)
         done = follow.update >= s["last_update"]
         if s["validate_every"] and (done or (epoch + 1) % s["validate_every"] == 0):
             scores = s["last_scores"] = s["evaluate"](get_weights(self.model.network))
@@ -736,14 +780,15 @@ def _spans(first, last, per_epoch):
         at += steps * max(whole, 1)
     return spans
 
-# %% ../nbs/38_training.ipynb #7ef6ebfb
+# %% ../nbs/38_training.ipynb #37351b27
 def _saver(model, folder, average, per_epoch, keep, extra):
     "A function that writes the checkpoint of an update, and the average at the end of an epoch"
 
-    def save(update):
+    def save(update, row=None):
         epoch, inside = divmod(update, per_epoch)
         path = checkpoints.epoch_path(folder, epoch, update if inside else None)
-        _save_state(path, model, update, epoch, {**extra, "whole_epoch": not inside})
+        more = {**extra, "whole_epoch": not inside, "row": row}
+        _save_state(path, model, update, epoch, more)
         if not inside and average.last_update < update:
             average.update(
                 {n: w for n, w in get_weights(model.network).items() if n.startswith("all/")},
@@ -758,7 +803,7 @@ def _saver(model, folder, average, per_epoch, keep, extra):
 
 
 class _Signals:
-    "Turns Ctrl-C and SIGTERM into a request to stop after the current update"
+    "Turns Ctrl-C and SIGTERM into a request to stop after the current update; the second stops at once"
 
     def __init__(self, follow):
         self.follow, self.old = follow, {}
@@ -769,23 +814,31 @@ class _Signals:
                 self.old[number] = signal.signal(number, self._ask)
 
     def _ask(self, number, frame):
+        if self.follow.stop_requested:
+            raise KeyboardInterrupt("stopped within an update; the last checkpoint is good")
         self.follow.stop_requested = True
-        print(
-            "stopping after this update; run the same command again to go on",
-            file=sys.stderr,
-            flush=True,
-        )
+        with contextlib.suppress(RuntimeError):  # the signal came while something was printed
+            text = (
+                "stopping after this update (again: at once); run the same command again to go on"
+            )
+            print(text, file=sys.stderr, flush=True)
 
     def __exit__(self, *error):
         for number, handler in self.old.items():
             signal.signal(number, handler)
 
-# %% ../nbs/38_training.ipynb #63a3f101
+# %% ../nbs/38_training.ipynb #ea71e5c8
 def _fit(model, data, state, first, last, per_epoch):
     "Run the updates from `first` to `last`; returns whether they were all done"
-    follow = state["follow"]
+    follow, case = state["follow"], model.program.case
+    coming = lambda: range(follow.update, follow.update + 4)  # read, but not yet used
+    order = lambda u: update_pictures(data, case.global_batch_size, u, model.program.seed)
+    due = lambda: np.concatenate([order(u) for u in coming()])
+    doing = lambda: (
+        f"micro_batch_size={case.micro_batch_size} at {case.image_size} pixels: use less"
+    )
     try:
-        with _Signals(follow):
+        with _Signals(follow), _explained(data, "train", due, doing):
             for begin, end, steps in _spans(first, last, per_epoch):
                 stream = updates(model.program.case, data, model.program.seed, follow.update)
                 how = dict(
@@ -802,7 +855,7 @@ def _fit(model, data, state, first, last, per_epoch):
         follow.close()
     return True
 
-# %% ../nbs/38_training.ipynb #1fb52978
+# %% ../nbs/38_training.ipynb #f4a501fa
 def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep, progress, notes):
     "Train `case` in `run_dir`, from its newest checkpoint, from `weights`, or from scratch"
     run_dir, program = Path(run_dir), _program(case, data, precision, seed)
@@ -812,20 +865,49 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
             f"global_batch_size={case.global_batch_size} exceeds the {data.train_count} training pictures in "
             f"{data.root}. Use a smaller global_batch_size."
         )
+    _check_options(seed, validate_every, keep)
+    if not data.validation_count:
+        print(f"no validation pictures in {data.root}: the accuracy is not measured", flush=True)
+        validate_every = None
+    with checkpoints.lock_folder(run_dir):
+        return _execute_alone(
+            program, data, run_dir, weights, per_epoch, validate_every, keep, progress, notes
+        )
+
+
+def _check_options(seed, validate_every, keep):
+    for name, value, lowest in (
+        ("seed", seed, 0),
+        ("keep", keep, 1),
+        ("validate_every", 0 if validate_every is None else validate_every, 0),
+    ):
+        if isinstance(value, bool) or not isinstance(value, int) or not lowest <= value < 2**31:
+            raise ValueError(
+                f"`{name}` must be a whole number from {lowest} to 2**31 - 1. Received: {name}={value!r}."
+            )
+
+# %% ../nbs/38_training.ipynb #a061386d
+def _execute_alone(
+    program, data, run_dir, weights, per_epoch, validate_every, keep, progress, notes
+):
+    "The run itself, once it has the folder to itself"
+    case, folder = program.case, run_dir / "checkpoints"
     last = min(total_updates(case, per_epoch), case.max_steps or sys.maxsize)
-    network = build_model(program.spec, image_size=case.image_size, dtype="float32", seed=seed)
+    network = build_model(
+        program.spec, image_size=case.image_size, dtype="float32", seed=program.seed
+    )
     if weights is not None:
         set_weights(network, weights)
-    model, folder = TrainingModel(network, program), run_dir / "checkpoints"
-    folder.mkdir(parents=True, exist_ok=True)
-    first = _begin(folder, model, progress)
+    model = TrainingModel(network, program)
+    first = _begin(run_dir, model, data.train_count)
     if first < last:
         _describe_run(run_dir, program, data, notes)
         _say_estimate(case, data)
     average = average_until(folder, case, first)
     extra = {"class_names": list(data.class_names), "precision": program.precision}
+    extra["pictures"] = data.train_count
     state = dict(program=program, run_dir=run_dir, updates_per_epoch=per_epoch, last_update=last)
-    state["follow"] = _Follow(first, last, case.global_batch_size, progress)
+    state["follow"] = _Follow(folder, first, last, case.global_batch_size, progress)
     state["save"] = _saver(model, folder, average, per_epoch, keep, extra)
     measure = lambda w: evaluate(
         program.spec, w, data, case.image_size, precision=program.precision
@@ -846,15 +928,21 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
         scores,
     )
 
-# %% ../nbs/38_training.ipynb #620d0bcf
-def _begin(folder, model, progress):
+# %% ../nbs/38_training.ipynb #1769590f
+def _begin(run_dir, model, pictures):
     "Restore the newest checkpoint, if there is one; returns the update to begin with"
-    checkpoints.remove_leftovers(folder)
+    folder, metrics = run_dir / "checkpoints", run_dir / "metrics.csv"
+    for place in (run_dir, folder):
+        checkpoints.remove_leftovers(place)
     newest = checkpoints.latest(folder)
     if newest is None:
         return 0
-    update = _restore_state(newest, model)["update"]
+    metadata = _restore_state(newest, model, pictures)
+    update, row = metadata["update"], metadata.get("row")
     print(f"going on from {newest.name}, update {update}", flush=True)
+    known = read_metrics(run_dir)["update"].tolist() if metrics.exists() else []
+    if row and update not in known:  # killed between the checkpoint and its row
+        append_rows(metrics, [row], lambda old: int(old["update"]) < update)
     return update
 
 
@@ -866,6 +954,7 @@ def _describe_run(run_dir, program, data, notes):
         "precision": program.precision,
         "backend": keras.backend.backend(),
         "data": {"root": data.root, "format": data.format, "builtin": data.builtin},
+        "skipped_pictures": list(data.damaged),
         "pictures": {"train": data.train_count, "validation": data.validation_count},
         **notes,
     }
@@ -885,7 +974,7 @@ def _final_scores(state, average, network):
         write_scores(run_dir, kind, s, at[kind], state["data"])
     return scores
 
-# %% ../nbs/38_training.ipynb #8ceb995f
+# %% ../nbs/38_training.ipynb #9bcb30b5
 def _check_backend(backend):
     if backend is not None and backend != keras.backend.backend():
         raise ValueError(
@@ -904,6 +993,7 @@ def train(
     precision: str = "auto",  # Type to compute in: "float32", "bfloat16", "float16"
     backend: Optional[str] = None,  # "tensorflow" or "jax"; refused when Keras runs on the other
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
     validate_every: Optional[
         int
     ] = 1,  # Epochs between validations; 0 = only at the end, None = never
@@ -915,7 +1005,7 @@ def train(
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     _check_backend(backend)
-    data = open_data(data_dir, data_format)
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     resolved, published = resolve(case, budget, data_dir is not None, **overrides)
     notes = {
         "kind": "train",
@@ -939,7 +1029,7 @@ def _listed(value):
 # %% ../nbs/38_training.ipynb #55be2aee
 _BATCHES = ("global_batch_size", "micro_batch_size", "max_steps")
 
-# %% ../nbs/38_training.ipynb #4b74d67d
+# %% ../nbs/38_training.ipynb #b21f7cf0
 def finetune(
     init,  # A run folder or a checkpoint to begin from
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -954,6 +1044,7 @@ def finetune(
     precision: str = "auto",
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
+    on_corrupt: str = "refuse",
     validate_every: Optional[int] = 1,
     keep: int = 2,
     progress: bool = True,
@@ -962,7 +1053,9 @@ def finetune(
     "Train the last layers of a trained network a little more, at another resolution"
     _check_backend(backend)
     arrays, metadata, source = load_weights(init, weights)
-    trained, data = case_from_dict(metadata["case"]), open_data(data_dir, data_format)
+    trained = case_from_dict(metadata["case"])
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    variable_filter = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     image_size = image_size or finetune_size(trained)
     batches = {
         k: v for k, v in budget_overrides(budget, data_dir is not None)[1].items() if k in _BATCHES
@@ -987,7 +1080,7 @@ def finetune(
         case, data, run_dir, arrays, seed, precision, validate_every, keep, progress, notes
     )
 
-# %% ../nbs/38_training.ipynb #82955654
+# %% ../nbs/38_training.ipynb #818e4c03
 def validate(
     source,  # A run folder, a checkpoint file or an average
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -997,11 +1090,18 @@ def validate(
     precision: str = "auto",
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
+    on_corrupt: str = "refuse",
     batch: int = 64,  # Pictures at a time
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
     _check_backend(backend)
-    source, data, scores = Path(source), open_data(data_dir, data_format), {}
+    for name, value, lowest in (("batch", batch, 1), ("image_size", image_size or 32, 32)):
+        if not isinstance(value, int) or value < lowest:
+            raise ValueError(
+                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
+            )
+    source, scores = Path(source), {}
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     is_run = source.is_dir()
     run_dir = source.parent if source.name == "checkpoints" else source
     for name, path in _weight_files(source, weights).items():

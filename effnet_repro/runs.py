@@ -7,13 +7,12 @@ __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'write_json', 'appe
            'plot_run', 'save_curves', 'say_scores', 'score_row', 'write_scores', 'Run', 'average_until',
            'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init', 'finetune_case', 'finetune_size']
 
-# %% ../nbs/34_runs.ipynb #4ffa81be
+# %% ../nbs/34_runs.ipynb #12526108
 import csv
 import datetime
 import io
 import json
 import math
-import os
 import platform
 import subprocess
 import time

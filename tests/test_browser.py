@@ -17,6 +17,12 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import tree  # noqa: E402
 
 from effnet_repro.config import load_cases  # noqa: E402
+from effnet_repro.pipeline import (  # noqa: E402
+    SCHEDULES,
+    describe_schedule,
+    overlap,
+    schedule,
+)
 from effnet_repro.scaling import mod32_warning  # noqa: E402
 
 DOCS, SHOTS = ROOT / "_docs", ROOT / "_screenshots"
@@ -345,13 +351,67 @@ def test_fine_tune_sizes_are_those_of_the_library(visit):
     picker.get_by_text("Trained at 196, fine-tuned at 260").wait_for()
 
 
-@pytest.mark.parametrize("name, kept", [("cases.html", "B5-G16-LN_PN-Half_16IPU_4x4")])
+def test_explorer_counts_as_the_library_does(visit):
+    page = visit("pipeline.html")
+    asked = [
+        (name, stages, blocks * overlap(name, stages))
+        for name in SCHEDULES
+        for stages in (1, 2, 3, 4, 6, 8)
+        for blocks in (1, 2, 5)
+    ]
+    told = page.evaluate(
+        "asked => asked.map((a) => [pipelineExplorer.schedule(...a), pipelineExplorer.describe(...a)])",
+        asked,
+    )
+    for arguments, (table, facts) in zip(asked, told):
+        assert table == [w._asdict() for w in schedule(*arguments)], arguments
+        expected = describe_schedule(*arguments)
+        assert facts.pop("bubble") == pytest.approx(expected.pop("bubble")), arguments
+        assert facts == expected, arguments
+
+
+def test_explorer_by_keyboard(visit):
+    page = visit("pipeline.html")
+    explorer = page.locator("#pipeline-explorer")
+    grid, facts = explorer.locator("svg"), explorer.locator("dl")
+    assert grid.locator("rect").count() == 1 + 2 * 4 * 16 and "23" in facts.inner_text()
+    explorer.get_by_role("combobox", name="schedule").focus()
+    page.keyboard.press("ArrowDown")  # Interleaved
+    bubble = describe_schedule("Interleaved", 4, 16)["bubble"]
+    explorer.get_by_text(f"{100 * bubble:.1f} %").wait_for()
+    page.keyboard.press("Tab")
+    page.keyboard.type("2")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("7")
+    explorer.get_by_text("take 6 or 8").wait_for()
+    page.keyboard.press("ArrowUp")
+    explorer.get_by_text("Blocks of 2").wait_for()
+    assert grid.locator("rect").count() == 1 + 2 * 2 * 8
+    clock = explorer.get_by_role("slider", name="clock")
+    clock.focus()
+    page.keyboard.press("ArrowRight")
+    explorer.get_by_text("Clock 1. stage 0: idle; stage 1: micro-batch 0 forward.").wait_for()
+    assert barriers(page) == []
+    page.set_viewport_size(PHONE)
+    assert too_wide(page) == []
+
+
+def test_explorer_works_in_files(visit):
+    page = visit("pipeline.html", base=DOCS.as_uri() + "/")
+    page.locator("#pipeline-explorer svg").wait_for()
+
+
+@pytest.mark.parametrize(
+    "name, kept",
+    [("cases.html", "B5-G16-LN_PN-Half_16IPU_4x4"), ("pipeline.html", "ramp-up")],
+)
 def test_pages_keep_their_point_without_scripts(browser, site, name, kept):
     context = browser.new_context(java_script_enabled=False, viewport=PHONE)
     page = context.new_page()
     page.goto(site + name)
     assert page.get_by_text(kept).first.is_visible()
-    assert page.locator("button:visible", has_text="208").count() == 0
+    assert page.locator(".play:visible").count() == 0
     context.close()
 
 

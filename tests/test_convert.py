@@ -83,7 +83,9 @@ def test_timm_logits(row, tmp_path):
     if plain and row["size"] % 32 != 1:
         assert error > 0.1  # another padding: what the note warns of
     else:
-        assert error < 1e-4  # timm and this in float64; gamma and the centring were stored in float32
+        assert (
+            error < 1e-4
+        )  # timm and this in float64; gamma and the centring were stored in float32
     assert weights.case.image_size == {"tf_efficientnet_b3": 300}.get(
         row["arch"], 225 if plain else 224
     )

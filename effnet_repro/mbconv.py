@@ -30,7 +30,7 @@ class Scope:
     def get(self, name):
         return self.weights.get(self.path(name))
 
-# %% ../nbs/13_mbconv.ipynb #50243559
+# %% ../nbs/13_mbconv.ipynb #c817f51b
 BATCH_NORM_MOMENTUM = (
     0.97  # Of batch norm's moving averages. Source: `BN_decay` of the published code
 )
@@ -76,7 +76,7 @@ def _moving_or_batch(ops, w, x, rng):
         rng.statistics[w.path(name)] = keep * old + (1 - keep) * new
     return batch
 
-# %% ../nbs/13_mbconv.ipynb #83c2f4a9
+# %% ../nbs/13_mbconv.ipynb #82581340
 def squeeze_excite(
     ops,  # Tensor operations
     w: Scope,  # "1/conv/conv2d/kernel", "1/conv/conv2d/bias", and the same under "2"
@@ -85,7 +85,7 @@ def squeeze_excite(
 ):  # (N, H, W, C), type of x
     "Re-weigh the channels of `x` by what the whole picture says"
     kind = ops.dtype(x)
-    y = ops.mean(x, (1, 2))  # (N, C)
+    y = ops.pool(x)  # (N, C)
     for layer, activate in (("1", ops.swish), ("2", ops.sigmoid)):
         kernel, bias = w[f"{layer}/conv/conv2d/kernel"], w[f"{layer}/conv/conv2d/bias"]
         kernel = ops.reshape(
@@ -94,7 +94,7 @@ def squeeze_excite(
         y = activate(ops.matmul(y, ops.cast(kernel, kind)) + ops.cast(bias, kind))
     gate = y if inv_std is None else y * ops.cast(inv_std, kind)
     n, c = ops.shape(gate)
-    return x * ops.reshape(gate, (n, 1, 1, c))
+    return ops.affine(x, ops.reshape(gate, (n, 1, 1, c)))
 
 # %% ../nbs/13_mbconv.ipynb #d6f38422
 def drop_path(

@@ -19,7 +19,7 @@ from .ops import NumpyOps
 from .proxy_norm import proxy_statistics
 from .scaling import ModelSpec, blocks
 
-# %% ../nbs/14_network.ipynb #430b887e
+# %% ../nbs/14_network.ipynb #5fff2b19
 class Param(NamedTuple):
     "One array that a segment owns"
 
@@ -39,7 +39,7 @@ class Segment(NamedTuple):
     params: Tuple[Param, ...]
     apply: Callable  # apply(ops, weights, x, rng) -> x; rng is None at inference
 
-# %% ../nbs/14_network.ipynb #d7f9891b
+# %% ../nbs/14_network.ipynb #2dc4a40b
 def _norm_params(spec, prefix, channels, activated=True):
     make = lambda name, init, **kw: Param(f"{prefix}/{name}", (channels,), init, **kw)
     if spec.batch_norm:
@@ -67,7 +67,7 @@ def _norm_params(spec, prefix, channels, activated=True):
         make("proxy/gamma_prime", "zeros", **own),
     )
 
-# %% ../nbs/14_network.ipynb #7f829d3c
+# %% ../nbs/14_network.ipynb #9e14f06c
 def _kernel(prefix, shape, init="fan_out", bias=False):
     kernel = Param(f"{prefix}/conv/conv2d/kernel", tuple(shape), init, decay=True)
     return (kernel, Param(f"{prefix}/conv/conv2d/bias", shape[-1:], "zeros", decay=True))[
@@ -140,7 +140,7 @@ def _stem(spec):
 
     return Segment("block0", params, apply)
 
-# %% ../nbs/14_network.ipynb #ff7c8f0c
+# %% ../nbs/14_network.ipynb #8cda3504
 def features(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -168,7 +168,7 @@ def _top(spec):
 
     def apply(ops, weights, x, rng=None):
         x = ops.cast(features(ops, spec, weights, x, rng), "float32")
-        x = ops.mean(x, (1, 2))  # (N, head filters)
+        x = ops.pool(x)  # (N, head filters)
         if rng is not None and spec.dropout_rate:
             x = x * rng.mask("Top", "dropout", spec.dropout_rate, ops.shape(x))
         w = Scope(weights, "all/Top/logits/dense")
@@ -204,7 +204,7 @@ def params(
     "List all parameters of a network"
     return tuple(p for s in segments(spec) for p in s.params)
 
-# %% ../nbs/14_network.ipynb #2446e053
+# %% ../nbs/14_network.ipynb #2ee08c46
 _TRUNCATED_STD = 0.87962566103423978  # Deviation of a standard normal cut at two
 
 
@@ -290,7 +290,7 @@ def check_matches(
     if found:
         raise ValueError(f"These weights are not this network's. {'. '.join(found)}. {way_out}")
 
-# %% ../nbs/14_network.ipynb #583595ee
+# %% ../nbs/14_network.ipynb #a79ef5c1
 _PROXY_ROWS = ("beta", "gamma", "mean", "inv_std", "beta_prime", "gamma_prime")
 
 
@@ -318,7 +318,7 @@ def pack(
             published[head] = np.stack(rows)[:, None, None].astype(v["beta"].dtype)
     return published
 
-# %% ../nbs/14_network.ipynb #4ad3dfa7
+# %% ../nbs/14_network.ipynb #0e25043d
 def unpack(
     variables: Dict[str, np.ndarray],  # Published name -> array
 ) -> Dict[

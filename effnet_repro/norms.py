@@ -8,7 +8,7 @@ __all__ = ['EPSILON', 'group_statistics', 'batch_statistics', 'normalise']
 # %% ../nbs/11_norms.ipynb #a1af0fb9
 from .config import unknown_name
 
-# %% ../nbs/11_norms.ipynb #91598d5b
+# %% ../nbs/11_norms.ipynb #a6a3ffb3
 def group_statistics(
     ops,  # Tensor operations
     x,  # Activations, (N, H, W, C), any float type
@@ -21,8 +21,7 @@ def group_statistics(
         raise ValueError(
             f"`norm_groups` must divide the channels. Received: norm_groups={norm_groups}, channels={c}."
         )
-    mean_c = ops.mean(x, (1, 2), True)  # (N, 1, 1, C)
-    variance_c = ops.mean(ops.square(x - mean_c), (1, 2), True)
+    mean_c, variance_c = ops.moments(x)  # (N, 1, 1, C)
     by_group = (n, 1, c // norm_groups, norm_groups)  # channel i * groups + g  ->  [i, g]
     mean_c, variance_c = ops.reshape(mean_c, by_group), ops.reshape(variance_c, by_group)
     mean = ops.mean(mean_c, 2, True)  # (N, 1, 1, groups)
@@ -44,7 +43,7 @@ def batch_statistics(
     mean = ops.mean(x, (0, 1, 2))
     return mean, ops.mean(ops.square(x - mean), (0, 1, 2))
 
-# %% ../nbs/11_norms.ipynb #3ab31153
+# %% ../nbs/11_norms.ipynb #371618c9
 EPSILON = 1e-3  # Of every norm. Source: `norm_epsilon` of the published code
 _ACTIVATIONS = ("swish", None)
 
@@ -69,8 +68,7 @@ def normalise(
     scale = ops.rsqrt(variance + EPSILON)
     scale = scale if gamma is None else scale * gamma
     shift = -mean * scale if beta is None else beta - mean * scale
-    y = (ops.cast(x, "float32") if kind in ("bfloat16", "float16") else x) * scale + shift
-    y = ops.swish(y) if activation == "swish" else y
-    if proxy is not None:
-        y = y - proxy[0] if proxy[1] is None else (y - proxy[0]) * proxy[1]
+    x = ops.cast(x, "float32") if kind in ("bfloat16", "float16") else x
+    y = ops.affine(x, scale, shift, activation)
+    y = y if proxy is None else ops.standardise(y, *proxy)
     return ops.cast(y, kind) if ops.dtype(y) != kind else y

@@ -6,8 +6,9 @@
 __all__ = ['FORMATS', 'network_of', 'case_for', 'Weights', 'read_tf1', 'write_tf1', 'timm_name', 'torch_name', 'to_state_dict',
            'format_of', 'read', 'convert']
 
-# %% ../nbs/34_convert.ipynb #bb14e448
+# %% ../nbs/34_convert.ipynb #6009b3d8
 import difflib
+import importlib
 import io
 import json
 import os
@@ -46,13 +47,14 @@ from effnet_repro.network import (
 )
 from .scaling import SIZE_TABLE, ModelSpec
 
-# %% ../nbs/34_convert.ipynb #70e4e6d0
+# %% ../nbs/34_convert.ipynb #a61233ba
 _MARKS = {"BN": "batch_norm/gamma", "LN_PN": "proxy/beta_prime", "GN": "GroupNorm/gamma"}
 
 
 def _misfits(spec, shapes, name_of):
-    "How many arrays of a network are absent or of another shape"
-    return sum(shapes.get(name_of(p.name)) != p.shape for p in params(spec))
+    "How many arrays a network lacks, has in another shape, or does not know"
+    wanted = {name_of(p.name): p.shape for p in params(spec)}
+    return sum(shapes.get(n) != wanted.get(n) for n in {*shapes, *wanted})
 
 
 def network_of(
@@ -120,6 +122,18 @@ class _Found(NamedTuple):
     odd_size: bool = False  # Whether the case should get a size of 32 k + 1 pixels
     notes: Tuple[str, ...] = ()
 
+# %% ../nbs/34_convert.ipynb #1c0383a1
+def _needed(
+    package,  # To import
+    what,  # What asks for it, e.g. "A Keras file"
+    way_out="Run: pip install 'effnet_repro[keras]'.",
+):
+    "Import a package that only some formats need"
+    try:
+        return importlib.import_module(package)
+    except ImportError:
+        raise ImportError(f"{what} needs {package}, which is not installed. {way_out}") from None
+
 # %% ../nbs/34_convert.ipynb #ae912ccd
 def _tf1_prefix(path):
     "The beginning that the files of a checkpoint share: given as such, as one of the files, or as their folder"
@@ -139,7 +153,7 @@ def _tf1_prefix(path):
 def _text(path):
     return path.read_text() if path.is_file() else ""
 
-# %% ../nbs/34_convert.ipynb #eb345f7d
+# %% ../nbs/34_convert.ipynb #e5ff8f41
 def _split_variables(names):
     "Weights, and what is not a weight: slots of other variables, and names outside all/"
     names = set(names)
@@ -152,8 +166,7 @@ def read_tf1(
     path,  # Prefix of a checkpoint ("model.ckpt-100"), one of its files, or its folder
 ):  # (variables, left out): published name -> float32 array, and names of what is not a weight
     "Read the weights of a checkpoint that TensorFlow 1 wrote"
-    import tensorflow as tf
-
+    tf = _needed("tensorflow", "A TensorFlow checkpoint")
     prefix = _tf1_prefix(path)
     if not Path(f"{prefix}.index").is_file():
         raise FileNotFoundError(
@@ -180,14 +193,13 @@ def read_tf1(
         ) from None
     return variables, others
 
-# %% ../nbs/34_convert.ipynb #c5a77acb
+# %% ../nbs/34_convert.ipynb #f34a4551
 def write_tf1(
     path,  # Prefix of the checkpoint's two files, e.g. "out/model.ckpt"
     arrays: Dict[str, np.ndarray],  # Full name -> array
 ) -> Path:  # `path`
     "Write weights as a TensorFlow 1 checkpoint under the published names"
-    import tensorflow as tf
-
+    tf = _needed("tensorflow", "A TensorFlow checkpoint")
     path, variables = Path(path), pack(arrays)
     path = path / "model.ckpt" if path.is_dir() else _tf1_prefix(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
@@ -218,12 +230,10 @@ def _find_tf1(path, options):
         notes = (f"Left out {len(others)} variables that are not weights: {list_some(others)}.",)
     return _Found(unpack(variables), notes=notes)
 
-# %% ../nbs/34_convert.ipynb #999d9a96
+# %% ../nbs/34_convert.ipynb #322db425
 def _h5_shapes(path):
     "Name -> shape of the weights in an HDF5 file, or in the one inside a .keras archive"
-    import h5py
-
-    shapes = {}
+    h5py, shapes = _needed("h5py", "A Keras file"), {}
 
     def note(name, item):
         if hasattr(item, "shape") and not name.startswith("optimizer"):
@@ -263,10 +273,9 @@ def _keras_network(path, shapes):
         "convolution kernels that fit none of them."
     )
 
-# %% ../nbs/34_convert.ipynb #95d0223d
+# %% ../nbs/34_convert.ipynb #b92f1784
 def _find_keras(path, options):
-    import keras
-
+    keras = _needed("keras", "A Keras file")
     from effnet_repro import efficientnet
 
     shapes, source = _h5_shapes(path), str(path)
@@ -282,8 +291,9 @@ def _find_keras(path, options):
     affine = arrays.pop("input/scale"), arrays.pop("input/shift")
     return _Found(arrays, affine=affine)
 
-# %% ../nbs/34_convert.ipynb #4e79dfcc
+# %% ../nbs/34_convert.ipynb #69ae94c6
 def _write_keras(path, weights):
+    _needed("keras", "A Keras file")
     from effnet_repro.efficientnet import to_keras_applications
 
     whole = path.suffix == ".keras"
@@ -397,7 +407,7 @@ def _symmetric(found, arch, path):
         "1e-3) or efficientnet (symmetric padding, epsilon 1e-5). Pass arch, e.g. 'tf_efficientnet_b0'."
     )
 
-# %% ../nbs/34_convert.ipynb #3feec47a
+# %% ../nbs/34_convert.ipynb #deb676ae
 _HEADER = "effnet_repro_torch"
 
 
@@ -422,20 +432,18 @@ def _read_safetensors(path):
 
 def _read_pth(path):
     "State dict of a file that torch.save wrote, and what stands beside it"
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            f"Reading {path.name} needs PyTorch, which is not installed. Install torch, or save the "
-            "state dict where it is: safetensors.torch.save_file(state_dict, 'model.safetensors')."
-        ) from None
+    save_there = "safetensors.torch.save_file(state_dict, 'model.safetensors')"
+    way_out = f"Install torch, or save the state dict where it is: {save_there}."
+    torch = _needed("torch", f"Reading {path.name}", way_out)
     try:
         loaded = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its unpickler, archive reader or allocator raise
         raise ValueError(
             f"{path} is not a whole file of weights: cut off, or with other objects than tensors in "
-            f"it, which are not run ({str(e).splitlines()[0][:200] or type(e).__name__})."
+            f"it, which are not run ({str(e).split('. ')[0][:200] or type(e).__name__})."
         ) from None
+    if not isinstance(loaded, dict):
+        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
     state = next((loaded[k] for k in _STATE_KEYS if isinstance(loaded.get(k), dict)), loaded)
     arch = loaded.get("arch") if isinstance(loaded.get("arch"), str) else None
     tensors = {n: v for n, v in state.items() if hasattr(v, "detach")}
@@ -521,7 +529,7 @@ def _odd_size(native):
     "The size of 32 k + 1 pixels that is nearest to a native one"
     return 32 * round((native - 1) / 32) + 1
 
-# %% ../nbs/34_convert.ipynb #7471951a
+# %% ../nbs/34_convert.ipynb #e4307556
 def _write_torch(path, weights):
     spec, (scale, shift) = weights.spec, input_affine(weights.spec, weights.arrays)
     state = to_state_dict(spec, weights.arrays)
@@ -548,13 +556,8 @@ _OWN_NOTE = "timm has no such network: names are ours, as on the page of `effnet
 
 
 def _pth_bytes(path, state):
-    try:
-        import torch
-    except ImportError:
-        raise ImportError(
-            f"Writing {path.name} needs PyTorch, which is not installed. Write .safetensors instead: "
-            "torch reads it with safetensors.torch.load_file."
-        ) from None
+    way_out = "Write .safetensors instead: safetensors.torch.load_file reads it."
+    torch = _needed("torch", f"Writing {path.name}", way_out)
     file = io.BytesIO()
     torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, file)
     return file.getvalue()

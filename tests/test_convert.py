@@ -99,6 +99,8 @@ def test_timm_names_and_shapes(size):
     found = zlib.crc32(json.dumps(listed).encode())
     assert found == TIMM["checksums"][f"tf_efficientnet_b{size}"]
     assert found == TIMM["checksums"][f"efficientnet_b{size}"]
+    shapes = {convert.timm_name(p.name): p.shape for p in params(spec)}
+    assert convert.network_of(shapes, convert.timm_name) == spec
 
 
 @pytest.mark.parametrize("input_norm", ["keras", "imagenet_mean"])
@@ -174,6 +176,9 @@ def test_pth_as_training_scripts_write_it(tmp_path, monkeypatch):
         write_timm(tmp_path / "tf_efficientnet_b0.safetensors", "tf_efficientnet_b0")
     )
     same(weights.arrays, plain.arrays)
+    fake_torch(monkeypatch, [1, 2])
+    with pytest.raises(ValueError, match="holds a list, not a dictionary of tensors"):
+        convert.read(tmp_path / "last.pth.tar")
     fake_torch(monkeypatch, RuntimeError("PytorchStreamReader failed reading zip archive\nmore"))
     with pytest.raises(ValueError, match="not a whole file of weights.*PytorchStreamReader failed"):
         convert.read(tmp_path / "last.pth.tar")
@@ -638,3 +643,77 @@ def test_needs_no_framework_until_it_meets_its_file(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "B0-G1-BN"
+
+
+def test_a_saved_model_of_ours(tmp_path):
+    """`build_model(...).save(...)` is a Keras file, too: the network and its centring come from the layers."""
+    from effnet_repro.efficientnet import build_model, get_weights
+
+    for input_norm in ("imagenet_mean", "keras"):
+        model = build_model("CIFAR-G16-LN_PN", num_classes=10, input_norm=input_norm)
+        model.save(str(tmp_path / "own.keras"))
+        weights = convert.read(tmp_path / "own.keras")
+        assert weights.spec.input_norm == input_norm and weights.spec.name == "CIFAR-G16-LN_PN"
+        same(weights.arrays, get_weights(model))
+
+
+# ---------------------------------------------------------------- effnet-convert
+
+
+@pytest.fixture
+def command(capsys):
+    """Run effnet-convert in this process: (exit status, stdout, stderr)."""
+    from effnet_repro.cli import convert_command
+
+    def call(*words):
+        return (convert_command([str(w) for w in words]), *capsys.readouterr())
+
+    return call
+
+
+def test_the_command_end_to_end(tmp_path, command):
+    timm = write_timm(tmp_path / "model.safetensors", "tf_efficientnet_b0")
+    names = tmp_path / "names.txt"
+    names.write_text("\n".join(f"animal {i}" for i in range(10)))
+    ours = tmp_path / "ours.safetensors"
+    status, out, err = command(
+        *(timm, ours, "--arch", "tf_efficientnet_b0", "--class-names", names, "--image-size", 192),
+        *("--input-mean", 0.5, 0.5, 0.5, "--input-std", 0.5, 0.5, 0.5),
+    )
+    assert (status, err) == (0, "") and "B0-G1-BN, 10 classes, 4," in out and "ImageNet" not in out
+    metadata = checkpoint.read_metadata(ours)
+    assert metadata["class_names"][9] == "animal 9" and metadata["case"]["image_size"] == 192
+    status, out, err = command(ours, tmp_path / "out.ckpt")
+    assert status == 0 and "The published code subtracts its own mean" in out
+    status, out, _ = command(tmp_path / "out.ckpt", tmp_path / "again.safetensors", "--from", "tf1")
+    assert status == 0 and "Taken for B0-G1-BN at 224 px" in out
+    kept = {n: a for n, a in checkpoint.load(ours)[0].items() if n.startswith("all/")}
+    same(checkpoint.load(tmp_path / "again.safetensors")[0], kept)
+
+
+@pytest.mark.parametrize(
+    "words, status, answer",
+    [
+        ("none.pth out.safetensors", 1, "No file, run folder or TensorFlow checkpoint none.pth"),
+        ("ours.safetensors out.onnx", 1, "Unknown kind of target: out.onnx"),
+        ("ours.safetensors out.ckpt --to tf", 2, "Unknown format 'tf'"),
+        (
+            "ours.safetensors out.ckpt --case B0-G1-GN-Natve_16IPU_2x8",
+            2,
+            "Did you mean 'B0-G1-GN-Nat",
+        ),
+        ("ours.safetensors out.ckpt --case B0-G1-GN-Native_16IPU_2x8", 1, "holds CIFAR-G16-LN_PN"),
+        ("ours.safetensors out.ckpt --image-size 8", 2, "--image-size must be at least 32"),
+        ("ours.safetensors out.ckpt --class-names none.txt", 1, "none.txt"),
+        ("ours.safetensors out.ckpt --arch efficientnet_b0", 1, "arch is for PyTorch files"),
+        ("ours.safetensors out.ckpt --weights best", 2, "Unknown weights 'best'"),
+        ("ours.safetensors ours.safetensors --to ours", 1, "exists. Pass overwrite"),
+        ("ours.safetensors", 2, "TARGET"),
+    ],
+)
+def test_the_command_refuses_in_one_line(tmp_path, command, monkeypatch, words, status, answer):
+    convert._write_ours(tmp_path / "ours.safetensors", moved(SMALL))
+    monkeypatch.chdir(tmp_path)
+    got, out, err = command(*words.split())
+    assert got == status and answer in err and len(err.splitlines()) == 1, err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours.safetensors"]

@@ -579,7 +579,12 @@ def plan_training(
     start, given = _named_case(name, args.config_path), _given(args)
     data_given = _data_dir(args) is not None
     try:
-        budget = budget_overrides(args.budget, data_given)[0]
+        budget, changes = budget_overrides(args.budget, data_given)
+        if changes != budget_overrides(budget, data_given, args.config_path)[1]:
+            raise UsageError(
+                f"{args.config_path} has its own budget {budget!r}, and commands use the published one. "
+                "Leave the section out, use --budget case, or give its values as flags."
+            )
         base = resolve(start, budget, data_given)[0]
         replicas = start.num_replicas if budget == "case" else 1
         batches = _batches(given, base.micro_batch_size, base.global_batch_size, replicas)

@@ -470,6 +470,21 @@ def test_stopping_is_an_exit_status_of_its_own(monkeypatch, capsys):
     assert capsys.readouterr().err == "effnet-cases: interrupted\n"
 
 
+def test_a_run_that_was_stopped_says_how_it_goes_on(capsys, tmp_path):
+    class Stopped:
+        finished, run_dir = False, tmp_path
+
+    assert cli._finish(Stopped) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_budgets_of_another_file_are_not_ignored(refused, tmp_path):
+    text = (ROOT / "config.yml").read_text().replace("    epochs: 6\n", "    epochs: 7\n")
+    (tmp_path / "mine.yml").write_text(text)
+    line = refused("train", CASE, "--config-path", tmp_path / "mine.yml", "--budget", "demo")
+    assert "has its own budget 'demo'" in line
+
+
 def test_an_error_that_nobody_foresaw(monkeypatch, capsys):
     command = cli.COMMANDS["cases"]._replace(run=lambda args: {}["missing"])
     assert cli._call(command, []) == 1

@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tiny import EPOCHS_OF_THREE, PYTHON, SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro.config import for_one_device, get_case, override
@@ -26,18 +28,6 @@ from effnet_repro.training import (
     train,
     validate,
 )
-
-ROOT = Path(__file__).parents[1]
-TINY = override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), model_size="cifar", image_size=32)
-SMOKE = dict(budget="smoke", precision="float32", progress=False, validate_every=0)
-EPOCHS_OF_THREE = {
-    **SMOKE,
-    "max_steps": 40,
-    "global_batch_size": 400,
-    "micro_batch_size": 8,
-    "epochs": 4,
-}
-PYTHON = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
 
 
 @pytest.fixture(scope="module")
@@ -60,42 +50,52 @@ def test_a_run_cut_in_two_is_the_same_to_the_bit(whole, tmp_path):
     _same_bytes(resumed.checkpoint, whole.checkpoint)
 
 
+def _once_there_is_a_checkpoint(run_dir, act, patience=240):
+    """Call `act` as soon as a run has written its first checkpoint."""
+    deadline = time.time() + patience
+    while checkpoint.latest(run_dir / "checkpoints") is None and time.time() < deadline:
+        time.sleep(0.02)
+    act()
+
+
+def test_a_signal_finishes_the_update_and_saves(tmp_path, capfd):
+    assert threading.current_thread() is threading.main_thread()
+    old = signal.signal(signal.SIGTERM, lambda *_: None)  # should it come too late
+    send = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    sender = threading.Thread(target=_once_there_is_a_checkpoint, args=(tmp_path, send))
+    try:
+        sender.start()
+        run = train(TINY, run_dir=tmp_path, **EPOCHS_OF_THREE)
+    finally:
+        sender.join()
+        signal.signal(signal.SIGTERM, old)
+    said = capfd.readouterr()
+    assert "run the same command again to go on" in said.err
+    assert f"stopped after update {run.update}" in said.out
+    newest = checkpoint.read_metadata(checkpoint.latest(tmp_path / "checkpoints"))
+    assert not run.finished and 3 <= newest["update"] == run.update < 40
+
+
 KILLED = """
-import sys
-sys.path.insert(0, sys.argv[2] + "/tests")
-from test_training import EPOCHS_OF_THREE, TINY
+import sys, tiny
+tiny.shrink()
 from effnet_repro.training import train
-train(TINY, run_dir=sys.argv[1], **EPOCHS_OF_THREE)
+train(tiny.TINY, run_dir=sys.argv[1], **tiny.EPOCHS_OF_THREE)
 """
 
 
-def _start_and_signal(run_dir, number):
-    """Start a run in a process of its own and send it a signal after its first checkpoint."""
-    arguments = [sys.executable, "-c", KILLED, str(run_dir), str(ROOT)]
+def _kill_after_the_first_checkpoint(run_dir):
     process = subprocess.Popen(
-        arguments, env=PYTHON, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        [sys.executable, "-c", KILLED, str(run_dir)], env=PYTHON, stdout=subprocess.PIPE
     )
-    deadline = time.time() + 240
-    while checkpoint.latest(run_dir / "checkpoints") is None and time.time() < deadline:
-        assert process.poll() is None, process.stdout.read()[-2000:]
-        time.sleep(0.05)
-    process.send_signal(number)
-    return process, process.communicate(timeout=240)[0].decode()
-
-
-def test_sigterm_finishes_the_update_and_saves(tmp_path):
-    process, output = _start_and_signal(tmp_path, signal.SIGTERM)
-    assert process.returncode == 0 and "run the same command again to go on" in output, output[
-        -2000:
-    ]
-    newest = checkpoint.read_metadata(checkpoint.latest(tmp_path / "checkpoints"))
-    assert 3 <= newest["update"] < 12 and f"stopped after update {newest['update']}" in output
+    _once_there_is_a_checkpoint(run_dir, process.kill)
+    process.communicate(timeout=60)
+    return process.returncode
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     """Three updates an epoch: killed after the first checkpoint, then resumed; against a run nobody killed."""
-    process, _ = _start_and_signal(tmp_path / "cut", signal.SIGKILL)
-    assert process.returncode == -signal.SIGKILL
+    assert _kill_after_the_first_checkpoint(tmp_path / "cut") == -signal.SIGKILL
     resumed = train(TINY, run_dir=tmp_path / "cut", **{**EPOCHS_OF_THREE, "max_steps": 5})
     straight = train(TINY, run_dir=tmp_path / "straight", **{**EPOCHS_OF_THREE, "max_steps": 5})
     assert resumed.update == straight.update == 5
@@ -122,24 +122,25 @@ def test_frozen_variables_do_not_move(whole, tmp_path):
         whole.run_dir,
         run_dir=tmp_path,
         image_size=64,
-        variable_filter=("Top", "block7"),
+        variable_filter=("Top", "block3"),
         budget="smoke",
         progress=False,
         base_learning_rate_exponent=-2,
         protocol="clean",
-        validate_every=0,
+        validate_every=None,
     )
     before, after = (checkpoint.load(p, "all/")[0] for p in (whole.checkpoint, run.checkpoint))
     changed = {n for n in before if (before[n] != after[n]).any()}
-    assert {n.split("/")[1] for n in changed} == {"Top", "block7a"}
+    assert {n.split("/")[1] for n in changed} == {"Top", "block3a"}
     slots = checkpoint.load(run.checkpoint, "slots/")[0]
-    assert {n.split("/")[3] for n in slots} == {"Top", "block7a"}
+    assert {n.split("/")[3] for n in slots} == {"Top", "block3a"}
 
 
 def test_averages_and_epochs(tmp_path):
     """Two epochs: a checkpoint each, and an average that is theirs."""
     options = {
         **SMOKE,
+        "validate_every": 0,
         "global_batch_size": 600,
         "micro_batch_size": 60,
         "epochs": 2,
@@ -192,18 +193,16 @@ def test_batch_norm_trains_with_accumulation(tmp_path):
     run = train(case, run_dir=tmp_path, **SMOKE)
     moving = checkpoint.load(run.checkpoint, "all/block0/batch_norm/")[0]
     assert np.abs(moving["all/block0/batch_norm/moving_mean"]).max() > 0
-    tuned = finetune(
-        tmp_path, run_dir=tmp_path / "tuned", image_size=32, budget="smoke", progress=False
-    )
+    tuned = finetune(tmp_path, run_dir=tmp_path / "tuned", image_size=32, **SMOKE)
     still = checkpoint.load(tuned.checkpoint, "all/block0/batch_norm/")[0]
     for name in moving:  # a frozen batch norm stands still
         test_allclose(still[name], moving[name], rtol=0)
 
 
 JAX = """
-import sys
+import sys, tiny
+tiny.shrink()
 import numpy as np
-sys.path.insert(0, sys.argv[2] + "/tests")
 from test_training import one_update
 np.savez(sys.argv[1], **one_update())
 """
@@ -263,7 +262,7 @@ def test_one_update_on_both_back_ends(tmp_path):
     env = {**PYTHON, "KERAS_BACKEND": "jax"}
     path = tmp_path / "jax.npz"
     run = subprocess.run(
-        [sys.executable, "-c", JAX, str(path), str(ROOT)], env=env, capture_output=True, text=True
+        [sys.executable, "-c", JAX, str(path)], env=env, capture_output=True, text=True
     )
     assert run.returncode == 0, run.stderr[-3000:]
     ours, theirs = one_update(), np.load(path)

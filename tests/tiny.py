@@ -1,0 +1,45 @@
+"""A network of four blocks for the tests of runs: every kind of part, compiled in a third of the time."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from effnet_repro import scaling
+from effnet_repro.config import get_case, override
+
+ROOT = Path(__file__).parents[1]
+PYTHON = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TF_CPP_MIN_LOG_LEVEL": "3"}
+# One block that does not widen, one with strides, one residual, one of another kernel size.
+STAGES = (
+    scaling.NetStage(3, 1, 32, 16, False, 2),
+    scaling.NetStage(3, 2, 16, 24, True, 2),
+    scaling.NetStage(5, 1, 24, 40, True, 2),
+)
+TINY = override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), model_size="cifar", image_size=32)
+SMOKE = dict(budget="smoke", precision="float32", progress=False, validate_every=None)
+EPOCHS_OF_THREE = {
+    **SMOKE,
+    "max_steps": 40,
+    "global_batch_size": 400,
+    "micro_batch_size": 40,
+    "epochs": 40,
+}
+
+
+def shrink(patch=setattr):
+    """Put the small table of blocks in place of B0's."""
+    from effnet_repro import training
+
+    training._forward.cache_clear()
+    patch(scaling, "NET_STAGES", STAGES)
+    patch(scaling, "HEAD_FILTERS", 128)
+    patch(training, "save_curves", lambda run_dir: None)  # has its own test in 34_runs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_network():
+    with pytest.MonkeyPatch.context() as patch:
+        shrink(patch.setattr)
+        yield
+    shrink(lambda *_: None)  # forget what was cached

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['MK2', 'KINDS', 'CODE_BYTES', 'PARTS', 'ARMS', 'GUESS', 'VARIANTS', 'Hardware', 'Load', 'segment_loads', 'Constants',
            'Plan', 'replicas_on', 'Prediction', 'predict', 'read_constants', 'anchor_cases', 'published_throughputs',
-           'fit', 'candidates', 'plan', 'memory_warning', 'write_results']
+           'fit', 'candidates', 'plan', 'memory_warning', 'write_results', 'time_by_kind', 'plot_plan']
 
-# %% ../nbs/37_planner.ipynb #36f773ba
+# %% ../nbs/37_planner.ipynb #fe290641
 import csv
 import itertools
 import json
@@ -18,7 +18,6 @@ from typing import Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 
 from .config import Case, load_cases
-from .network import segments
 from .pipeline import check_accumulation, describe_schedule, duration, schedule
 from .pipeline import split_segments
 from .scaling import ModelSpec, blocks, conv_table
@@ -42,7 +41,7 @@ class Hardware(NamedTuple):
 
 MK2 = Hardware()
 
-# %% ../nbs/37_planner.ipynb #e67da140
+# %% ../nbs/37_planner.ipynb #2e507175
 KINDS = ("convolution", "norm", "swish", "proxy", "gate", "residual")  # What bytes are moved for
 
 
@@ -51,7 +50,7 @@ class Load(NamedTuple):
 
     name: str
     params: int
-    operations: int  # Convolutions, dense layers, norms, activations
+    operations: Tuple[int, ...]  # Programs to start, in the order of KINDS
     dense: float  # Multiply-adds of dense kernels
     grouped: float  # Multiply-adds of group or depthwise kernels
     memory: Tuple[float, ...]  # Bytes through the tiles' memories, in the order of KINDS
@@ -59,16 +58,18 @@ class Load(NamedTuple):
     kept: float  # Bytes kept from forward for backward: inputs of convolutions and norms
     entering: float  # Bytes of its input
 
-# %% ../nbs/37_planner.ipynb #85a2dbf7
-def _passes(spec, part, residual):
-    "Passes over a convolution's output, by kind"
-    activated = part != "c"
+# %% ../nbs/37_planner.ipynb #4501d4e5
+def _tail(spec, part, residual):
+    "What follows a convolution: kind -> (operations, passes over its output)"
+    activated, proxy = part != "c", part != "c" and spec.proxy_norm
+    divided = proxy and part == "a"  # elsewhere the gate or the classifier takes the division
+    gated, added = part == "b", part == "c" and residual
     return {
-        "norm": 3,
-        "swish": 2 * activated,
-        "proxy": 2 * (activated and spec.proxy_norm),
-        "gate": 3 * (part == "b"),
-        "residual": 3 * (part == "c" and residual),
+        "norm": (1, 3),
+        "swish": (activated, 2 * activated),
+        "proxy": (proxy + divided, 2 * (proxy + divided)),
+        "gate": (6 * gated, 3 * gated),  # mean, two layers, their activations, product
+        "residual": (2 * added, 5 * added),  # drop path, sum
     }
 
 
@@ -81,22 +82,26 @@ def segment_loads(
     rows, entering = {}, (image_size or spec.image_size) ** 2 * 3 * 1.0  # pictures come as bytes
     elements = entering
     for r in conv_table(spec, image_size):
-        new = dict(params=0, operations=0, dense=0.0, grouped=0.0, exchange=0.0, kept=0.0)
-        row = rows.setdefault(r.segment, {**new, "memory": np.zeros(6), "entering": entering})
+        new = dict(params=0, dense=0.0, grouped=0.0, exchange=0.0, kept=0.0, entering=entering)
+        new.update(memory=np.zeros(6), operations=np.zeros(6, int))
+        row = rows.setdefault(r.segment, new)
         row["params"] += r.params
         row["grouped" if r.part == "b" else "dense"] += r.macs
-        row["operations"] += 1
-        if r.part in ("SE/1", "SE/2", "logits"):
+        if r.part in ("SE/1", "SE/2"):
             continue
-        passes = _passes(spec, r.part, residual.get(r.segment.split("/")[0]))
-        row["operations"] += 1 + (passes["swish"] > 0)
+        if r.part == "logits":
+            row["operations"][0] += 2  # mean over the picture, dense layer
+            continue
+        tail = _tail(spec, r.part, residual.get(r.segment.split("/")[0]))
+        row["operations"] += [1] + [tail[k][0] for k in KINDS[1:]]
         row["exchange"] += 2 * elements
-        row["memory"] += [2 * (elements + r.activations)] + [
-            2 * r.activations * passes[k] for k in KINDS[1:]
-        ]
-        row["kept"] += 2 * r.activations * (1 + (passes["swish"] > 0))
+        passes = [elements + r.activations] + [r.activations * tail[k][1] for k in KINDS[1:]]
+        row["memory"] += 2 * np.array(passes)
+        row["kept"] += 2 * r.activations * (1 + (r.part != "c"))
         elements, entering = r.activations, 2.0 * r.activations
-    return [Load(name=n, **{**row, "memory": tuple(row["memory"])}) for n, row in rows.items()]
+    lists = ("memory", "operations")
+    rows = {n: {**row, **{k: tuple(row[k].tolist()) for k in lists}} for n, row in rows.items()}
+    return [Load(n, **row) for n, row in rows.items()]
 
 # %% ../nbs/37_planner.ipynb #b4858cef
 class Constants(NamedTuple):
@@ -112,19 +117,19 @@ class Constants(NamedTuple):
 
 CODE_BYTES = 1e6  # Program for one operation, forward and backward, over all tiles
 
-# %% ../nbs/37_planner.ipynb #d0fac34f
+# %% ../nbs/37_planner.ipynb #0b6a95e7
 def _segment_seconds(spec, loads, constants, chip):
-    "Forward seconds of every segment by kind of work: (for a micro-batch, for a picture)"
-    fixed = {"operations": np.array([x.operations for x in loads]) * constants.operation_s}
+    "Forward seconds of segments by (work, kind): for a micro-batch, and for a picture"
+    column = lambda f: np.array([getattr(x, f) for x in loads], float)
     share = constants.depthwise if spec.group_size == 1 else constants.amp
-    memory = np.array([x.memory for x in loads]).T / (chip.memory_bandwidth * constants.data)
-    exchange = np.array([x.exchange for x in loads])
-    each = {
-        "dense multiply-adds": np.array([x.dense for x in loads]) / (chip.macs * constants.amp),
-        "grouped multiply-adds": np.array([x.grouped for x in loads]) / (chip.macs * share),
-        "exchange": exchange / (chip.exchange_bandwidth * constants.data),
-        **{f"{kind} traffic": row for kind, row in zip(KINDS, memory)},
-    }
+    operations, memory = column("operations").T, column("memory").T
+    fixed = {("start", k): n * constants.operation_s for k, n in zip(KINDS, operations)}
+    bandwidth = chip.memory_bandwidth * constants.data
+    each = {("data", k): b / bandwidth for k, b in zip(KINDS, memory)}
+    first = ("data", "convolution")
+    each[first] = each[first] + column("exchange") / (chip.exchange_bandwidth * constants.data)
+    dense, grouped = column("dense") / constants.amp, column("grouped") / share
+    each["multiply-adds", "convolution"] = (dense + grouped) / chip.macs
     return fixed, each
 
 # %% ../nbs/37_planner.ipynb #d0017277
@@ -175,7 +180,7 @@ def replicas_on(
         )
     return num_ipus // taken
 
-# %% ../nbs/37_planner.ipynb #0324ac1e
+# %% ../nbs/37_planner.ipynb #75b3e77f
 PARTS = ("weights", "stash", "activations", "code")
 
 
@@ -190,7 +195,8 @@ class _Network:
         self.fixed_s, self.each_s = (sums(sum(d.values())) for d in (self.fixed, self.each))
         column = lambda f: np.array([getattr(x, f) for x in self.loads], float)
         self.params, self.kept = sums(column("params")), sums(column("kept"))
-        self.operations, self.entering = sums(column("operations")), column("entering")
+        self.entering = column("entering")
+        self.operations = sums(np.array([sum(x.operations) for x in self.loads]))
 
     def seconds(self, bounds, micro_batch_size):
         "Forward and backward seconds of stages, (K, N) each, for bounds (K, N + 1)"
@@ -319,7 +325,7 @@ def published_throughputs(
     found = {(r["size"], r["series"].replace("LN+PN", "LN_PN")): r for r in rows}
     return {n: float(found[_size_and_arm(n)]["train_img_s_pod16"]) for n in load_cases()}
 
-# %% ../nbs/37_planner.ipynb #c2317d67
+# %% ../nbs/37_planner.ipynb #ee3f368d
 GUESS = Constants(amp=0.2, depthwise=0.02, data=0.1, operation_s=2e-6, update_s=1e-3, working=2.0)
 _TIMED = ("amp", "depthwise", "data", "operation_s", "update_s")
 
@@ -347,7 +353,7 @@ def _case_prediction(case, constants):
     spec, plan = ModelSpec.from_case(case), Plan.from_case(case)
     return predict(spec, plan, None, constants)
 
-# %% ../nbs/37_planner.ipynb #dc02fb70
+# %% ../nbs/37_planner.ipynb #4fbbe743
 def fit(
     published: Dict[str, float],  # Case -> images/s
     names: Tuple[str, ...],  # Cases to fit to
@@ -360,7 +366,7 @@ def fit(
             by_part = dict(zip(PARTS, stage))
             kept = by_part.pop("activations")
             room.append((MK2.memory_bytes - sum(by_part.values())) / kept)
-    return timed._replace(working=min(room))
+    return timed._replace(working=math.floor(1000 * min(room)) / 1000)
 
 # %% ../nbs/37_planner.ipynb #c2d330a9
 def _best_cut(net, plan, num_stages):
@@ -544,3 +550,53 @@ def write_results(
 
 if __name__ == "__main__" and "__file__" in globals():
     write_results()
+
+# %% ../nbs/37_planner.ipynb #ad7a9472
+def time_by_kind(
+    spec: ModelSpec,  # The network
+    plan: Plan,  # How it is laid out
+    constants: Optional[Constants] = None,  # None = the fitted ones
+) -> Dict[Tuple[str, str], float]:  # (work, kind) -> microseconds of an IPU for a picture
+    "Split the modelled time of a picture by what it is spent on"
+    net, count = _Network(spec, None, constants or read_constants(), MK2), plan.micro_batch_size
+    found = _predict(net, plan)
+    last = [x.name for x in net.loads].index(plan.splits[-1]) if plan.splits else 0
+    runs = np.where(np.arange(len(net.loads)) < last, 4, 3)  # forward, again, and twice backward
+    parts = {k: (v * runs).sum() / count for k, v in net.fixed.items()}
+    for k, v in net.each.items():
+        parts[k] = parts.get(k, 0.0) + (v * runs).sum()
+    whole = plan.num_stages * plan.num_replicas / found.images_per_s
+    parts["update", "waiting"] = (
+        whole * found.update_s * found.images_per_s / plan.global_batch_size
+    )
+    parts["pipeline", "waiting"] = whole - sum(parts.values())
+    return {k: 1e6 * v for k, v in parts.items()}
+
+# %% ../nbs/37_planner.ipynb #74b9e761
+def plot_plan(
+    prediction: Prediction,  # What `predict` or `plan` gives
+    axes=None,  # Two Matplotlib axes; None = new ones
+):  # The axes
+    "Draw how long each stage works and what fills its memory, as modelled"
+    import matplotlib.pyplot as plt
+
+    if axes is None:
+        _, axes = plt.subplots(1, 2, figsize=(9, 2.8), layout="constrained")
+    stages = range(prediction.plan.num_stages)
+    times = {"forward": prediction.forward_s, "backward": prediction.backward_s}
+    memory = {k: [b / 1e6 for b in v] for k, v in prediction.memory.items()}
+    bars = (times, ("C0", "C1"), 1e3), (memory, ("C2", "C4", "C5", "0.6"), 1)
+    for ax, (rows, colours, unit) in zip(axes, bars):
+        bottom = np.zeros(len(stages))
+        for (name, values), colour in zip(rows.items(), colours):
+            ax.bar(stages, unit * np.array(values), 0.6, bottom, label=name, color=colour)
+            bottom += unit * np.array(values)
+        ax.set(xticks=stages, xlabel="stage")
+        ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[1].axhline(prediction.memory_bytes / 1e6, color="0.2", ls=":")
+    axes[0].set(ylabel="ms for a micro-batch")
+    axes[0].set_title("How long does each stage work? (modelled)", fontsize=10)
+    axes[1].set(ylabel="MB")
+    axes[1].set_title("What fills its memory? (modelled)", fontsize=10)
+    return axes

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['EXIT_STATUSES', 'COMMANDS', 'BACKENDS', 'UsageError', 'Command', 'cases_command', 'Plan', 'plan_training',
-           'train_command', 'finetune_command', 'validate_command', 'doctor_command', 'convert_command', 'main']
+           'train_command', 'finetune_command', 'validate_command', 'doctor_command', 'convert_command', 'plan_command',
+           'main']
 
-# %% ../nbs/90_cli.ipynb #4fbbc7eb
+# %% ../nbs/90_cli.ipynb #510e47dc
 import argparse
 import contextlib
 import csv
@@ -149,7 +150,7 @@ def _call(command, argv):
         print(f"effnet-{command.name}: {line}{hint}", file=sys.stderr)
         return status
 
-# %% ../nbs/90_cli.ipynb #c7f252dc
+# %% ../nbs/90_cli.ipynb #c5e31342
 def _main(name, arguments, examples):
     "Make a function of parsed flags the entry point of `effnet-<name>`"
 
@@ -196,7 +197,7 @@ def _real(text):
         raise argparse.ArgumentTypeError(f"a finite number is needed. Received: {text!r}.")
     return int(text) if re.fullmatch(r"-?\d+", text) else value
 
-# %% ../nbs/90_cli.ipynb #24ef0964
+# %% ../nbs/90_cli.ipynb #1d9ea3e1
 def _config_arguments(parser):
     "The file that cases are read from"
     parser.add_argument(
@@ -297,7 +298,7 @@ def _given(args):
         given["precision"] = args.precision
     return {k: v for k, v in given.items() if v is not None}
 
-# %% ../nbs/90_cli.ipynb #97077150
+# %% ../nbs/90_cli.ipynb #1048553b
 def _case_row(case):
     "A case as a row of the list"
     spec = ModelSpec.from_case(case)
@@ -344,7 +345,7 @@ _COLUMNS = _FILTERS + (
 )
 _COLUMNS += ("global_batch_size", "params", "macs")
 
-# %% ../nbs/90_cli.ipynb #18cb485c
+# %% ../nbs/90_cli.ipynb #2e6c7b95
 def _table(
     rows,  # Dictionaries with the same keys
     indent="",
@@ -517,7 +518,7 @@ def _one_of(args, what, **flags):
         raise UsageError(f"More than one {what}: {listed}. Keep one.")
     return next(iter(given.values()), None)
 
-# %% ../nbs/90_cli.ipynb #6bafd0d2
+# %% ../nbs/90_cli.ipynb #d5273487
 def _batches(given, micro, whole, replicas):
     "Micro-batch and global batch from the flags, and from what holds without them"
     k = given.get("gradient_accumulation")
@@ -544,7 +545,7 @@ def _batches(given, micro, whole, replicas):
         )
     return {"micro_batch_size": m, "global_batch_size": g}
 
-# %% ../nbs/90_cli.ipynb #4a90d81d
+# %% ../nbs/90_cli.ipynb #bd8bd4b2
 class Plan(NamedTuple):
     "What a command line comes to"
 
@@ -607,7 +608,7 @@ def _check_layout(case, given):
     if splits is not None:
         override(case, num_stages=stages or case.num_stages, pipeline_splits=splits)
 
-# %% ../nbs/90_cli.ipynb #a814825c
+# %% ../nbs/90_cli.ipynb #a417293c
 def _show_plan(plan):
     "Print the resolved case; IPU fields only where they differ"
     ipu = set(Case.__annotations__)
@@ -635,7 +636,7 @@ def _show_plan(plan):
         rows[-1]["because"] = "2**exponent x global batch"
     print(_table(rows), flush=True)
 
-# %% ../nbs/90_cli.ipynb #f0f246fa
+# %% ../nbs/90_cli.ipynb #f1022b59
 def _start_keras(args):
     "Choose Keras' back end before Keras is imported"
     has = lambda package: importlib.util.find_spec(package) is not None
@@ -688,7 +689,7 @@ def _finish(run):
     print(f"written to {run.run_dir}; next: effnet-finetune or effnet-validate {run.run_dir}")
     return 0
 
-# %% ../nbs/90_cli.ipynb #21eba6d2
+# %% ../nbs/90_cli.ipynb #4a82fcc7
 def _train_arguments(parser):
     parser.add_argument("case", nargs="?", metavar="CASE", help="a name from effnet-cases")
     parser.add_argument("--config", metavar="CASE", help="the same, as published")
@@ -738,7 +739,7 @@ def train_command(args):
     how = {**options, "init": args.init_path}
     return _finish(train(plan.start, _data_dir(args), run_dir, **how, **plan.overrides))
 
-# %% ../nbs/90_cli.ipynb #dea265f3
+# %% ../nbs/90_cli.ipynb #533a772e
 def _source_arguments(parser):
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="run folder or checkpoint file")
     parser.add_argument("--restore-path", metavar="PATH", help="the same, as published")
@@ -764,7 +765,7 @@ def _source(args, **more):
     except ValueError as e:
         raise UsageError(str(e).replace("`case`", "--config")) from None
 
-# %% ../nbs/90_cli.ipynb #f0e817cb
+# %% ../nbs/90_cli.ipynb #913d6e7d
 def _finetune_arguments(parser):
     _source_arguments(parser)
     parser.add_argument("--init-path", "--init", metavar="PATH", help="the same, as published")
@@ -828,7 +829,7 @@ def finetune_command(args):
     how = {**options, "protocol": args.protocol}
     return _finish(finetune(source, _data_dir(args), args.run_dir, **how, **plan.overrides))
 
-# %% ../nbs/90_cli.ipynb #40fe5596
+# %% ../nbs/90_cli.ipynb #25b3dd05
 def _validate_arguments(parser):
     _source_arguments(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="the same as SOURCE")
@@ -861,7 +862,7 @@ def _validation_rows(run_dir):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
-# %% ../nbs/90_cli.ipynb #f8e3947b
+# %% ../nbs/90_cli.ipynb #781d486e
 @_main(
     "validate",
     _validate_arguments,
@@ -902,7 +903,7 @@ def validate_command(args):
     brief = lambda row: {k: short(v) for k, v in row.items() if k != "data"}
     _print_rows(rows, args, brief)
 
-# %% ../nbs/90_cli.ipynb #7a44ad71
+# %% ../nbs/90_cli.ipynb #8700dcb4
 def _installed():
     "Package -> version, of what matters here"
     found = {"python": platform.python_version(), "effnet_repro": __version__}
@@ -932,7 +933,7 @@ def _jax_devices():
 
     return ", ".join(str(d) for d in jax.devices())
 
-# %% ../nbs/90_cli.ipynb #37c1fdff
+# %% ../nbs/90_cli.ipynb #46117f28
 def _back_ends(problems):
     "Back end -> its devices, or what is wrong with it"
     found = {}
@@ -966,7 +967,7 @@ def _settings():
     }
     return {k: os.environ.get(k) or f"unset: {v}" for k, v in unset.items()}
 
-# %% ../nbs/90_cli.ipynb #794fd591
+# %% ../nbs/90_cli.ipynb #d809a23d
 def _trial(case, data, precision, updates=3):
     "Time the training step of `case`, one micro-batch an update; returns measured facts"
     import keras
@@ -1004,7 +1005,7 @@ def _peak_memory_gib():
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 2)
 
-# %% ../nbs/90_cli.ipynb #4523deab
+# %% ../nbs/90_cli.ipynb #f64e71ff
 def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
     from effnet_repro.training import estimate
@@ -1027,7 +1028,7 @@ def _cost(plan, data, args):
         cost["measured: whole run (hours)"] = round(seconds * e["updates"] / 3600, 3)
     return cost
 
-# %% ../nbs/90_cli.ipynb #c95a108e
+# %% ../nbs/90_cli.ipynb #885cb50e
 def _doctor_arguments(parser):
     parser.add_argument(
         "case", nargs="?", metavar="CASE", help="say what this case would cost, too"
@@ -1047,7 +1048,7 @@ def _doctor_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
     _field_arguments(parser)
 
-# %% ../nbs/90_cli.ipynb #a44aef29
+# %% ../nbs/90_cli.ipynb #d01ec181
 @_main(
     "doctor",
     _doctor_arguments,
@@ -1137,7 +1138,7 @@ def _convert_options(args):
         given["case"] = _named_case(args.case, args.config_path)
     return given
 
-# %% ../nbs/90_cli.ipynb #31c68792
+# %% ../nbs/90_cli.ipynb #00ee2ef1
 @_main(
     "convert",
     _convert_arguments,
@@ -1162,6 +1163,142 @@ def convert_command(args):
     )
     for note in done.notes:
         print(f"  {note}")
+
+# %% ../nbs/90_cli.ipynb #8b4a5339
+def _plan_arguments(parser):
+    parser.add_argument("case", metavar="CASE", help="a published case; effnet-cases lists them")
+    _config_arguments(parser)
+    parser.add_argument(
+        "--ipus", type=_whole, metavar="N", help="IPUs in all; default: the case's (16)"
+    )
+    parser.add_argument(
+        "--image-size", type=_whole, metavar="N", help="pixels; default: the case's"
+    )
+    parser.add_argument(
+        "--stages", type=_whole, nargs="+", metavar="N", default=[1, 2, 4], help="numbers to try"
+    )
+    parser.add_argument(
+        "--global-batch-size", type=_whole, metavar="N", help="pictures in a weight update"
+    )
+    parser.add_argument(
+        "--pipeline-schedule",
+        type=_choice("schedule", _CHOICES["pipeline_schedule"]),
+        metavar="NAME",
+        help="Grouped, Interleaved or Sequential; default: the case's",
+    )
+    parser.add_argument(
+        "--memory-mb", type=_real, metavar="MB", default=900, help="of one IPU; default: 900"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="draw the plans as well: .png, .svg, .pdf")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+# %% ../nbs/90_cli.ipynb #86d4b05d
+def _plan_summary(found):
+    "A modelled plan as plain values"
+    laid_out = found.plan
+    stages = [
+        {
+            "stage": i,
+            "begins at": name,
+            "forward ms": round(1e3 * found.forward_s[i], 3),
+            "backward ms": round(1e3 * found.backward_s[i], 3),
+            **{f"{k} MB": round(v[i] / 1e6, 1) for k, v in found.memory.items()},
+            "total MB": round(found.stage_bytes[i] / 1e6, 1),
+        }
+        for i, name in enumerate(("block0", *laid_out.splits))
+    ]
+    return {
+        "stages x replicas": f"{laid_out.num_stages} x {laid_out.num_replicas}",
+        "micro-batch": laid_out.micro_batch_size,
+        "accumulation": laid_out.gradient_accumulation,
+        "schedule": laid_out.pipeline_schedule,
+        "images/s": round(found.images_per_s, 1),
+        "busy": round(found.busy, 3),
+        "update ms": round(1e3 * found.update_s, 3),
+        "fits": found.fits,
+        "stages": stages,
+    }
+
+
+def _draw_stages(summary):
+    "The stages as a table, with a bar as long as each one works"
+    longest = max(s["forward ms"] + s["backward ms"] for s in summary["stages"])
+    rows = []
+    for s in summary["stages"]:
+        forward, both = (round(24 * x / longest) for x in (s["forward ms"], s["backward ms"]))
+        rows.append({**s, "f forward, b backward": "f" * forward + "b" * both})
+    return _table(rows, "  ")
+
+# %% ../nbs/90_cli.ipynb #17b6aed5
+def _both_plans(args):
+    "The case, and the published plan (None where it does not apply) and the best, as modelled"
+    from effnet_repro.planner import MK2, Plan, memory_warning, plan, predict
+
+    case = _named_case(args.case, args.config_path)
+    given = lambda value, default: default if value is None else value
+    num_ipus = given(args.ipus, case.num_stages * case.num_replicas)
+    spec, chip = ModelSpec.from_case(case), MK2._replace(memory_bytes=1e6 * args.memory_mb)
+    size = given(args.image_size, case.image_size)
+    batch = given(args.global_batch_size, case.global_batch_size)
+    if min(num_ipus, batch, *args.stages) < 1 or size < 32 or args.memory_mb <= 0:
+        raise UsageError(
+            "--ipus, --stages and --global-batch-size must be at least 1, --image-size at least 32, "
+            "--memory-mb above 0."
+        )
+    name = args.pipeline_schedule or case.pipeline_schedule
+    asked = (num_ipus, size, batch, name)
+    own = (case.num_stages * case.num_replicas, case.image_size, case.global_batch_size)
+    found = {}
+    if asked == (*own, case.pipeline_schedule):
+        found["published plan"] = predict(spec, Plan.from_case(case), chip=chip)
+    choices = dict(global_batch_size=batch, stages=tuple(args.stages), pipeline_schedule=name)
+    try:
+        found["best plan"] = plan(spec, size, num_ipus, chip=chip, **choices)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    notes = [f"{k}: {memory_warning(p)}" for k, p in found.items() if not p.fits]
+    return f"{spec.name}, {size} px, {num_ipus} IPUs, {batch} pictures an update", found, notes
+
+# %% ../nbs/90_cli.ipynb #6e6f07b4
+@_main(
+    "plan",
+    _plan_arguments,
+    """
+    effnet-plan B4-G16-LN_PN-Native_16IPU_4x4
+    effnet-plan B4-G16-LN_PN-Native_16IPU_4x4 --ipus 64 --image-size 300
+    effnet-plan B0-G16-LN_PN-Half_16IPU_2x8 --stages 2 4 --json
+    effnet-plan B5-G16-GN-Native_16IPU_4x4 --figure plan.png
+    """,
+)
+def plan_command(args):
+    "Plan a pipeline: the published plan of a case and the fastest that fits, as modelled."
+    title, found, notes = _both_plans(args)
+    summaries = {k: _plan_summary(p) for k, p in found.items()}
+    if args.figure:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        from effnet_repro.planner import plot_plan
+
+        size = (9, 2.8 * len(found))
+        fig, axes = plt.subplots(
+            len(found), 2, figsize=size, squeeze=False, sharey="col", layout="constrained"
+        )
+        for pair, (name, p) in zip(axes, found.items()):
+            plot_plan(p, pair)
+            pair[0].set_ylabel(f"{name}\n{pair[0].get_ylabel()}")
+        fig.savefig(args.figure)
+        plt.close(fig)
+    if args.json:
+        print(json.dumps({"modelled": title, **summaries, "notes": notes}, indent=1))
+        return
+    print(f"{title}. All numbers are modelled, none is measured.")
+    for name, summary in summaries.items():
+        facts = ", ".join(f"{k} {v}" for k, v in summary.items() if k not in ("stages", "fits"))
+        print(f"\n{name}: {facts}\n{_draw_stages(summary)}")
+    print("".join(f"\nnote: {n}" for n in notes), end="\n" if notes else "")
 
 # %% ../nbs/90_cli.ipynb #a0c57abc
 def main(

@@ -368,10 +368,16 @@ def fit(
             room.append((MK2.memory_bytes - sum(by_part.values())) / kept)
     return timed._replace(working=math.floor(1000 * min(room)) / 1000)
 
-# %% ../nbs/37_planner.ipynb #c2d330a9
+# %% ../nbs/37_planner.ipynb #5e5c7267
 def _best_cut(net, plan, num_stages):
     "The fastest cut that fits, as a `Prediction`; None when none fits"
-    cuts = list(itertools.combinations(range(1, len(net.loads)), num_stages - 1))
+    places = len(net.loads) - 1
+    if math.comb(places, num_stages - 1) > 1e6:
+        raise ValueError(
+            f"{num_stages} stages of {places + 1} segments can be cut in too many ways to try them all. "
+            "Use at most 4 stages, as the published plans do."
+        )
+    cuts = list(itertools.combinations(range(1, places + 1), num_stages - 1))
     ends = np.array([0]), np.array([len(net.loads)])
     bounds = np.array([np.concatenate([ends[0], c, ends[1]]) for c in cuts]).astype(int)
     bounds = bounds[(net.memory(bounds, plan).sum(0) <= net.chip.memory_bytes).all(-1)]
@@ -443,7 +449,7 @@ def plan(
         )
     return found[0]
 
-# %% ../nbs/37_planner.ipynb #c5cce7c6
+# %% ../nbs/37_planner.ipynb #096abc97
 def memory_warning(
     prediction: Prediction,  # What `predict` gives
 ) -> Optional[str]:  # None when the plan fits, else a sentence with the numbers
@@ -453,10 +459,11 @@ def memory_warning(
     stage = int(np.argmax(prediction.stage_bytes))
     mb = lambda x: f"{x / 1e6:,.0f}"
     parts = ", ".join(f"{k} {mb(v[stage])}" for k, v in prediction.memory.items())
+    offload = "" if prediction.plan.offloaded else ", or offload the weights"
     return (
         f"Stage {stage} would take {mb(prediction.stage_bytes[stage])} MB of "
         f"{mb(prediction.memory_bytes)} MB, as modelled ({parts}). Use a micro_batch_size below "
-        f"{prediction.plan.micro_batch_size}, cut the stage shorter, or offload the weights."
+        f"{prediction.plan.micro_batch_size}, or cut the stage shorter{offload}."
     )
 
 # %% ../nbs/37_planner.ipynb #3831ce3f

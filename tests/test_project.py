@@ -398,14 +398,15 @@ def test_machine_path_sees_mistakes():
 
 
 def test_links_are_links():
-    "On a checkout without symbolic links both would become text files."
+    "On a checkout without symbolic links all would become text files."
     assert os.readlink(PACKAGE / "config.yml") == "../config.yml"
+    assert os.readlink(PACKAGE / "pod16_model.json") == "../results/pod16_model.json"
     assert os.readlink(ROOT / "nbs" / "_quarto.yml") == "../_quarto.yml"
 
 
 @pytest.mark.slow
 def test_wheel(tmp_path):
-    "An installed wheel finds the cases: it holds config.yml as a file, every module, and nothing else."
+    "An installed wheel finds the cases: it holds two data files, every module, and nothing else."
     copy = tree.copy(tmp_path / "copy")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-qq", "--no-deps"]
     done = subprocess.run(
@@ -422,7 +423,8 @@ def test_wheel(tmp_path):
         meta = next(n for n in file.namelist() if n.endswith("METADATA"))
         needs = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)$", file.read(meta).decode())
     assert names == {f"effnet_repro/{p.name}" for p in PACKAGE.glob("*.py")} | {
-        "effnet_repro/config.yml"
+        "effnet_repro/config.yml",
+        "effnet_repro/pod16_model.json",
     }
     assert sorted(needs, key=str.lower) == ["numpy", "PyYAML", "safetensors"]
 

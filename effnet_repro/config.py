@@ -83,7 +83,7 @@ class _Batches(_Network):
     epochs: float = 350  # Passes over the training set
     max_steps: Optional[int] = None  # Stop after so many weight updates; None = after `epochs`
 
-# %% ../nbs/00_config.ipynb #42304df7
+# %% ../nbs/00_config.ipynb #fb24ad7a
 @dataclass(frozen=True)
 class _Recipe(_Batches):
     optimizer: str = "rmsprop"  # "rmsprop" in TensorFlow 1's form, or "sgd" with momentum
@@ -111,7 +111,7 @@ class _Pictures(_Recipe):
     crop_area_min: float = 0.05  # Smallest share of the picture that a training crop covers
     train_preprocessing: str = "train"  # "validation" = no random crop or flip (fine-tuning)
 
-# %% ../nbs/00_config.ipynb #c6ee2c50
+# %% ../nbs/00_config.ipynb #dbb1706f
 @dataclass(frozen=True)
 class Case(_Pictures):
     "One experiment: a network, the recipe that trains it and its layout on the machine"
@@ -158,35 +158,56 @@ def _refuse(case, rule: str, way_out: str, *fields: str):
     received = ", ".join(f"{f}={getattr(case, f)!r}" for f in fields)
     raise ValueError(f"{rule} Received: {received} ({case.name}). {way_out}")
 
-# %% ../nbs/00_config.ipynb #f058d685
+# %% ../nbs/00_config.ipynb #70b10164
+def _fits(v, kind):
+    "Whether a value suits the type of a field, e.g. 'typing.Optional[float]'"
+    if v is None:
+        return "Optional" in kind or "None" in kind
+    if "Tuple" in kind:
+        inner = "str" if "str" in kind else "float"
+        return isinstance(v, tuple) and all(_fits(x, inner) for x in v)
+    if "bool" in kind or isinstance(v, bool):
+        return "bool" in kind and isinstance(v, bool)
+    if "str" in kind:
+        return isinstance(v, str) and v != ""
+    if "int" in kind:
+        return isinstance(v, int) and 0 <= v < 2**31
+    return isinstance(v, (int, float)) and abs(v) < 1e9  # neither infinite nor NaN
+
+
+_WANTED = {
+    "Tuple": "a list",
+    "bool": "true or false",
+    "str": "text",
+    "int": "a whole number >= 0",
+    "float": "a finite number",
+}
+
+
 def _validate_types(case):
     for f in dataclasses.fields(case):
         v, legal = getattr(case, f.name), _CHOICES.get(f.name)
-        if legal is not None and v not in legal:
-            raise unknown_name(f.name, v, legal, case.name)
-        kind = str(f.type)
+        if legal is not None:
+            if isinstance(v, bool) or v not in legal:
+                raise unknown_name(f.name, v, legal, case.name)
+            continue
         if isinstance(v, list):
-            object.__setattr__(case, f.name, tuple(v))
-        elif isinstance(v, bool) != (f.type is bool):
-            _refuse(
-                case,
-                f"`{f.name}` must be {'true or false' if f.type is bool else 'a number'}.",
-                "",
-                f.name,
-            )
-        elif f.type is int or kind.endswith("Optional[int]"):
-            if v is not None and not (isinstance(v, int) and v >= 0):
-                _refuse(case, f"`{f.name}` must be a whole number >= 0.", "", f.name)
-        elif f.type is float or kind.endswith("Optional[float]"):
-            if v is not None and not isinstance(v, (int, float)):
-                _refuse(case, f"`{f.name}` must be a number.", "", f.name)
+            v = tuple(v)
+            object.__setattr__(case, f.name, v)
+        kind = str(f.type)
+        if not _fits(v, kind):
+            wanted = next(text for name, text in _WANTED.items() if name in kind)
+            _refuse(case, f"`{f.name}` must be {wanted}.", "", f.name)
 
-# %% ../nbs/00_config.ipynb #3cdb56d2
+# %% ../nbs/00_config.ipynb #048f3973
 def validate(
     case,  # A `Case`
 ):  # None; raises ValueError with the rule, what was received and the way out
     "Check the rules that tie the fields of a `case` together"
     _validate_types(case)
+    for name in ("base_learning_rate_exponent", "rmsprop_decay_exponent"):
+        if not -200 <= getattr(case, name) <= 200:
+            _refuse(case, f"`{name}` must be in [-200, 200].", "Published: -14.", name)
     product = case.micro_batch_size * case.gradient_accumulation * case.num_replicas
     if product != case.global_batch_size or product == 0:
         _refuse(
@@ -212,7 +233,7 @@ def validate(
         )
     _validate_rates(case)
 
-# %% ../nbs/00_config.ipynb #bc71118f
+# %% ../nbs/00_config.ipynb #737f400d
 def _validate_rates(case):
     for name, low, high in (
         ("drop_path_rate", 0, 1),
@@ -222,6 +243,14 @@ def _validate_rates(case):
         ("cutmix_lambda", 0, 1.0001),
         ("crop_area_min", 1e-4, 1.0001),
         ("weight_average_decay", 0, 1),
+        ("mixup_alpha", 0, 1000),
+        ("lr_decay", 0, 1.0001),
+        ("weight_decay", 0, 1e6),
+        ("warmup_epochs", 0, 1e6),
+        ("rmsprop_epsilon", 0, 1e6),
+        ("rmsprop_initial_mean_square", 0, 1e6),
+        ("loss_scale", 2**-40, 2**40),
+        ("image_size", 32, 4097),
     ):
         v = getattr(case, name)
         if v is not None and not low <= v < high:
@@ -234,7 +263,7 @@ def _validate_rates(case):
         fields = ("group_size", "norm_groups", "expand_ratio", "epochs")
         _refuse(case, "These must be positive.", "", *fields)
 
-# %% ../nbs/00_config.ipynb #f09043fd
+# %% ../nbs/00_config.ipynb #7ce6aacb
 class _UniqueKeys(yaml.SafeLoader):
     "YAML that refuses a key given twice in one mapping"
 
@@ -242,6 +271,8 @@ class _UniqueKeys(yaml.SafeLoader):
         node, lines = super().compose_mapping_node(anchor), {}
         for key, _ in node.value:
             line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: a key must be a plain name.")
             if lines.setdefault(key.value, line) != line:
                 both = f"lines {lines[key.value]} and {line}"
                 raise ValueError(f"Key {key.value!r} stands twice, in {both}. Keep one of them.")
@@ -259,7 +290,7 @@ def _default_path():
             return folder / "config.yml"
     raise FileNotFoundError(f"No config.yml in {here} nor above {Path.cwd()}. Pass `path`.")
 
-# %% ../nbs/00_config.ipynb #39c39768
+# %% ../nbs/00_config.ipynb #b3055b6d
 def read_yaml(
     path=None,  # A file in the form of `config.yml`; None = the published cases
 ) -> dict:  # Its sections as plain dictionaries
@@ -271,8 +302,13 @@ def read_yaml(
         )
     try:
         data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
-    except (yaml.YAMLError, ValueError) as e:
-        raise ValueError(f"{path} is not a valid configuration: {e}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        text = " ".join(str(problem or e).split())
+        raise ValueError(
+            f"{path} is not a valid configuration: {place}{text}. Compare it with the published config.yml."
+        ) from None
     if not isinstance(data, dict) or not isinstance(data.get("cases"), dict):
         raise ValueError(f"{path} has no section `cases:` that maps names to cases.")
     for section in data:
@@ -280,7 +316,7 @@ def read_yaml(
             raise unknown_name("section", section, _SECTIONS, str(path))
     return data
 
-# %% ../nbs/00_config.ipynb #e27e6d57
+# %% ../nbs/00_config.ipynb #c9e1516a
 def _case_from(name, values, where=""):
     legal = [f.name for f in dataclasses.fields(Case)]
     if not isinstance(values, dict):
@@ -305,7 +341,7 @@ def _case_from(name, values, where=""):
         )
     return Case(**{**values, "name": name})
 
-# %% ../nbs/00_config.ipynb #75dcd400
+# %% ../nbs/00_config.ipynb #e54559b6
 def load_cases(
     path=None,  # A file in the form of `config.yml`; None = the published cases
 ) -> Dict[str, Case]:  # Name -> case, in the file's order
@@ -352,7 +388,7 @@ def get_case(
         raise unknown_name("case", name, cases, str(path) if path else "")
     return override(cases[name], **overrides)
 
-# %% ../nbs/00_config.ipynb #eeb50a3d
+# %% ../nbs/00_config.ipynb #8d16190d
 def for_one_device(
     case: Case,  # A case laid out for a POD16
     micro_batch_size: Optional[
@@ -383,7 +419,7 @@ def budget_overrides(
         raise unknown_name("budget", budget, [*budgets, "auto"])
     return budget, dict(budgets[budget])
 
-# %% ../nbs/00_config.ipynb #0cc8da80
+# %% ../nbs/00_config.ipynb #1b1968eb
 def resolve(
     case: Union[str, Case],  # A case or its published name
     budget: str = "auto",  # See `budget_overrides`

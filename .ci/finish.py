@@ -28,7 +28,7 @@ def drawn(svg, number, alt):
         svg = re.sub(pattern, lambda m: f"{m[1]}{f'f{number}-' if m[2] in ids else ''}{m[2]}", svg)
     svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#000000|#000|black)\b", r"\1\2currentColor", svg)
     svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#ffffff|#fff|white)\b", r"\1\2var(--page)", svg)
-    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1inherit", svg)
+    svg = re.sub(r"(font: [^;\"']*|font-family: )'[^;\"]*", r"\1var(--text-font)", svg)
     head = re.match(r"<svg\b[^>]*>", svg)[0]
     open_tag = re.sub(r' (?:alt|role|class|aria-label)="[^"]*"', "", head)
     open_tag = open_tag.replace("<svg", '<svg class="figure" role="img"', 1)

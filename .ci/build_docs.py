@@ -145,6 +145,9 @@ def lay_out(proc, site, linked):
                 cell["outputs"] = one_stream(cell["outputs"])
             for output in cell.get("outputs", []):
                 data = output.get("data", {})
+                if "image/svg+xml" in data:  # smalldocs puts an alternative text on what begins so
+                    svg = "".join(data["image/svg+xml"])
+                    data["image/svg+xml"] = svg[svg.index("<svg") :]
                 if "text/markdown" in data:
                     text = "".join(data["text/markdown"])
                     # nbdev links names in the comments of a signature, where a link is shown as typed

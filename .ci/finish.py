@@ -13,6 +13,13 @@ DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
 NUMBER = re.compile(
     r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?%?$"
 )
+# What a figure was drawn in, and what it is in the page: ink, ground, notes, and a blue for both themes.
+COLOURS = {
+    "#000000": "currentColor",
+    "#ffffff": "var(--page)",
+    **dict.fromkeys(("#808080", "#696969", "#666666", "#555555", "#4d4d4d"), "var(--quiet)"),
+    "#0072b2": "var(--figure-blue)",
+}
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
 
@@ -26,12 +33,12 @@ def drawn(svg, number, alt):
     ids = set(re.findall(r'\bid="([^"]+)"', svg))
     for pattern in (r'(\bid=")([^"]+)', r'(href="#)([^"]+)', r"(url\(#)([^)]+)"):
         svg = re.sub(pattern, lambda m: f"{m[1]}{f'f{number}-' if m[2] in ids else ''}{m[2]}", svg)
-    svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#000000|#000|black)\b", r"\1\2currentColor", svg)
-    svg = re.sub(r"(fill|stroke)(:\s*|=\")(?:#ffffff|#fff|white)\b", r"\1\2var(--page)", svg)
+    for colour, own in COLOURS.items():
+        svg = re.sub(rf"(fill|stroke|stop-color)(:\s*|=\"){colour}\b", rf"\1\2{own}", svg)
     svg = re.sub(r"(font: [^;\"']*|font-family: )'[^;\"]*", r"\1var(--text-font)", svg)
     head = re.match(r"<svg\b[^>]*>", svg)[0]
     open_tag = re.sub(r' (?:alt|role|class|aria-label)="[^"]*"', "", head)
-    open_tag = open_tag.replace("<svg", '<svg class="figure" role="img"', 1)
+    open_tag = open_tag.replace("<svg", '<svg class="figure" role="img" fill="currentColor"', 1)
     if alt:
         open_tag = open_tag.replace("<svg", f'<svg aria-label="{alt}"', 1)
     return open_tag + svg[len(head) :]

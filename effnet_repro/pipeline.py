@@ -120,7 +120,7 @@ def plot_pipeline(
         bottom = w.stage - (0.45 if forward else 0)
         ax.add_patch(plt.Rectangle((w.clock + 0.04, bottom), 0.92, 0.42, color=colour, lw=0))
         middle = (w.clock + 0.5, bottom + 0.21)
-        ax.text(*middle, w.micro_batch, ha="center", va="center", fontsize=small)
+        ax.text(*middle, w.micro_batch, ha="center", va="center", fontsize=small, color="#111111")
     ax.set(xlim=(0, max(w.clock for w in table) + 1), ylim=(num_stages - 0.45, -0.55))
     ax.set(xlabel="clock", ylabel="stage", yticks=range(num_stages))
     ax.xaxis.get_major_locator().set_params(integer=True)

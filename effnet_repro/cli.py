@@ -636,6 +636,20 @@ def _show_plan(plan):
         rows[-1]["because"] = "2**exponent x global batch"
     print(_table(rows), flush=True)
 
+# %% ../nbs/90_cli.ipynb #0aa2ca3c
+@contextlib.contextmanager
+def _no_stderr():
+    "Drop what libraries write to the process's stderr; exceptions still come through"
+    sys.stderr.flush()
+    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(saved, 2)
+        os.close(saved)
+        os.close(nowhere)
+
 # %% ../nbs/90_cli.ipynb #f1022b59
 def _start_keras(args):
     "Choose Keras' back end before Keras is imported"
@@ -652,8 +666,13 @@ def _start_keras(args):
         )
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = chosen
-    if not args.debug:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if args.debug:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with _no_stderr():
+        from effnet_repro.training import device_name
+
+        device_name()
 
 
 def _precision(args):

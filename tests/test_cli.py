@@ -499,3 +499,7 @@ def test_a_program_of_its_own(translated):
     assert done.returncode == 0 and done.stderr == "" and "budget case" in done.stdout
     done = subprocess_run("train", "--config", CASE, "--epochs", "x", "--dry-run")
     assert (done.returncode, done.stdout, len(done.stderr.splitlines())) == (2, "", 1)
+    # TensorFlow's own notes, which come before it reads its log level, are not among the lines.
+    noisy = {"TF_CPP_MIN_LOG_LEVEL": "3", "TF_ENABLE_ONEDNN_OPTS": "1"}
+    done = subprocess_run("train", "--config", CASE, "--data-dir", "/nowhere", **noisy)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr

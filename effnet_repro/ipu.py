@@ -6,31 +6,76 @@
 __all__ = ['ipus_per_replica', 'for_ipus', 'machine_options', 'Plan', 'plan_stages', 'pipeline_options', 'mask_rates',
            'draw_masks', 'FedMasks', 'draws', 'element_stream', 'compute_dtype', 'carried', 'Stages',
            'describe_tensorflow', 'has_graphcore', 'Graphcore', 'configure', 'infeed', 'outfeed', 'pipeline', 'IPUOps',
-           'make_optimizer', 'step_variable', 'loss_scale', 'TrainingProgram', 'read_report', 'set_state', 'get_state']
+           'make_optimizer', 'step_variable', 'loss_scale', 'TrainingProgram', 'read_report', 'set_state', 'assign',
+           'get_state', 'ValidationProgram', 'validation_stream', 'evaluate', 'broadcast', 'gather', 'resolve_for_ipus',
+           'count_ipus', 'train', 'finetune_layout', 'finetune', 'validate', 'poprun_command', 'has_ipu',
+           'choose_device']
 
-# %% ../nbs/36_ipu.ipynb #ad83eba1
+# %% ../nbs/36_ipu.ipynb #c375236a
 import functools
 import importlib
 import inspect
-from typing import Any, Dict, NamedTuple, Optional, Tuple
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
-from .config import Case, override
-from .network import params, segments
+from effnet_repro.config import (
+    Case,
+    budget_overrides,
+    case_from_dict,
+    case_to_dict,
+    get_case,
+    override,
+    unknown_name,
+)
+from .data import DataSet, open_data, training_batches, validation_batches
+from effnet_repro.network import (
+    check_matches,
+    fold_proxies,
+    initial_weights,
+    params,
+    run,
+    segments,
+)
 from .norms import EPSILON, normalise
-from .ops import NumpyOps, Rng, TFOps, get_ops
+from .ops import NumpyOps, Rng, TFOps
 from .pipeline import check_accumulation, split_segments
 from effnet_repro.recipe import (
     add_weight_decay,
     cross_entropy,
     decay_mask,
+    learning_rate,
     rmsprop_settings,
     rmsprop_step,
     sgd_step,
+    total_updates,
     trained_segments,
     unscale,
+)
+from effnet_repro.runs import (
+    Run,
+    Scores,
+    StopSignals,
+    append_rows,
+    average_until,
+    check_init,
+    describe_machine,
+    finetune_case,
+    finetune_size,
+    refuse_other_case,
+    save_curves,
+    say_scores,
+    score,
+    write_json,
+    write_scores,
 )
 from .scaling import ModelSpec, blocks
 
@@ -275,7 +320,7 @@ def carried(
         needed.append(tuple(names))
     return tuple(needed)
 
-# %% ../nbs/36_ipu.ipynb #ef22e711
+# %% ../nbs/36_ipu.ipynb #98b729dc
 class Stages:
     "The computational stages of a training program: functions from tensors to lists of tensors"
 
@@ -311,9 +356,9 @@ class Stages:
             weights = {p.name: self._read(segment, p) for p in segment.params}
             x = segment.apply(self.ops, weights, x, rng)
         if i == len(self.stages) - 1:
-            return [learning_rate, *self._leave(x, given)]
+            return _flat(i, [learning_rate, *self._leave(x, given)])
         have = {**given, "learning_rate": learning_rate, "x": x}
-        return [have[name] for name in self.received[i + 1]]
+        return _flat(i, [have[name] for name in self.received[i + 1]])
 
     def _read(self, segment, param):
         "A weight as the segments want it: float32, from which they cast themselves"
@@ -342,6 +387,14 @@ class Stages:
         loss = ops.mean(cross_entropy(ops, logits, soft, self.case.label_smoothing))
         right = ops.sum(logits * targets, -1) >= ops.max(logits, -1)
         return loss, ops.sum(ops.cast(right, "float32"))
+
+
+def _flat(i, outputs):
+    "Refuse what the real pipeline would silently stack or only refuse a stage later"
+    for value in outputs:
+        if not hasattr(value, "dtype") or not hasattr(value, "shape"):
+            raise TypeError(f"Stage {i} must return tensors in a flat list. Received: {value!r}.")
+    return outputs
 
 # %% ../nbs/36_ipu.ipynb #e82f19ec
 _INSTALL = (
@@ -488,7 +541,7 @@ def pipeline(
     queues = dict(infeed_queue=infeed_queue, outfeed_queue=outfeed_queue)
     return ops.pipeline(stages, inputs=inputs, optimizer_function=output, **queues, **options)
 
-# %% ../nbs/36_ipu.ipynb #e606b1c1
+# %% ../nbs/36_ipu.ipynb #3cb575bd
 class IPUOps(TFOps):
     "The tensor namespace on an IPU: TensorFlow's, with Graphcore's norm and swish"
 
@@ -500,9 +553,7 @@ class IPUOps(TFOps):
 
     def normalise(self, x, gamma, beta, norm_groups, statistics, activation, proxy):
         if statistics is not None:  # batch norm, at inference
-            return normalise(
-                get_ops("tensorflow"), x, gamma, beta, 1, statistics, activation, proxy
-            )
+            return normalise(TFOps(), x, gamma, beta, 1, statistics, activation, proxy)
         kind, channels = self.dtype(x), self.shape(x)[-1]
         gamma = self.const(np.ones(channels), kind) if gamma is None else self.cast(gamma, kind)
         beta = self.const(np.zeros(channels), kind) if beta is None else self.cast(beta, kind)
@@ -681,7 +732,7 @@ def read_report(
     loss, correct = (v.reshape(shape).mean(1) / case.gradient_accumulation for v in values)
     return np.stack([loss, correct / case.micro_batch_size], 1)
 
-# %% ../nbs/36_ipu.ipynb #b07280ef
+# %% ../nbs/36_ipu.ipynb #f650d2c8
 def _slot_keys(program):
     "Variable of every slot by its key in a checkpoint"
     slots = program.optimizer.slots
@@ -707,8 +758,17 @@ def set_state(
     known = {v.name for v, _ in pairs}
     with program.graph.as_default():
         others = [v for v in v1.global_variables() if v.name not in known]
+    assign(program.session, pairs, others)
+
+
+def assign(
+    session,  # Of the variables' graph
+    pairs,  # List of (variable, array)
+    others=(),  # Variables that take their own first value
+):
+    "Set variables by feeding their initialisers, so that no array becomes part of a graph"
     feed = {v.initializer.inputs[1]: np.asarray(a) for v, a in pairs}
-    program.session.run([v.initializer for v in [*(v for v, _ in pairs), *others]], feed)
+    session.run([v.initializer for v in [*(v for v, _ in pairs), *others]], feed)
 
 
 def get_state(
@@ -718,3 +778,512 @@ def get_state(
     wanted = {**program.variables, **program.optimizer.slots.get("fp32", {}), **_slot_keys(program)}
     values = program.session.run(wanted)
     return {name: np.asarray(value, "float32") for name, value in values.items()}
+
+# %% ../nbs/36_ipu.ipynb #3cce7edc
+class ValidationProgram:
+    "A network on every IPU of this process: pictures in, logits out"
+
+    def __init__(
+        self,
+        graphcore: Graphcore,  # The SDK; the machine is configured for one IPU a replica
+        spec: ModelSpec,  # The network, folded
+        dataset,  # Function that makes a dataset of {"images", "labels", "mask"}
+        iterations: int,  # Elements for each replica in one run
+        compute: str = "float16",  # Type of activations
+    ):
+        self.graphcore, self.variables = graphcore, {}
+        self.graph = graphcore.tf.Graph()
+        with self.graph.as_default():
+            ops, v1 = IPUOps(graphcore), graphcore.v1
+            queue, out = infeed(graphcore, dataset(), "validation"), outfeed(graphcore, "logits")
+
+            def body(images, labels, mask):
+                for p in params(spec):
+                    zeros = v1.zeros_initializer()
+                    how = dict(trainable=False, use_resource=True)
+                    made = v1.get_variable(p.name, p.shape, "float32", zeros, **how)
+                    self.variables[p.name] = made
+                weights = {n: ops.cast(v, "float32") for n, v in self.variables.items()}
+                logits = run(ops, spec, weights, ops.cast(images, compute))
+                return out.enqueue([logits, labels, mask])
+
+            loop = graphcore.ipu.loops.repeat
+            self.step = graphcore.compile(lambda: loop(iterations, body, [], queue))
+            self.report = out.dequeue()
+            graphcore.ipu.utils.move_variable_initialization_to_cpu()
+            self.session = v1.Session(graph=self.graph)
+        self.session.run(queue.initializer)
+
+    def run(self, weights: Dict[str, np.ndarray]):  # logits (n, classes), labels (n,), mask (n,)
+        "Apply weights to all pictures"
+        assign(self.session, [(v, weights[n]) for n, v in self.variables.items()])
+        self.session.run(self.step)
+        logits, labels, mask = (np.asarray(v) for v in self.session.run(self.report))
+        return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), mask.reshape(-1)
+
+# %% ../nbs/36_ipu.ipynb #fafc42dc
+def validation_stream(
+    data: DataSet,  # Its validation pictures are read
+    image_size: int,  # Side, pixels
+    batch: int,  # Pictures of an element
+    replicas: int,  # Of this process
+    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+):  # (elements for each replica, function that makes the endless dataset)
+    "Read every validation picture once a round, padded so that every replica gets as many elements"
+    most = -(-data.validation_count // shard[1])
+    elements = -(-most // batch)
+    iterations = -(-elements // replicas)
+
+    def dataset():
+        import tensorflow as tf
+
+        names = ("images", "labels", "mask")
+        real = validation_batches(data, image_size, batch, shard=shard)
+        fixed = lambda *v: {n: tf.ensure_shape(t, (batch, *t.shape[1:])) for n, t in zip(names, v)}
+        real = real.map(fixed)
+        spare = iterations * replicas - elements
+        blank = real.take(1).map(lambda e: {n: tf.zeros_like(t) for n, t in e.items()})
+        return real.concatenate(blank.repeat(spare)).repeat()
+
+    return iterations, dataset
+
+
+def evaluate(
+    graphcore: Graphcore,  # The SDK
+    case: Case,  # Options and precision
+    spec: ModelSpec,  # The network
+    weights: Dict[str, np.ndarray],  # Full name -> array
+    data: DataSet,  # Its validation pictures are used
+    image_size: int,  # Side to test at, pixels
+    ipus: int = 16,  # IPUs over all processes, each a replica
+    batch: int = 8,  # Pictures of an IPU at a time
+) -> Scores:
+    "Measure weights on every validation picture, on every IPU"
+    index, count = graphcore.instances
+    weights = {n: w for n, w in weights.items() if not n.startswith("slots/")}
+    check_matches(weights, params(spec))
+    if spec.proxy_norm and not spec.folded:
+        spec, weights = replace(spec, folded=True), fold_proxies(weights)
+    configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
+    stream = validation_stream(data, image_size, batch, ipus // count, (index, count))
+    program = ValidationProgram(graphcore, spec, stream[1], stream[0], compute_dtype(case))
+    parts = gather(graphcore, program.run(weights))
+    found = score(parts, spec.num_classes, image_size, data.root)
+    return found._replace(images_per_s=float("nan"))  # compiling was part of it
+
+# %% ../nbs/36_ipu.ipynb #4cc60f04
+def _host_collectives(graphcore):
+    "The module with `broadcast`, for this SDK"
+    for name in ("distributed", "horovod"):  # since SDK 3.0, and before
+        try:
+            module = importlib.import_module(f"tensorflow.python.ipu.{name}")
+        except ImportError:
+            continue
+        if hasattr(module, "init"):
+            module.init()
+        return module
+    raise ImportError(f"No host collectives in this SDK. Found: {describe_tensorflow()}.")
+
+
+def broadcast(
+    graphcore: Graphcore,  # The SDK
+    arrays: Dict[str, np.ndarray],  # The same names and shapes in every process
+    root: int = 0,  # The process whose values all get
+) -> Dict[str, np.ndarray]:
+    "Give every process the arrays of one of them"
+    if graphcore.popdist is None:
+        return arrays
+    module, found = _host_collectives(graphcore), {}
+    with graphcore.tf.Graph().as_default(), graphcore.v1.Session() as session:
+        for name in sorted(arrays):  # one at a time: all processes meet in the same order
+            value = np.asarray(arrays[name])
+            hole = graphcore.v1.placeholder(value.dtype, value.shape)
+            shared = module.broadcast(hole, root_rank=root)
+            found[name] = session.run(shared, {hole: value})
+    return found
+
+
+def gather(
+    graphcore: Graphcore,  # The SDK
+    arrays,  # Arrays of the same shapes in every process
+) -> list:  # One list of arrays a process
+    "Collect the arrays of all processes, in all processes"
+    named = {str(i): v for i, v in enumerate(arrays)}
+    every = (broadcast(graphcore, named, i) for i in range(graphcore.instances[1]))
+    return [[found[n] for n in named] for found in every]
+
+# %% ../nbs/36_ipu.ipynb #ed27a603
+def resolve_for_ipus(
+    case: Union[str, Case],  # A case or its published name
+    ipus: int = 16,  # IPUs over all processes
+    budget: str = "auto",  # See `config.budget_overrides`
+    data_given: bool = False,  # Whether the user pointed at a data set
+    **overrides,  # The user's own values; None means what the budget or the case says
+) -> Case:
+    "Work out what will run on `ipus` IPUs"
+    case = get_case(case) if isinstance(case, str) else case
+    changes = budget_overrides(budget, data_given)[1]
+    batch = ("global_batch_size", "micro_batch_size")
+    changes = {k: v for k, v in changes.items() if k not in batch}
+    merged = {**changes, **{k: v for k, v in overrides.items() if v is not None}}
+    case = override(case, **merged)
+    case = replace(case, **{k: v for k, v in merged.items() if v is None})
+    return for_ipus(case, ipus)
+
+
+def count_ipus(
+    graphcore: Graphcore,  # The SDK
+    per_replica: int,  # IPUs that a replica needs
+    ipus: Optional[int] = None,  # What the caller says; None = poprun's, or 16
+) -> int:  # IPUs over all processes
+    "Work out how many IPUs there are"
+    if graphcore.popdist is None:
+        return ipus or 16
+    given = graphcore.popdist.getNumIpusPerReplica()
+    if given != per_replica:
+        raise ValueError(
+            f"poprun was started with --ipus-per-replica {given}, but this program needs {per_replica}. "
+            "Print the right line with --print-poprun."
+        )
+    return graphcore.popdist.getNumTotalReplicas() * per_replica
+
+# %% ../nbs/36_ipu.ipynb #54c233d8
+class _Host:
+    "The host's side of a training: files, metrics, checkpoints, and requests to stop"
+
+    def __init__(self, program, data, run_dir, seed, keep, per_epoch, last):
+        self.program, self.case, self.data, self.seed = program, program.case, data, seed
+        self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
+        self.per_epoch, self.last, self.stop_requested = per_epoch, last, False
+        self.writes, self.started = program.graphcore.instances[0] == 0, time.perf_counter()
+        self.average = None
+
+    def save(self, update):
+        "Write the checkpoint of an update, and the average at the end of an epoch"
+        epoch, inside = divmod(update, self.per_epoch)
+        arrays = get_state(self.program)
+        metadata = {
+            "case": case_to_dict(self.case),
+            "num_classes": self.program.spec.num_classes,
+            "update": update,
+            "epoch": epoch,
+            "seed": self.seed,
+            "class_names": list(self.data.class_names),
+            "precision": self.case.precision,
+            "whole_epoch": not inside,
+        }
+        path = checkpoints.epoch_path(self.folder, epoch, update if inside else None)
+        checkpoints.save(path, arrays, metadata)
+        if not inside and self.average.last_update < update:
+            weights = {n: w for n, w in arrays.items() if n.startswith("all/")}
+            self.average.update(weights, update)
+            self.average.save(self.folder / "average.safetensors")
+        for old in checkpoints.list_checkpoints(self.folder)[: -self.keep]:
+            old.unlink()
+        return path
+
+    def end_epoch(self, update, loss, accuracy, images_per_s):
+        "Write a row, a checkpoint and the curves"
+        if not self.writes:
+            return
+        rate = learning_rate(self.case, update - 1, self.per_epoch)
+        row = {"epoch": round(update / self.per_epoch, 4), "update": update, "loss": round(loss, 6)}
+        row.update(accuracy=round(accuracy, 6), images_per_s=round(images_per_s, 2))
+        row.update(learning_rate=rate, seconds=round(time.perf_counter() - self.started, 2))
+        path = self.save(update)
+        metrics = self.run_dir / "metrics.csv"
+        append_rows(metrics, [row], lambda old: int(old["update"]) < update)
+        save_curves(self.run_dir)
+        print(
+            f"epoch {row['epoch']:g}/{self.case.epochs:g}: loss {loss:.3f}, training accuracy {accuracy:.1%}, "
+            f"{images_per_s:.0f} images/s -> {path.name}",
+            flush=True,
+        )
+
+# %% ../nbs/36_ipu.ipynb #e7e010ec
+def _fit(host, first):
+    "Run the updates from `first` on; returns how many are done"
+    sums, since, timed = np.zeros(2), first, (first, time.perf_counter())
+    for update in range(first, host.last):
+        values = host.program.run(learning_rate(host.case, update, host.per_epoch))[0]
+        if not np.isfinite(values[0]):
+            raise FloatingPointError(
+                f"The loss of update {update + 1} is {values[0]}. The last checkpoint is good; try a smaller "
+                "base_learning_rate_exponent."
+            )
+        if update == since:  # the first update of an epoch compiles, or waits for pictures
+            timed = update + 1, time.perf_counter()
+        sums, done = sums + values, update + 1
+        stop = _anybody_stops(host)
+        if done % host.per_epoch and done < host.last and not stop:
+            continue
+        n, seconds = done - timed[0], time.perf_counter() - timed[1]
+        speed = n * host.case.global_batch_size / seconds if n else float("nan")
+        host.end_epoch(done, *(sums / (done - since)), speed)
+        sums, since = np.zeros(2), done
+        if stop and done < host.last:
+            return done
+    return host.last
+
+
+def _anybody_stops(host):
+    "Whether one of the processes was asked to stop: then all do, after the same update"
+    own = [np.float32(host.stop_requested)]
+    return any(part[0] for part in gather(host.program.graphcore, own))
+
+# %% ../nbs/36_ipu.ipynb #d633a4cf
+def _begin(host, weights):
+    "Give a program its state: the newest checkpoint, or these weights; returns the update to begin with"
+    graphcore, spec, update = host.program.graphcore, host.program.spec, 0
+    arrays = weights or initial_weights(spec, host.seed)
+    if host.writes:
+        host.folder.mkdir(parents=True, exist_ok=True)
+        checkpoints.remove_leftovers(host.folder)
+        newest = checkpoints.latest(host.folder)
+        if newest is not None:
+            arrays, metadata = checkpoints.load(newest)
+            refuse_other_case(newest, case_from_dict(metadata["case"]), host.case)
+            update = metadata["update"]
+            print(f"going on from {newest.name}, update {update}", flush=True)
+    own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
+    check_matches(own, params(spec))
+    set_state(host.program, arrays)
+    if graphcore.popdist is not None:
+        state = {**get_state(host.program), "update": np.int32(update)}
+        state = broadcast(graphcore, state)
+        update = int(state.pop("update"))
+        set_state(host.program, state)
+    if host.writes:
+        host.average = average_until(host.folder, host.case, update)
+    return update
+
+# %% ../nbs/36_ipu.ipynb #52a02e91
+def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
+    "Train `case` in `run_dir`"
+    spec = ModelSpec.from_case(case, num_classes=data.num_classes)
+    per_replica = 1 if case.num_stages == 1 else ipus_per_replica(case.num_stages)
+    per_epoch, shard = data.train_count // case.global_batch_size, graphcore.instances
+    if per_epoch == 0:
+        raise ValueError(
+            f"global_batch_size={case.global_batch_size} exceeds the {data.train_count} training pictures in "
+            f"{data.root}. Use a smaller global_batch_size."
+        )
+    newest = checkpoints.latest(run_dir / "checkpoints")
+    first = checkpoints.read_metadata(newest)["update"] if newest else 0
+    last = min(total_updates(case, per_epoch), case.max_steps or sys.maxsize)
+    local = case.num_replicas // shard[1] * per_replica
+    options = machine_options(case, None if graphcore.popdist else local, connection)
+    configure(graphcore, options, per_replica)
+
+    def dataset():
+        how = dict(seed=seed, first_update=first, area_min=case.crop_area_min, shard=shard)
+        how["preprocessing"] = case.train_preprocessing
+        pictures = training_batches(data, case.image_size, case.global_batch_size, **how)
+        return element_stream(case, spec, pictures, seed, first, shard)
+
+    program = TrainingProgram(graphcore, case, spec, dataset)
+    host = _Host(program, data, run_dir, seed, keep, per_epoch, last)
+    if connection == "PRE_COMPILE":
+        set_state(program, weights or initial_weights(spec, seed))
+        program.run(0.0)
+        print(f"{case.name}: compiled; nothing was run", flush=True)
+        return Run(run_dir, case, 0, False, None, None, {})
+    begun = _begin(host, weights)
+    if begun != first:
+        raise RuntimeError(
+            f"{run_dir}: processes see different checkpoints. Use one shared folder."
+        )
+    _describe_run(host, notes)
+    with StopSignals(host):
+        done = _fit(host, first) if first < last else first
+    average, newest = host.folder / "average.safetensors", checkpoints.latest(host.folder)
+    return Run(run_dir, case, done, done >= last, newest, average, {})
+
+
+def _describe_run(host, notes):
+    "Write config.json and environment.json"
+    if not host.writes:
+        return
+    data, case = host.data, host.case
+    config = {
+        "case": case_to_dict(case),
+        "num_classes": data.num_classes,
+        "seed": host.seed,
+        "precision": case.precision,
+        "backend": "graphcore",
+        "data": {"root": data.root, "format": data.format, "builtin": data.builtin},
+        "pictures": {"train": data.train_count, "validation": data.validation_count},
+        **notes,
+    }
+    write_json(host.run_dir / "config.json", config)
+    ipus = case.num_replicas * ipus_per_replica(case.num_stages)
+    machine = describe_machine("graphcore", f"{ipus} IPUs, {describe_tensorflow()}")
+    write_json(host.run_dir / "environment.json", machine)
+
+# %% ../nbs/36_ipu.ipynb #876607b0
+def train(
+    case: Union[str, Case],  # A published name or a case
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    run_dir=None,  # Where everything is written; None = runs/<name of the case>
+    *,
+    ipus: Optional[int] = None,  # IPUs over all processes; None = poprun's, or 16
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `config.budget_overrides`
+    seed: int = 0,  # Of weights, order, crops, mixing and masks
+    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    init=None,  # Run folder or checkpoint to begin from; None = fresh weights
+    weights: str = "auto",  # Of `init`: "last", "average", "auto" = the average after a long run
+    validation: bool = True,  # Validate at the end; under poprun a process of its own does that
+    keep: int = 2,  # Checkpoints to keep, >= 1
+    connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
+    **overrides,  # Fields of the case; None means what the case says
+) -> Run:
+    "Train a `case` on IPUs, or go on with it when `run_dir` holds a checkpoint"
+    graphcore, data = Graphcore(), open_data(data_dir, data_format)
+    start = get_case(case) if isinstance(case, str) else case
+    ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
+    resolved = resolve_for_ipus(start, ipus, budget, data_dir is not None, **overrides)
+    run_dir, notes, arrays = Path(run_dir or Path("runs") / start.name), {"kind": "train"}, None
+    if init is not None:
+        arrays, metadata, source = checkpoints.load_weights(init, weights)
+        check_init(source, metadata, data, resolved)
+        notes["init"] = str(source)
+    done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
+    if not (validation and done.finished and graphcore.popdist is None):
+        return done
+    return done._replace(scores=validate(run_dir, data_dir, ipus=ipus, data_format=data_format))
+
+# %% ../nbs/36_ipu.ipynb #5969b9b2
+def finetune_layout(
+    case: Case,  # From `runs.finetune_case`: on one device
+    ipus: int = 16,  # IPUs, each a replica
+    micro_batch_size: Optional[int] = None,  # Pictures at a time; None = the most that divides
+) -> Case:  # One IPU a replica
+    "Lay a fine-tuning out over single IPUs, with its global batch"
+    if case.global_batch_size % ipus:
+        raise ValueError(
+            f"The global batch must be a multiple of the IPUs. Received: global_batch_size="
+            f"{case.global_batch_size}, {ipus} IPUs. Use another global_batch_size."
+        )
+    own = case.global_batch_size // ipus
+    most = min(case.micro_batch_size, own)
+    micro = micro_batch_size or max(m for m in range(1, most + 1) if own % m == 0)
+    return override(case, num_replicas=ipus, micro_batch_size=micro)
+
+
+def finetune(
+    init,  # A run folder or a checkpoint to begin from
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    run_dir=None,  # None = <run folder of init>/finetune-<image size>
+    *,
+    ipus: Optional[int] = None,  # IPUs over all processes, each a replica
+    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `runs.finetune_size`
+    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
+    protocol: str = "published",  # or "clean"
+    weights: str = "auto",  # "last", "average", "auto" = the average after a long run
+    seed: int = 0,
+    data_format: Optional[str] = None,
+    validation: bool = True,
+    keep: int = 2,
+    connection: str = "ALWAYS",
+    micro_batch_size: Optional[int] = None,  # Pictures of an IPU at a time
+    **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
+) -> Run:
+    "Train the last layers of a trained network a little more, on single IPUs"
+    graphcore, data = Graphcore(), open_data(data_dir, data_format)
+    arrays, metadata, source = checkpoints.load_weights(init, weights)
+    trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
+    check_init(source, metadata, data, trained)
+    size = image_size or finetune_size(trained)
+    case = finetune_case(trained, size, protocol, variable_filter, **overrides)
+    case = finetune_layout(case, ipus, micro_batch_size)
+    folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
+    run_dir = Path(run_dir or folder / f"finetune-{size}")
+    notes = {"kind": "finetune", "init": str(source), "protocol": protocol}
+    done = _execute(graphcore, case, data, run_dir, arrays, seed, keep, notes, connection)
+    if not (validation and done.finished and graphcore.popdist is None):
+        return done
+    return done._replace(scores=validate(run_dir, data_dir, ipus=ipus, data_format=data_format))
+
+# %% ../nbs/36_ipu.ipynb #c5cf482a
+def validate(
+    source,  # A run folder, a checkpoint file or an average
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    *,
+    ipus: Optional[int] = None,  # IPUs over all processes, each a replica
+    image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
+    weights: str = "both",  # Of a run folder: "last", "average" or "both"
+    data_format: Optional[str] = None,
+    batch: int = 8,  # Pictures of an IPU at a time
+) -> Dict[str, Scores]:  # "last" and "average", or the name of the file
+    "Measure trained weights on every validation picture, whichever runtime trained them"
+    graphcore, data, source = Graphcore(), open_data(data_dir, data_format), Path(source)
+    ipus, scores = count_ipus(graphcore, 1, ipus), {}
+    kinds = [weights] if weights != "both" else ["last", "average"]
+    if not source.is_dir():
+        kinds = ["last"]
+    elif weights == "both" and not (source / "checkpoints" / "average.safetensors").exists():
+        kinds = ["last"]  # the run ended before its first epoch did
+    for kind in kinds:
+        arrays, metadata, path = checkpoints.load_weights(source, kind)
+        case = case_from_dict(metadata["case"])
+        spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
+        check_init(path, metadata, data, case)
+        size, name = image_size or case.image_size, kind if source.is_dir() else path.name
+        scores[name] = evaluate(graphcore, case, spec, arrays, data, size, ipus, batch)
+        if graphcore.instances[0] == 0:
+            say_scores(name, scores[name])
+            if source.is_dir():
+                update = checkpoints.read_metadata(path)["update"]
+                write_scores(source, name, scores[name], update, data)
+    return scores
+
+# %% ../nbs/36_ipu.ipynb #70ecca03
+def poprun_command(
+    case: Case,  # In its layout
+    command: str = "train",  # or "validate" or "finetune"
+    arguments: str = "",  # What follows the command, e.g. "--data-dir /data/imagenet"
+    ipus: int = 16,  # IPUs over all processes
+    instances: Optional[int] = None,  # Processes; None = a replica each, at most 8
+) -> str:
+    "Write the poprun line that runs a `case`"
+    if command not in ("train", "validate", "finetune"):
+        raise unknown_name("command", command, ("train", "validate", "finetune"))
+    each = ipus_per_replica(case.num_stages) if command == "train" else 1
+    replicas = for_ipus(case, ipus).num_replicas if command == "train" else ipus
+    instances = instances or max(n for n in range(1, min(8, replicas) + 1) if replicas % n == 0)
+    if replicas % instances:
+        raise ValueError(
+            f"The processes must divide the replicas. Received: {instances} instances, {replicas} replicas."
+        )
+    first = f"{case.name} --no-validation" if command == "train" else f"runs/{case.name}"
+    first += " --no-validation" if command == "finetune" else ""
+    flags = [
+        'poprun --mpi-global-args="--allow-run-as-root --tag-output" --numa-aware 1',
+        f"--num-replicas {replicas} --num-instances {instances} --ipus-per-replica {each}",
+        "--only-output-from-instance 0",
+        f"effnet-{command} {first} --device ipu {arguments}".rstrip(),
+    ]
+    return " \\\n    ".join(flags)
+
+# %% ../nbs/36_ipu.ipynb #68619617
+def has_ipu() -> bool:  # Whether Graphcore's build and at least one IPU are here
+    "Look for an IPU"
+    lister = shutil.which("gc-info")
+    if lister is None or not has_graphcore():  # importing TensorFlow comes second: it takes seconds
+        return False
+    try:
+        found = subprocess.run([lister, "-l"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return False
+    return found.returncode == 0 and "Id" in found.stdout
+
+
+def choose_device(
+    device: str = "auto",  # "ipu", "keras" or "auto"
+) -> str:  # "ipu" or "keras"
+    "Choose the runtime: `auto` takes IPUs where there are some; Keras finds CPUs and GPUs itself"
+    if device not in ("auto", "ipu", "keras"):
+        raise unknown_name("device", device, ("auto", "ipu", "keras"))
+    if device == "ipu":
+        Graphcore()  # says what to install
+    return device if device != "auto" else "ipu" if has_ipu() else "keras"

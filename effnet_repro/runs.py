@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'write_json', 'append_rows', 'describe_machine', 'read_metrics',
            'plot_run', 'save_curves', 'say_scores', 'score_row', 'write_scores', 'Run', 'average_until',
-           'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init', 'finetune_case', 'finetune_size']
+           'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init', 'StopSignals', 'finetune_case',
+           'finetune_size']
 
-# %% ../nbs/34_runs.ipynb #12526108
+# %% ../nbs/34_runs.ipynb #995f2312
 import csv
 import datetime
 import io
 import json
 import math
 import platform
+import signal
 import subprocess
+import sys
+import threading
 import time
 import warnings
 from dataclasses import replace
@@ -328,6 +332,32 @@ def check_init(
             f"{source} has {metadata['num_classes']} classes, the data {data.num_classes} ({data.root}). "
             "Fine-tune on the data set that it was trained on."
         )
+
+# %% ../nbs/34_runs.ipynb #a8a97008
+class StopSignals:
+    "Turns Ctrl-C and SIGTERM into a request to stop after the current update; the second stops at once"
+
+    def __init__(self, follow):  # An object; its `stop_requested` is set to True
+        self.follow, self.old = follow, {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.old[number] = signal.signal(number, self._ask)
+
+    def _ask(self, number, frame):
+        if self.follow.stop_requested:
+            raise KeyboardInterrupt("stopped within an update; the last checkpoint is good")
+        self.follow.stop_requested = True
+        with contextlib.suppress(RuntimeError):  # the signal came while something was printed
+            text = (
+                "stopping after this update (again: at once); run the same command again to go on"
+            )
+            print(text, file=sys.stderr, flush=True)
+
+    def __exit__(self, *error):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
 
 # %% ../nbs/34_runs.ipynb #6b7697b9
 PROTOCOLS = {

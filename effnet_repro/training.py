@@ -7,16 +7,14 @@ __all__ = ['PRECISIONS', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_
            'evaluate', 'device_name', 'environment', 'estimate', 'choose_precision', 'train', 'finetune', 'validate',
            'read_case', 'find_run', 'record', 'plot_predictions', 'plot_confusion']
 
-# %% ../nbs/38_training.ipynb #5ae61904
+# %% ../nbs/38_training.ipynb #52a74299
 import contextlib
 import csv
 import functools
 import json
 import os
 import re
-import signal
 import sys
-import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -73,6 +71,7 @@ from effnet_repro.runs import (
     NETWORK_FIELDS,
     Run,
     Scores,
+    StopSignals,
     append_rows,
     average_until,
     check_init,
@@ -780,7 +779,7 @@ def _spans(first, last, per_epoch):
         at += steps * max(whole, 1)
     return spans
 
-# %% ../nbs/38_training.ipynb #37351b27
+# %% ../nbs/38_training.ipynb #977b1a55
 def _saver(model, folder, average, per_epoch, keep, extra):
     "A function that writes the checkpoint of an update, and the average at the end of an epoch"
 
@@ -801,33 +800,7 @@ def _saver(model, folder, average, per_epoch, keep, extra):
 
     return save
 
-
-class _Signals:
-    "Turns Ctrl-C and SIGTERM into a request to stop after the current update; the second stops at once"
-
-    def __init__(self, follow):
-        self.follow, self.old = follow, {}
-
-    def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.old[number] = signal.signal(number, self._ask)
-
-    def _ask(self, number, frame):
-        if self.follow.stop_requested:
-            raise KeyboardInterrupt("stopped within an update; the last checkpoint is good")
-        self.follow.stop_requested = True
-        with contextlib.suppress(RuntimeError):  # the signal came while something was printed
-            text = (
-                "stopping after this update (again: at once); run the same command again to go on"
-            )
-            print(text, file=sys.stderr, flush=True)
-
-    def __exit__(self, *error):
-        for number, handler in self.old.items():
-            signal.signal(number, handler)
-
-# %% ../nbs/38_training.ipynb #ea71e5c8
+# %% ../nbs/38_training.ipynb #b72e855a
 def _fit(model, data, state, first, last, per_epoch):
     "Run the updates from `first` to `last`; returns whether they were all done"
     follow, case = state["follow"], model.program.case
@@ -838,7 +811,7 @@ def _fit(model, data, state, first, last, per_epoch):
         f"micro_batch_size={case.micro_batch_size} at {case.image_size} pixels: use less"
     )
     try:
-        with _Signals(follow), _explained(data, "train", due, doing):
+        with StopSignals(follow), _explained(data, "train", due, doing):
             for begin, end, steps in _spans(first, last, per_epoch):
                 stream = updates(model.program.case, data, model.program.seed, follow.update)
                 how = dict(

@@ -249,12 +249,12 @@ def _under_their_names(sdk):
 
 
 @contextlib.contextmanager
-def install(sdk="3.4", ipus=16, execute=True, check_divergence=True):
+def install(sdk="3.4", ipus=16, execute=True, check_divergence=True, shallow=False):
     "Pretend that Graphcore's build and `ipus` IPUs are here; yields the `Machine`"
     if current() is not None:
         raise RuntimeError("A stand-in is installed already.")
     with _under_their_names(sdk), program.patched_sessions():
-        set_machine(Machine(sdk, ipus, execute, check_divergence))
+        set_machine(Machine(sdk, ipus, execute and not shallow, check_divergence, shallow))
         yield current()
 
 

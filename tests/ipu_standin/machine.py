@@ -35,11 +35,14 @@ class World:
 class Machine:
     "One process and the IPUs it sees"
 
-    def __init__(self, sdk="3.4", ipus=16, execute=True, check_divergence=True, popdist=None):
+    def __init__(
+        self, sdk="3.4", ipus=16, execute=True, check_divergence=True, shallow=False, popdist=None
+    ):
         if sdk not in SDKS:
             raise ValueError(f"Unknown SDK {sdk}. The stand-in knows {', '.join(SDKS)}.")
         self.sdk, self.ipus, self.execute = sdk, ipus, execute
         self.check_divergence = check_divergence
+        self.shallow = shallow  # Build stages, but neither gradients nor most of the update
         self.popdist = popdist or {}  # total_replicas, instances, index, ipus_per_replica, world
         self.config = None  # The configuration in force: {dotted name: value}
         self.programs, self.building, self.stage = [], None, None

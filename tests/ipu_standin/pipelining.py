@@ -359,7 +359,11 @@ class Pipeline:
         result = a["optimizer_function"](*outputs)
         opt, loss = result.opt, result.loss  # AttributeError when it returned something else
         args, kwargs = result.compute
-        pairs = opt.compute_gradients(loss, *args, **kwargs)
+        if machine().shallow:  # one variable a type and rank, its gradient not taken
+            kinds = {(v.dtype, len(v.shape)): v for v in tf1.trainable_variables()}
+            pairs = [(tf1.placeholder(v.dtype, v.shape), v) for v in kinds.values()]
+        else:
+            pairs = opt.compute_gradients(loss, *args, **kwargs)
         self.gradients = [(g, v) for g, v in pairs if g is not None]
         dtype, holes = a["gradient_accumulation_dtype"], []
         self.accumulators = []

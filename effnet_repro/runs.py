@@ -8,7 +8,8 @@ __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'write_json', 'appe
            'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init', 'StopSignals', 'finetune_case',
            'finetune_size']
 
-# %% ../nbs/34_runs.ipynb #995f2312
+# %% ../nbs/34_runs.ipynb #f11a2f52
+import contextlib
 import csv
 import datetime
 import io

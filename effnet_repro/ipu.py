@@ -1057,7 +1057,7 @@ def _begin(host, weights):
         host.average = average_until(host.folder, host.case, update)
     return update
 
-# %% ../nbs/36_ipu.ipynb #52a02e91
+# %% ../nbs/36_ipu.ipynb #50a0725a
 def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
     "Train `case` in `run_dir`"
     spec = ModelSpec.from_case(case, num_classes=data.num_classes)
@@ -1071,6 +1071,9 @@ def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connect
     newest = checkpoints.latest(run_dir / "checkpoints")
     first = checkpoints.read_metadata(newest)["update"] if newest else 0
     last = min(total_updates(case, per_epoch), case.max_steps or sys.maxsize)
+    if newest and first >= last:
+        refuse_other_case(newest, case_from_dict(checkpoints.read_metadata(newest)["case"]), case)
+        return Run(run_dir, case, first, True, newest, newest.parent / "average.safetensors", {})
     local = case.num_replicas // shard[1] * per_replica
     options = machine_options(case, None if graphcore.popdist else local, connection)
     configure(graphcore, options, per_replica)
@@ -1095,7 +1098,7 @@ def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connect
         )
     _describe_run(host, notes)
     with StopSignals(host):
-        done = _fit(host, first) if first < last else first
+        done = _fit(host, first)
     average, newest = host.folder / "average.safetensors", checkpoints.latest(host.folder)
     return Run(run_dir, case, done, done >= last, newest, average, {})
 

@@ -78,7 +78,9 @@ def reference_update(case, spec, weights, slots, images, labels, rate, *, seed=0
 
 def fresh_slots(case, spec):
     "Slots before the first update"
-    table = [p for p in params(spec) if p.trainable]
+    names = [s.name for s in segments(spec)]
+    trained = trained_segments(names, case.variable_filter)
+    table = [p for s in segments(spec) if s.name in trained for p in s.params if p.trainable]
     start = case.rmsprop_initial_mean_square
     slots = {f"slots/momentum/{p.name}": np.zeros(p.shape, "float32") for p in table}
     if case.optimizer == "rmsprop":

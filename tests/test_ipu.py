@@ -76,7 +76,9 @@ def check_updates(case, updates=1, updates_per_run=1, **how):
     slots = fresh_slots(case, spec)
     for u in range(updates):
         one = (images[u], labels[u], rates[u])
-        weights, slots, loss, accuracy = reference_update(case, spec, weights, slots, *one, update=u)
+        weights, slots, loss, accuracy = reference_update(
+            case, spec, weights, slots, *one, update=u
+        )
         np.testing.assert_allclose(reports[u], [loss, accuracy], rtol=2e-5)
     # float32 sums in another order, through the square root of RMSProp
     assert worst_difference(got, {**weights, **slots}) < 5e-4
@@ -86,10 +88,9 @@ def check_updates(case, updates=1, updates_per_run=1, **how):
 # ---------------------------------------------------------------- numbers
 
 
-@pytest.mark.parametrize("arm", ["G1-GN-Native", "G16-GN-Half", "G16-LN_PN-Half"])
-def test_one_update_of_every_arm(arm):
-    "Whole networks; larger ones and the rest: results/ipu_standin.csv, made by tests/ipu_matrix.py"
-    check_updates(small(f"B0-{arm}_16IPU_2x8"), check_divergence=False)
+def test_one_update_of_a_whole_network():
+    "All eighteen: results/ipu_standin.csv, made by tests/ipu_matrix.py"
+    check_updates(small(), check_divergence=False)
 
 
 def test_two_updates_with_mixing(short):
@@ -101,7 +102,8 @@ def test_two_updates_with_mixing(short):
 
 def test_two_updates_in_one_run_of_four_stages(short):
     splits = ("block1a/c", "block2a/b", "block3a")
-    case = short(num_stages=4, pipeline_splits=splits, num_replicas=1, global_batch_size=16)
+    layout = dict(num_stages=4, pipeline_splits=splits, num_replicas=1, global_batch_size=16)
+    case = short("B0-G16-GN-Half_16IPU_2x8", **layout)
     check_updates(case, 2, updates_per_run=2)
 
 
@@ -113,7 +115,7 @@ def test_every_sdk_builds_the_same_program(short):
     case, states = short(num_replicas=1, global_batch_size=8), {}
     images, labels = make_pictures(case, CLASSES)
     weights = initial_weights(ModelSpec.from_case(case, num_classes=CLASSES))
-    for sdk in ("2.1", "2.2", "2.4", "2.5", "2.6", "3.0", "3.4"):
+    for sdk in ("2.1", "2.4", "2.5", "3.4"):
         runs = sdk in ("2.1", "3.4")
         with ipu_standin.install(sdk, shallow=not runs) as machine:
             p = program(case, images, labels)
@@ -153,7 +155,9 @@ def test_mistakes_that_ours_does_not_make(short, monkeypatch):
 
 
 def test_sixteen_bit_weights_keep_float32_copies(short):
-    case = short(precision="16.16", offload_fp32_weight_copy=True, disable_variable_offloading=False)
+    case = short(
+        precision="16.16", offload_fp32_weight_copy=True, disable_variable_offloading=False
+    )
     images, labels = make_pictures(case, CLASSES)
     spec = ModelSpec.from_case(case, num_classes=CLASSES)
     weights = initial_weights(spec)
@@ -194,8 +198,7 @@ def test_poprun_equals_one_process(short):
         return ipu.get_state(p), report
 
     (first, _), (second, _) = ipu_standin.poprun(instance, 2, 2, ipus_per_replica=2)
-    for name, value in first.items():
-        np.testing.assert_array_equal(value, second[name])
+    assert worst_difference(first, second) < 1e-6
     assert worst_difference(first, alone) < 1e-6
 
 
@@ -222,7 +225,10 @@ def test_poprun_trains_and_only_the_first_writes(tiny, tmp_path):
     done = ipu_standin.poprun(instance, 2, 2, ipus_per_replica=2)
     assert [d.update for d in done] == [2, 2]
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
-    assert len(rows) == 2 and json.loads((tmp_path / "run" / "config.json").read_text())["kind"] == "train"
+    assert (
+        len(rows) == 2
+        and json.loads((tmp_path / "run" / "config.json").read_text())["kind"] == "train"
+    )
 
     def wrong(index):
         return train(replace(tiny), tmp_path / "wrong", ipus=None)
@@ -298,7 +304,9 @@ def test_compiling_and_attaching(tiny, tmp_path):
 
 
 def test_missing_and_wrong_sdk(monkeypatch):
-    with pytest.raises(ImportError, match=r"Found: TensorFlow 2\.\d+.*not Graphcore's build.*cp|Python 3.8"):
+    with pytest.raises(
+        ImportError, match=r"Found: TensorFlow 2\.\d+.*not Graphcore's build.*cp|Python 3.8"
+    ):
         ipu.Graphcore()
     with ipu_standin.install():
         import tensorflow.python.ipu as module
@@ -319,7 +327,7 @@ def test_devices(monkeypatch):
         assert ipu.choose_device("auto") == "ipu"
 
 
-def test_refused_cases(short, tmp_path):
+def test_refused_cases():
     with pytest.raises(ValueError, match="stages must divide the IPUs"):
         ipu.resolve_for_ipus("B4-G16-GN-Half_16IPU_4x4", 6, "case")
     with pytest.raises(ValueError, match="in blocks of 8 on 4 stages"):
@@ -330,6 +338,9 @@ def test_refused_cases(short, tmp_path):
     odd = replace(get_case(NAME), available_memory_proportion=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="one value, or two a stage"):
         ipu.pipeline_options(odd, ipu.plan_stages(odd, ModelSpec.from_case(odd)))
+
+
+def test_batch_norm_is_refused(short):
     with ipu_standin.install(shallow=True):
         case = short(norm="BN")
         with pytest.raises(ValueError, match="Batch norm cannot be trained in a pipeline"):
@@ -346,7 +357,7 @@ def test_refused_checkpoints(tiny, tmp_path):
         with pytest.raises(ValueError, match="has 3 classes, the data"):
             ipu.finetune(path)
         other = override(tiny, group_size=1)
-        with pytest.raises(ValueError, match="another network .* group_size: 16 there, 1 here"):
+        with pytest.raises(ValueError, match="another network .*group_size: 16 there, 1 here"):
             train(other, tmp_path / "run", init=path)
         data = open_data()
         wrong = replace(spec, num_classes=data.num_classes, norm="GN")
@@ -359,7 +370,9 @@ def test_poprun_lines_of_all_cases():
 
     for case in load_cases().values():
         line = ipu.poprun_command(case)
-        replicas, each = (int(n) for n in re.findall(r"--num-replicas (\d+).*?replica (\d+)", line)[0])
+        replicas, each = (
+            int(n) for n in re.findall(r"--num-replicas (\d+).*?replica (\d+)", line)[0]
+        )
         assert (replicas, each) == (case.num_replicas, case.num_stages)
         assert f"effnet-train {case.name} --no-validation --device ipu" in line
         assert "--numa-aware 1" in line and "--only-output-from-instance 0" in line

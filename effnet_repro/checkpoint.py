@@ -7,7 +7,7 @@ __all__ = ['FORMAT_VERSION', 'LONG_RUN', 'write_file', 'save', 'load', 'read_met
            'latest', 'remove_leftovers', 'lock_folder', 'WeightAverage', 'average_files', 'average_weights',
            'load_metadata', 'load_weights']
 
-# %% ../nbs/33_checkpoint.ipynb #13eb2ca9
+# %% ../nbs/33_checkpoint.ipynb #196b5aed
 import contextlib
 import datetime
 import errno
@@ -26,11 +26,6 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from .config import case_from_dict, list_some, unknown_name
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 # %% ../nbs/33_checkpoint.ipynb #807b0ae0
 FORMAT_VERSION = 1
@@ -70,7 +65,7 @@ def _in_order(arrays):
         out[name] = value
     return out
 
-# %% ../nbs/33_checkpoint.ipynb #63ba0b2d
+# %% ../nbs/33_checkpoint.ipynb #1bc81007
 _SUMS = "effnet_repro_crc32"  # Entry of the header that holds the checksums
 
 
@@ -105,7 +100,7 @@ def _sync_folder(folder):
         finally:
             os.close(descriptor)
 
-# %% ../nbs/33_checkpoint.ipynb #42de0acd
+# %% ../nbs/33_checkpoint.ipynb #faad0411
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
 
 
@@ -319,10 +314,12 @@ def lock_folder(
             with contextlib.suppress(OSError):
                 file.truncate(0)
 
-# %% ../nbs/33_checkpoint.ipynb #4e3b4f43
+# %% ../nbs/33_checkpoint.ipynb #56cd9431
 def _try_lock(file, path):
     "Take the system's lock on an open file; False when somebody has it"
-    if fcntl is None:
+    try:
+        import fcntl
+    except ImportError:  # Windows
         return True
     try:
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -290,7 +290,7 @@ def _default_path():
             return folder / "config.yml"
     raise FileNotFoundError(f"No config.yml in {here} nor above {Path.cwd()}. Pass `path`.")
 
-# %% ../nbs/00_config.ipynb #b3055b6d
+# %% ../nbs/00_config.ipynb #f3ec8e8d
 def read_yaml(
     path=None,  # A file in the form of `config.yml`; None = the published cases
 ) -> dict:  # Its sections as plain dictionaries
@@ -305,7 +305,7 @@ def read_yaml(
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
-        text = " ".join(str(problem or e).split())
+        text = " ".join(str(problem or e).split()).rstrip(".")
         raise ValueError(
             f"{path} is not a valid configuration: {place}{text}. Compare it with the published config.yml."
         ) from None

@@ -24,7 +24,7 @@ from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 from effnet_repro import checkpoint
 from effnet_repro import data as d
 from effnet_repro.config import Case, get_case, load_cases, override
-from effnet_repro.training import _Signals, finetune, train, validate
+from effnet_repro.training import finetune, train, validate
 
 quick = settings(
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -421,7 +421,7 @@ def test_the_second_interrupt_stops_at_once(capsys):
 
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     with pytest.raises(KeyboardInterrupt, match="the last checkpoint is good"):
-        with _Signals(Follow):
+        with StopSignals(Follow):
             os.kill(os.getpid(), signal.SIGINT)
             assert Follow.stop_requested
             os.kill(os.getpid(), signal.SIGINT)

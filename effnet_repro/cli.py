@@ -146,6 +146,7 @@ def _call(command, argv):
             traceback.print_exc()
         status = 130 if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, UsageError) else 1
         line = "interrupted" if status == 130 else _one_line(e)
+        line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""
         print(f"effnet-{command.name}: {line}{hint}", file=sys.stderr)
         return status

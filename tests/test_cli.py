@@ -320,7 +320,7 @@ def command_lines(draw):
 
 
 @settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(words=command_lines())
 def test_any_command_line_is_a_consistent_case_or_one_line(capsys, words):

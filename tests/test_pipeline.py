@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_repro.config import load_cases
-from effnet_repro.network import initial_weights, segments
+from effnet_repro.network import initial_weights, params, segments
 from effnet_repro.ops import get_ops
 from effnet_repro.pipeline import (
     SCHEDULES,
@@ -202,19 +202,28 @@ def parts(ops, size):
     return [pair(i) for i in range(0, len(PICTURES), size)]
 
 
-def make(backend, spec, splits):
+def make(backend, spec, splits, begin="block0", end=None):
+    "A pipeline over the segments from `begin` to before `end`; cut short, its loss is a mean square"
     ops = get_ops(backend)
+    names = [s.name for s in segments(spec)]
+    inside = names[names.index(begin) : names.index(end) if end else None]
 
-    def loss(logits, targets):
-        return ops.mean(cross_entropy(ops, logits, targets, 0.1)) * CASE.loss_scale
+    def loss(y, targets):
+        whole = cross_entropy(ops, y, targets, 0.1) if end is None else ops.square(y - 1.0)
+        return ops.mean(whole) * CASE.loss_scale
 
-    stages = split_segments(spec, splits)
-    weights = {n: ops.asarray(w) for n, w in initial_weights(spec).items()}
+    stages = [[s for s in stage if s.name in inside] for stage in split_segments(spec, splits)]
+    stages = [stage for stage in stages if stage]
+    owned = {p.name for stage in stages for s in stage for p in s.params}
+    weights = {n: ops.asarray(w) for n, w in initial_weights(spec).items() if n in owned}
     return ops, stages, weights, Pipeline(ops, stages, loss)
 
 
 def flat(arrays, names):
     return np.concatenate([np.ravel(np.asarray(arrays[n])) for n in names])
+
+
+ENDS = {"GN": "block4a", "LN_PN": None}  # group norm on half of the network: compiling takes long
 
 
 @pytest.fixture(scope="module")
@@ -224,7 +233,7 @@ def unstaged():
 
     def get(norm):
         if norm not in found:
-            ops, stages, weights, whole = make("tensorflow", network(norm), [])
+            ops, stages, weights, whole = make("tensorflow", network(norm), [], end=ENDS[norm])
             result = whole.gradients(weights, parts(ops, 8))
             found[norm] = {n: np.asarray(g) for n, g in result.gradients.items()}
         return found[norm]
@@ -234,7 +243,7 @@ def unstaged():
 
 def numpy_update(weights, gradients, spec):
     "RMSProp in the published form, written out"
-    decay = {p.name: p.decay for s in segments(spec) for p in s.params}
+    decay = {p.name: p.decay for p in params(spec)}
     constants, new = rmsprop_settings(CASE), {}
     for n, g in gradients.items():
         w = np.asarray(weights[n])
@@ -249,8 +258,8 @@ def numpy_update(weights, gradients, spec):
 def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compiler):
     "Float32 sums in another order: 1e-5 for all gradients together, 1e-3 for each (some nearly cancel)"
     spec = network(norm)
-    splits = ["block3a", "block4a"] if norm == "GN" else ["block4a/b"]
-    ops, stages, weights, pipeline = make(backend, spec, splits)
+    splits = ["block2a", "block3a"] if norm == "GN" else ["block4a/b"]
+    ops, stages, weights, pipeline = make(backend, spec, splits, end=ENDS[norm])
     pieces = parts(ops, 1)  # two replicas with four micro-batches of one picture
     name = "Grouped" if len(stages) == 2 else "Sequential"
     runs = [
@@ -264,7 +273,9 @@ def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compile
     assert max(relative_error(mean[n], desired[n]) for n in desired) < 1e-3
 
     slots = first_slots(CASE, weights)
-    new, slots = apply_update(ops, CASE, stages, weights, slots, [r.gradients for r in runs], RATE)
+    update = lambda *state: apply_update(ops, CASE, stages, *state, RATE)
+    update = ops.jax.jit(update) if backend == "jax" else update
+    new, slots = update(weights, slots, [r.gradients for r in runs])
     whole = numpy_update(weights, desired, spec)
     moved = flat(new, desired) - flat(weights, desired)
     assert relative_error(moved, flat(whole, desired) - flat(weights, desired)) < 1e-4
@@ -273,25 +284,27 @@ def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compile
 
 def test_recomputation_draws_the_same_masks_as_the_uncut_network():
     spec = network("LN_PN", drop_path_rate=0.8)
-    ops, _, weights, pipeline = make("tensorflow", spec, ["block6b"])
-    tail = lambda p, m: p.gradients(weights, m, "Sequential", seed=3, update=5, replica=1)
-    staged = tail(pipeline, parts(ops, 2)).gradients
-    whole = tail(make("tensorflow", spec, [])[3], parts(ops, 2)).gradients
+    part = dict(begin="block6b", end="block7a/b")
+    ops, stages, weights, pipeline = make("tensorflow", spec, ["block7a"], **part)
+    assert [[s.name for s in stage] for stage in stages] == [["block6b"], ["block7a"]]
+    channels = stages[0][0].params[0].shape[2]
+    x = np.random.default_rng(1).normal(size=(8, 2, 2, channels)).astype("float32")
+    data = [(ops.asarray(x[i : i + 2]), ops.asarray(TARGETS[i : i + 2])) for i in range(0, 8, 2)]
+    key = dict(seed=3, update=5, replica=1)
+    staged = pipeline.gradients(weights, data, "Sequential", **key).gradients
+    whole = make("tensorflow", spec, [], **part)[3].gradients(weights, data, **key).gradients
     assert relative_error(flat(staged, whole), flat(whole, whole)) < 1e-5
-    other = pipeline.gradients(weights, parts(ops, 2), "Sequential", seed=3, update=6, replica=1)
-    assert relative_error(flat(other.gradients, whole), flat(whole, whole)) > 1e-2
+    other = pipeline.gradients(weights, data, "Sequential", **{**key, "update": 6}).gradients
+    assert relative_error(flat(other, whole), flat(whole, whole)) > 1e-2
 
 
 def test_batch_norm_depends_on_the_micro_batch_but_not_on_the_cut():
-    spec = network("BN")
-    ops = get_ops("tensorflow")
-    stem, rest, *_ = split_segments(spec, ["block1a", "block2a/c"])
-    weights = {n: ops.asarray(w) for n, w in initial_weights(spec).items()}
-    loss = lambda y, targets: ops.mean(ops.square(y - 1.0))
-    run = lambda stages, size: (
-        Pipeline(ops, stages, loss).gradients(weights, parts(ops, size)).gradients
-    )
-    cut, same, whole = run([stem, rest], 2), run([stem + rest], 2), run([stem + rest], 8)
+    spec, found = network("BN"), []
+    for splits, size in ((["block1a"], 2), ([], 2), ([], 8)):
+        ops, stages, weights, pipeline = make("tensorflow", spec, splits, end="block2a/c")
+        assert len(stages) == len(splits) + 1
+        found.append(pipeline.gradients(weights, parts(ops, size), "Sequential").gradients)
+    cut, same, whole = found
     assert relative_error(flat(cut, same), flat(same, same)) < 1e-5
     assert relative_error(flat(cut, whole), flat(whole, whole)) > 1e-2
 

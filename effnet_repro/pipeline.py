@@ -98,7 +98,7 @@ def schedule(
                 table.append(Work(stride * m + last - i, i, "backward", m))
     return tuple(sorted(table, key=lambda w: (w.clock, w.kind == "backward", w.stage)))
 
-# %% ../nbs/35_pipeline.ipynb #0593ec0c
+# %% ../nbs/35_pipeline.ipynb #362ebd65
 def plot_pipeline(
     pipeline_schedule: str,  # "Grouped", "Interleaved" or "Sequential"
     num_stages: int,  # Stages of the pipeline

@@ -413,7 +413,7 @@ class GroupConv2D(ParamLayer):
 # %% ../nbs/20_efficientnet.ipynb #89e6980a
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class ProxyNormAct(ParamLayer):
-    "Layer or group norm, affine, swish and Proxy Norm in one layer"
+    "Layer or group norm, affine, swish and Proxy Norm in one layer, for (N, H, W, C)"
 
     def __init__(
         self,
@@ -426,6 +426,11 @@ class ProxyNormAct(ParamLayer):
         self.spec = ModelSpec(norm="GN_PN", norm_groups=norm_groups)
 
     def declare(self, input_shape):
+        if len(input_shape) != 4 or input_shape[-1] is None:
+            raise ValueError(
+                "`ProxyNormAct` normalises over height and width of (N, H, W, C), C known. Received: "
+                f"shape {tuple(input_shape)}. Reshape to (N, H, W, C) first."
+            )
         if input_shape[-1] % self.norm_groups:
             raise ValueError(
                 f"`norm_groups` must divide the channels. Received: norm_groups={self.norm_groups}, "

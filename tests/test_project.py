@@ -515,3 +515,24 @@ def test_make_says_what_it_runs(target, words):
     said = done.stdout.replace('"', "")
     for word in [*words, "-p data_dir my data", "-p epochs 3"]:
         assert word.replace("CASE", case) in said, done.stdout + done.stderr
+
+
+def names_not_listed(markdown, modules):
+    "Public functions and classes of `modules` (name -> text) that the page of all names lacks."
+    return [
+        f"{module}.{node.name}"
+        for module, text in modules.items()
+        for node in ast.parse(text).body
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not node.name.startswith("_")
+        if f"({module}.html#{node.name.lower()})" not in markdown
+    ]
+
+
+def test_the_page_of_all_names_has_all_names():
+    outputs = [
+        o for c in read(ROOT / "nbs" / "97_api.ipynb")["cells"] for o in c.get("outputs", [])
+    ]
+    markdown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
+    modules = {m: (PACKAGE / f"{m}.py").read_text() for m in MODULES}
+    assert names_not_listed(markdown, modules) == [], "run nbs/97_api.ipynb again and commit it"
+    assert names_not_listed(markdown, {"config": "def new():\n    pass"}) == ["config.new"]

@@ -118,7 +118,7 @@ class Command(NamedTuple):
 
 COMMANDS: Dict[str, Command] = {}
 
-# %% ../nbs/90_cli.ipynb #7fa2fb64
+# %% ../nbs/90_cli.ipynb #ab1227c8
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
 
 
@@ -440,7 +440,7 @@ def cases_command(args):
         raise UsageError("No case fits all of these filters. Leave one out.")
     _print_rows(rows, args, _brief_row)
 
-# %% ../nbs/90_cli.ipynb #923ff08b
+# %% ../nbs/90_cli.ipynb #9eea0a64
 BACKENDS = ("tensorflow", "jax")
 _PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
@@ -458,6 +458,13 @@ def _data_arguments(parser):
         type=_choice("data format", ("tfrecord", "folder", "cifar")),
         metavar="FORMAT",
         help="tfrecord, folder or cifar; default: as the files look",
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do about damaged pictures: stop at the first one, or decode all before the "
+        "run and leave them out; default: refuse",
     )
 
 
@@ -651,7 +658,7 @@ def _no_stderr():
         os.close(saved)
         os.close(nowhere)
 
-# %% ../nbs/90_cli.ipynb #f1022b59
+# %% ../nbs/90_cli.ipynb #be8a07c2
 def _start_keras(args):
     "Choose Keras' back end before Keras is imported"
     has = lambda package: importlib.util.find_spec(package) is not None
@@ -694,6 +701,7 @@ def _options(args):
         "precision": _precision(args),
         "backend": args.backend,
         "data_format": args.data_format,
+        "on_corrupt": args.on_corrupt,
         "validate_every": None if args.no_validation else args.validate_every,
         "weights": args.weights,
         "keep": args.keep,
@@ -882,7 +890,7 @@ def _validation_rows(run_dir):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
-# %% ../nbs/90_cli.ipynb #781d486e
+# %% ../nbs/90_cli.ipynb #c22c53e3
 @_main(
     "validate",
     _validate_arguments,
@@ -910,6 +918,7 @@ def validate_command(args):
             "precision": _precision(args),
             "backend": args.backend,
             "data_format": args.data_format,
+            "on_corrupt": args.on_corrupt,
         }
         how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
         scores = validate(source, _data_dir(args), **how)
@@ -1068,7 +1077,7 @@ def _doctor_arguments(parser):
     parser.add_argument("--json", action="store_true", help="print JSON")
     _field_arguments(parser)
 
-# %% ../nbs/90_cli.ipynb #d01ec181
+# %% ../nbs/90_cli.ipynb #10eee472
 @_main(
     "doctor",
     _doctor_arguments,
@@ -1088,7 +1097,8 @@ def doctor_command(args):
         from effnet_repro.data import open_data
 
         try:
-            data = open_data(_data_dir(args), args.data_format, verbose=False)
+            how = {"on_corrupt": args.on_corrupt, "verbose": False}
+            data = open_data(_data_dir(args), args.data_format, **how)
             report["data"] = {"found": data.describe().split("data: ", 1)[1]}
         except (ValueError, OSError) as e:
             data, report["data"] = None, {"found": "nothing usable"}

@@ -7,6 +7,7 @@ files, what `finish` does to every page, and checks. Any problem ends it with a 
 """
 
 import argparse
+import ast
 import html
 import json
 import posixpath
@@ -28,6 +29,7 @@ SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
 MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
 FENCED = re.compile(r"(?ms)^```.*?^```")
 CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
+ANY_ARGUMENTS = re.compile(r"def (\w+)\(\s*\*args, \*\*kwargs\s*\):")
 HEAVIEST_PAGE = 1_500_000  # bytes, with its pictures and without what all pages share
 PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipynb|html)")
 
@@ -121,6 +123,28 @@ def one_stream(outputs):
     return joined
 
 
+def named_fields(name):
+    "The fields of a NamedTuple of the package with their comments, as a signature; None for others."
+    for path in sorted((tree.ROOT / "effnet_repro").glob("*.py")):
+        text = path.read_text()
+        if f"class {name}(NamedTuple):" not in text:
+            continue
+        lines, shown = text.splitlines(), []
+        body = next(n for n in ast.parse(text).body if getattr(n, "name", None) == name).body
+        for field in (n for n in body if isinstance(n, ast.AnnAssign)):
+            default = f" = {ast.unparse(field.value)}" if field.value else ""
+            comment = re.search(r"#.*", "\n".join(lines[field.lineno - 1 : field.end_lineno]))
+            declared = f"{ast.unparse(field.target)}: {ast.unparse(field.annotation)}{default},"
+            shown.append(f"    {declared}{'  ' + comment[0] if comment else ''}")
+        return f"def {name}(\n" + "\n".join(shown) + "\n):"
+    return None
+
+
+def real_signature(match):
+    "nbdev knows the fields of a NamedTuple only as `*args, **kwargs`."
+    return named_fields(match[1]) or match[0]
+
+
 def lay_out(proc, site, linked):
     "Copy nbdev's pages to the folder `site` under the names that its links use."
     for path in sorted(proc.rglob("*")):
@@ -151,6 +175,7 @@ def lay_out(proc, site, linked):
                 if "text/markdown" in data:
                     text = "".join(data["text/markdown"])
                     # nbdev links names in the comments of a signature, where a link is shown as typed
+                    text = ANY_ARGUMENTS.sub(real_signature, text)
                     text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
                     data["text/markdown"] = plain_links(text, linked)
         target.write_text(json.dumps(nb))
@@ -302,7 +327,10 @@ def check(out, expected):
             elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
                 wrong.append(f"{name}: {target} has no place #{anchor}")
         text = (out / name).read_text()
-        wrong += [f"{name}: the picture {p} has no alternative text" for p in page.no_alt]
+        wrong += [
+            f"{name}: the picture {p} has no alternative text (in `#| fig-alt:`, quote colons)"
+            for p in page.no_alt
+        ]
         own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
         files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
         weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())

@@ -151,6 +151,19 @@ def test_printed_lines_are_one_block_and_comments_show_no_links():
     assert bare == "[`a`](a.html)\n```python\nf( # `a`\n```\n[`a`](a.html)"
 
 
+def test_signatures_of_named_tuples_name_their_fields(tmp_path, monkeypatch):
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    (tmp_path / "effnet_repro").mkdir()
+    text = "class Work(NamedTuple):\n    'W'\n    clock: int  # When\n    what: str = (\n        'a'  # Which\n    )\n"
+    (tmp_path / "effnet_repro" / "a.py").write_text(text)
+    shown = build_docs.ANY_ARGUMENTS.sub(
+        build_docs.real_signature,
+        "def Work(\n    *args, **kwargs\n): def F(\n  *args, **kwargs\n):",
+    )
+    assert shown.startswith("def Work(\n    clock: int,  # When\n    what: str = 'a',  # Which\n):")
+    assert shown.endswith("def F(\n  *args, **kwargs\n):")
+
+
 def test_links_get_the_names_of_the_site():
     linked = set()
     text = "[a](12_proxy_norm.ipynb#x) [b](../config.yml) [c](https://x.org/00_a.html) [d](https://x.org)"

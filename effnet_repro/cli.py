@@ -7,7 +7,7 @@ __all__ = ['EXIT_STATUSES', 'COMMANDS', 'BACKENDS', 'UsageError', 'Command', 'ca
            'train_command', 'finetune_command', 'validate_command', 'doctor_command', 'convert_command', 'plan_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #510e47dc
+# %% ../nbs/90_cli.ipynb #c10eace9
 import argparse
 import contextlib
 import csv
@@ -40,6 +40,7 @@ from effnet_repro.config import (
     budget_overrides,
     case_from_dict,
     case_to_dict,
+    differing_fields,
     get_case,
     load_cases,
     override,
@@ -47,6 +48,7 @@ from effnet_repro.config import (
     unknown_name,
 )
 from .convert import FORMATS, convert
+from .ipu import choose_device, poprun_command, resolve_for_ipus
 from .scaling import SIZE_TABLE, ModelSpec, count, mod32_warning
 
 # %% ../nbs/90_cli.ipynb #8bdeeecf
@@ -644,6 +646,93 @@ def _show_plan(plan):
         rows[-1]["because"] = "2**exponent x global batch"
     print(_table(rows), flush=True)
 
+# %% ../nbs/90_cli.ipynb #e2a4a8d1
+def _ipu_arguments(parser, trains=True):
+    group = parser.add_argument_group("IPUs")
+    group.add_argument(
+        "--device",
+        type=_choice("device", ("auto", "ipu", "keras")),
+        default="auto",
+        metavar="NAME",
+        help="ipu; keras, on a CPU or GPU; auto: an IPU where there is one",
+    )
+    group.add_argument(
+        "--ipus", type=_whole, metavar="N", help="over all processes; default: poprun's, or 16"
+    )
+    group.add_argument(
+        "--print-poprun", action="store_true", help="print the poprun line, and stop"
+    )
+    if trains:
+        connect = group.add_mutually_exclusive_group()
+        connect.add_argument(
+            "--compile-only", action="store_true", help="needs no IPU; runs nothing"
+        )
+        connect.add_argument(
+            "--on-demand", action="store_true", help="take IPUs only while it runs"
+        )
+
+
+def _on_ipus(args):
+    "Whether this command runs on IPUs; asked for without Graphcore's build, the error says what to install"
+    if args.device == "ipu" and getattr(args, "dry_run", False):
+        return True
+    chosen = choose_device(args.device)
+    if chosen != "ipu" and (
+        getattr(args, "compile_only", False) or getattr(args, "on_demand", False)
+    ):
+        raise UsageError("--compile-only and --on-demand are for IPUs. Add --device ipu.")
+    return chosen == "ipu"
+
+
+def _print_poprun(args, command, case, source=None):
+    "Print the line that runs this command in several processes"
+    flags = {"--data-dir": _data_dir(args), "--run-dir": args.run_dir}
+    flags["--budget"] = getattr(args, "budget", None)
+    rest = " ".join(f"{k} {v}" for k, v in flags.items() if v not in (None, "auto"))
+    print(poprun_command(case, command, rest, args.ipus or 16, source=source))
+    return 0
+
+# %% ../nbs/90_cli.ipynb #a63152fe
+def _ipu_options(args):
+    "What `ipu.train` and `ipu.finetune` take beside fields"
+    connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
+    names = ("ipus", "seed", "data_format", "weights", "keep")
+    how = {name: getattr(args, name) for name in names}
+    return {**how, "validation": not args.no_validation, "connection": connection}
+
+
+def _train_on_ipus(args, start, run_dir):
+    "effnet-train with Graphcore's runtime"
+    given, data_given = _given(args), _data_dir(args) is not None
+    if args.precision in _CHOICES["precision"]:
+        given["precision"] = args.precision
+    try:
+        case = resolve_for_ipus(start, args.ipus or 16, args.budget, data_given, **given)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    budget = budget_overrides(args.budget, data_given)[0]
+    differing = differing_fields(start, case)
+    reasons = {n: "flag" if n in given else f"budget {budget}" for n in differing}
+    _show_plan(Plan(case, start, {}, budget, reasons))
+    if args.dry_run:
+        return 0
+    from effnet_repro.ipu import train
+
+    how = {**_ipu_options(args), "budget": args.budget, "init": args.init_path}
+    run = train(start, _data_dir(args), run_dir, **how, **given)
+    return 0 if args.compile_only else _finish(run)
+
+
+def _finetune_on_ipus(args, source):
+    "effnet-finetune with Graphcore's runtime"
+    from effnet_repro.ipu import finetune
+
+    given = _given(args)
+    parts = {"variable_filter": given.pop("variable_filter", ("Top",))}
+    how = {**_ipu_options(args), **parts, "protocol": args.protocol}
+    run = finetune(source, _data_dir(args), args.run_dir, **how, **given)
+    return 0 if args.compile_only else _finish(run)
+
 # %% ../nbs/90_cli.ipynb #0aa2ca3c
 @contextlib.contextmanager
 def _no_stderr():
@@ -717,7 +806,7 @@ def _finish(run):
     print(f"written to {run.run_dir}; next: effnet-finetune or effnet-validate {run.run_dir}")
     return 0
 
-# %% ../nbs/90_cli.ipynb #4a82fcc7
+# %% ../nbs/90_cli.ipynb #d0157231
 def _train_arguments(parser):
     parser.add_argument("case", nargs="?", metavar="CASE", help="a name from effnet-cases")
     parser.add_argument("--config", metavar="CASE", help="the same, as published")
@@ -734,6 +823,7 @@ def _train_arguments(parser):
         metavar="PATH",
         help="run folder or checkpoint whose weights to begin with",
     )
+    _ipu_arguments(parser)
     _field_arguments(parser)
 
 
@@ -751,6 +841,10 @@ def train_command(args):
     "Train a case; the same command again goes on with an interrupted run."
     plan, options = plan_training(args), _options(args)
     run_dir = _one_of(args, "run folder", run_dir=args.run_dir, restore_path=args.restore_path)
+    if args.print_poprun:
+        return _print_poprun(args, "train", plan.start)
+    if _on_ipus(args):
+        return _train_on_ipus(args, plan.start, run_dir)
     print(f"{plan.case.name}, budget {plan.budget}")
     _show_plan(plan)
     if args.restore_path:
@@ -767,7 +861,7 @@ def train_command(args):
     how = {**options, "init": args.init_path}
     return _finish(train(plan.start, _data_dir(args), run_dir, **how, **plan.overrides))
 
-# %% ../nbs/90_cli.ipynb #533a772e
+# %% ../nbs/90_cli.ipynb #ea87ffa4
 def _source_arguments(parser):
     parser.add_argument("source", nargs="?", metavar="SOURCE", help="run folder or checkpoint file")
     parser.add_argument("--restore-path", metavar="PATH", help="the same, as published")
@@ -778,11 +872,17 @@ def _source_arguments(parser):
     _data_arguments(parser)
 
 
-def _source(args, **more):
-    "Where the weights are, checked against the case if one is given"
+def _named_source(args, **more):
+    "Where the weights are"
     source = _one_of(args, "source", SOURCE=args.source, restore_path=args.restore_path, **more)
     if source is None:
         raise UsageError("Which run folder or checkpoint?")
+    return source
+
+
+def _source(args, **more):
+    "Where the weights are, checked against the case if one is given"
+    source = _named_source(args, **more)
     expected = _named_case(args.config, args.config_path) if args.config else None
     load_metadata(source)
     _start_keras(args)
@@ -793,7 +893,7 @@ def _source(args, **more):
     except ValueError as e:
         raise UsageError(str(e).replace("`case`", "--config")) from None
 
-# %% ../nbs/90_cli.ipynb #913d6e7d
+# %% ../nbs/90_cli.ipynb #8607e6ee
 def _finetune_arguments(parser):
     _source_arguments(parser)
     parser.add_argument("--init-path", "--init", metavar="PATH", help="the same, as published")
@@ -806,6 +906,7 @@ def _finetune_arguments(parser):
     )
     _run_arguments(parser)
     _machine_arguments(parser, _CHOICES["precision"])
+    _ipu_arguments(parser)
     _field_arguments(parser, leave_out=_NETWORK_FIELDS)
 
 
@@ -834,7 +935,7 @@ def _plan_finetuning(args, trained):
     overrides = {**batches, **own, "image_size": size, "variable_filter": parts}
     return Plan(case, trained, overrides, budget, reasons)
 
-# %% ../nbs/90_cli.ipynb #ec69b90c
+# %% ../nbs/90_cli.ipynb #5011fe43
 @_main(
     "finetune",
     _finetune_arguments,
@@ -847,6 +948,13 @@ def _plan_finetuning(args, trained):
 def finetune_command(args):
     "Train the last layers of a trained network a little more, at another resolution."
     options = _options(args)
+    source = _named_source(args, init_path=args.init_path)
+    if args.print_poprun:
+        return _print_poprun(
+            args, "finetune", case_from_dict(load_metadata(source)["case"]), source
+        )
+    if _on_ipus(args) and not args.dry_run:
+        return _finetune_on_ipus(args, source)
     source, trained = _source(args, init_path=args.init_path)
     plan = _plan_finetuning(args, trained)
     _show_plan(plan)
@@ -857,7 +965,7 @@ def finetune_command(args):
     how = {**options, "protocol": args.protocol}
     return _finish(finetune(source, _data_dir(args), args.run_dir, **how, **plan.overrides))
 
-# %% ../nbs/90_cli.ipynb #25b3dd05
+# %% ../nbs/90_cli.ipynb #0b3fc5fe
 def _validate_arguments(parser):
     _source_arguments(parser)
     parser.add_argument("--run-dir", metavar="DIR", help="the same as SOURCE")
@@ -880,6 +988,7 @@ def _validate_arguments(parser):
         help="pictures at a time",
     )
     _machine_arguments(parser)
+    _ipu_arguments(parser, trains=False)
     _format_arguments(parser)
 
 
@@ -904,15 +1013,26 @@ def validate_command(args):
     "Measure a checkpoint, or every checkpoint of a run, on all validation pictures."
     if args.micro_batch_size < 1 or (args.image_size is not None and args.image_size < 32):
         raise UsageError("--micro-batch-size must be at least 1, --image-size at least 32.")
+    if args.print_poprun:
+        source = _named_source(args, run_dir=args.run_dir)
+        return _print_poprun(
+            args, "validate", case_from_dict(load_metadata(source)["case"]), source
+        )
     quiet = (
         contextlib.redirect_stdout(sys.stderr)
         if args.json or args.csv
         else contextlib.nullcontext()
     )
     with quiet:
-        source, trained = _source(args, run_dir=args.run_dir)
+        source, on_ipus = _named_source(args, run_dir=args.run_dir), _on_ipus(args)
+        trained = case_from_dict(load_metadata(source)["case"])
+        if not on_ipus:
+            source, trained = _source(args, run_dir=args.run_dir)
         print(f"{trained.name}, trained at {trained.image_size} px")
-        from effnet_repro.training import validate
+        if on_ipus:
+            from effnet_repro.ipu import validate
+        else:
+            from effnet_repro.training import validate
 
         how = {
             "precision": _precision(args),
@@ -921,6 +1041,9 @@ def validate_command(args):
             "on_corrupt": args.on_corrupt,
         }
         how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
+        if on_ipus:  # what no IPU has a say in is left out
+            how = {k: v for k, v in how.items() if k not in ("precision", "backend")}
+            how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
         scores = validate(source, _data_dir(args), **how)
     source = Path(source)
     if source.is_dir():

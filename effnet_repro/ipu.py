@@ -1240,13 +1240,14 @@ def validate(
                 write_scores(source, name, scores[name], update, data)
     return scores
 
-# %% ../nbs/36_ipu.ipynb #70ecca03
+# %% ../nbs/36_ipu.ipynb #a229fbbc
 def poprun_command(
     case: Case,  # In its layout
     command: str = "train",  # or "validate" or "finetune"
     arguments: str = "",  # What follows the command, e.g. "--data-dir /data/imagenet"
     ipus: int = 16,  # IPUs over all processes
     instances: Optional[int] = None,  # Processes; None = a replica each, at most 8
+    source=None,  # Run folder or checkpoint to validate or fine-tune; None = runs/<name of the case>
 ) -> str:
     "Write the poprun line that runs a `case`"
     if command not in ("train", "validate", "finetune"):
@@ -1258,8 +1259,8 @@ def poprun_command(
         raise ValueError(
             f"The processes must divide the replicas. Received: {instances} instances, {replicas} replicas."
         )
-    first = f"{case.name} --no-validation" if command == "train" else f"runs/{case.name}"
-    first += " --no-validation" if command == "finetune" else ""
+    first = f"{case.name} --no-validation" if command == "train" else source or f"runs/{case.name}"
+    first = f"{first} --no-validation" if command == "finetune" else first
     flags = [
         'poprun --mpi-global-args="--allow-run-as-root --tag-output" --numa-aware 1',
         f"--num-replicas {replicas} --num-instances {instances} --ipus-per-replica {each}",

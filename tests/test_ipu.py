@@ -300,6 +300,23 @@ def test_compiling_and_attaching(tiny, tmp_path):
     assert ipu.machine_options(tiny, 4, "ON_DEMAND")["device_connection.enable_remote_buffers"]
 
 
+def test_command_line(short, tmp_path, capsys):
+    from effnet_repro import cli
+
+    words = (
+        f"train {NAME} --budget case --image-size 32 --batch-size 2 --global-batch-size 16 --ipus 4"
+    )
+    words += f" --precision 32.32 --pipeline-splits block2b --run-dir {tmp_path}"
+    with ipu_standin.install() as machine:
+        assert cli.main(words.split() + ["--device", "ipu", "--compile-only"]) == 0
+        assert "compiled; nothing was run" in capsys.readouterr().out
+        (made,) = machine.calls["pipeline"]
+        assert made["gradient_accumulation_count"] == 4 and machine.programs[0].replicas == 2
+    assert cli.main(words.split() + ["--device", "ipu"]) == 1
+    assert "not Graphcore's build. Install" in capsys.readouterr().err
+    assert cli.main(words.split() + ["--compile-only"]) == 2
+
+
 # ---------------------------------------------------------------- bad input
 
 

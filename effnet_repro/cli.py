@@ -646,7 +646,7 @@ def _show_plan(plan):
         rows[-1]["because"] = "2**exponent x global batch"
     print(_table(rows), flush=True)
 
-# %% ../nbs/90_cli.ipynb #e2a4a8d1
+# %% ../nbs/90_cli.ipynb #0f6c81ff
 def _ipu_arguments(parser, trains=True):
     group = parser.add_argument_group("IPUs")
     group.add_argument(
@@ -692,11 +692,11 @@ def _print_poprun(args, command, case, source=None):
     print(poprun_command(case, command, rest, args.ipus or 16, source=source))
     return 0
 
-# %% ../nbs/90_cli.ipynb #a63152fe
+# %% ../nbs/90_cli.ipynb #67e9c917
 def _ipu_options(args):
     "What `ipu.train` and `ipu.finetune` take beside fields"
     connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
-    names = ("ipus", "seed", "data_format", "weights", "keep")
+    names = ("ipus", "seed", "data_format", "on_corrupt", "weights", "keep")
     how = {name: getattr(args, name) for name in names}
     return {**how, "validation": not args.no_validation, "connection": connection}
 
@@ -935,7 +935,7 @@ def _plan_finetuning(args, trained):
     overrides = {**batches, **own, "image_size": size, "variable_filter": parts}
     return Plan(case, trained, overrides, budget, reasons)
 
-# %% ../nbs/90_cli.ipynb #5011fe43
+# %% ../nbs/90_cli.ipynb #b1030517
 @_main(
     "finetune",
     _finetune_arguments,
@@ -999,7 +999,7 @@ def _validation_rows(run_dir):
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
-# %% ../nbs/90_cli.ipynb #c22c53e3
+# %% ../nbs/90_cli.ipynb #eccbb540
 @_main(
     "validate",
     _validate_arguments,

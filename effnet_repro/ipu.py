@@ -1123,7 +1123,7 @@ def _describe_run(host, notes):
     machine = describe_machine("graphcore", f"{ipus} IPUs, {describe_tensorflow()}")
     write_json(host.run_dir / "environment.json", machine)
 
-# %% ../nbs/36_ipu.ipynb #876607b0
+# %% ../nbs/36_ipu.ipynb #0899c827
 def train(
     case: Union[str, Case],  # A published name or a case
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -1137,11 +1137,12 @@ def train(
     weights: str = "auto",  # Of `init`: "last", "average", "auto" = the average after a long run
     validation: bool = True,  # Validate at the end; under poprun a process of its own does that
     keep: int = 2,  # Checkpoints to keep, >= 1
+    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
     connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
     **overrides,  # Fields of the case; None means what the case says
 ) -> Run:
     "Train a `case` on IPUs, or go on with it when `run_dir` holds a checkpoint"
-    graphcore, data = Graphcore(), open_data(data_dir, data_format)
+    graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     start = get_case(case) if isinstance(case, str) else case
     ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
     resolved = resolve_for_ipus(start, ipus, budget, data_dir is not None, **overrides)
@@ -1153,9 +1154,10 @@ def train(
     done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
     if not (validation and done.finished and graphcore.popdist is None):
         return done
-    return done._replace(scores=validate(run_dir, data_dir, ipus=ipus, data_format=data_format))
+    again = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
+    return done._replace(scores=validate(run_dir, data_dir, **again))
 
-# %% ../nbs/36_ipu.ipynb #5969b9b2
+# %% ../nbs/36_ipu.ipynb #93caebaf
 def finetune_layout(
     case: Case,  # From `runs.finetune_case`: on one device
     ipus: int = 16,  # IPUs, each a replica
@@ -1187,12 +1189,13 @@ def finetune(
     data_format: Optional[str] = None,
     validation: bool = True,
     keep: int = 2,
+    on_corrupt: str = "refuse",
     connection: str = "ALWAYS",
     micro_batch_size: Optional[int] = None,  # Pictures of an IPU at a time
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
     "Train the last layers of a trained network a little more, on single IPUs"
-    graphcore, data = Graphcore(), open_data(data_dir, data_format)
+    graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     arrays, metadata, source = checkpoints.load_weights(init, weights)
     trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
     check_init(source, metadata, data, trained)
@@ -1205,9 +1208,10 @@ def finetune(
     done = _execute(graphcore, case, data, run_dir, arrays, seed, keep, notes, connection)
     if not (validation and done.finished and graphcore.popdist is None):
         return done
-    return done._replace(scores=validate(run_dir, data_dir, ipus=ipus, data_format=data_format))
+    again = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
+    return done._replace(scores=validate(run_dir, data_dir, **again))
 
-# %% ../nbs/36_ipu.ipynb #c5cf482a
+# %% ../nbs/36_ipu.ipynb #d0df91a1
 def validate(
     source,  # A run folder, a checkpoint file or an average
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -1217,9 +1221,14 @@ def validate(
     weights: str = "both",  # Of a run folder: "last", "average" or "both"
     data_format: Optional[str] = None,
     batch: int = 8,  # Pictures of an IPU at a time
+    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
 ) -> Dict[str, Scores]:  # "last" and "average", or the name of the file
     "Measure trained weights on every validation picture, whichever runtime trained them"
-    graphcore, data, source = Graphcore(), open_data(data_dir, data_format), Path(source)
+    graphcore, data, source = (
+        Graphcore(),
+        open_data(data_dir, data_format, on_corrupt=on_corrupt),
+        Path(source),
+    )
     ipus, scores = count_ipus(graphcore, 1, ipus), {}
     kinds = [weights] if weights != "both" else ["last", "average"]
     if not source.is_dir():

@@ -41,8 +41,8 @@ def for_repository(markdown, wrong):
     return "".join(p if i % 2 else MD_LINK.sub(one, p) for i, p in enumerate(parts))
 
 
-def output_text(output, pictures, wrong):
-    "Markdown for one stored output; a picture becomes a file in README_files/."
+def output_text(output, pictures, wrong, alt=""):
+    "Markdown for one stored output; a picture becomes a file in README_files/ and says `alt`."
     if output["output_type"] == "stream":
         return (
             "" if output["name"] == "stderr" else f"```text\n{text(output['text']).rstrip()}\n```\n"
@@ -58,7 +58,7 @@ def output_text(output, pictures, wrong):
             name = f"README_files/figure-{len(pictures) + 1}.{ending}"
             value = text(data[kind])
             pictures[name] = value.encode() if ending == "svg" else base64.b64decode(value)
-            return f"![]({name})\n"
+            return f"![{alt}]({name})\n"
     if "text/html" in data:
         table = re.sub(r"(?s)<style.*?</style>", "", text(data["text/html"]))
         return re.sub(r"\n\s*\n", "\n", table).strip() + "\n"
@@ -85,7 +85,8 @@ def build():
         if code and not quiet:
             parts.append(f"```python\n{code}\n```\n")
         if not any(re.match(r"(hide_output|output:\s*false)\b", h) for h in head):
-            parts += [out for o in cell["outputs"] if (out := output_text(o, pictures, wrong))]
+            alt = next((h[8:].strip() for h in head if h.startswith("fig-alt:")), "")
+            parts += [out for o in cell["outputs"] if (out := output_text(o, pictures, wrong, alt))]
     return "\n".join(parts), pictures, wrong
 
 

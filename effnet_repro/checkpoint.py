@@ -188,7 +188,7 @@ def _damaged(path, what):
         "go on from the one before."
     )
 
-# %% ../nbs/33_checkpoint.ipynb #efdfb7fc
+# %% ../nbs/33_checkpoint.ipynb #f08847bf
 def _read(path, read):
     "Open a checkpoint and call `read` with the open file; all errors of the file are raised here"
     path = Path(path)
@@ -204,7 +204,7 @@ def _read(path, read):
     except SafetensorError as e:
         raise ValueError(
             f"{path} is not a whole checkpoint: cut off while copying, or another kind of file ({e}). "
-            "Delete it and go on from the one before; `latest` does."
+            "If a run wrote it, go on from the one before; `latest` does."
         ) from None
     except OSError as e:
         raise OSError(e.errno or errno.EIO, f"Cannot read {path}: {e.strerror or e}.") from None

@@ -901,7 +901,7 @@ def _execute_alone(
         scores,
     )
 
-# %% ../nbs/38_training.ipynb #1769590f
+# %% ../nbs/38_training.ipynb #5a0708f4
 def _begin(run_dir, model, pictures):
     "Restore the newest checkpoint, if there is one; returns the update to begin with"
     folder, metrics = run_dir / "checkpoints", run_dir / "metrics.csv"
@@ -913,7 +913,10 @@ def _begin(run_dir, model, pictures):
     metadata = _restore_state(newest, model, pictures)
     update, row = metadata["update"], metadata.get("row")
     print(f"going on from {newest.name}, update {update}", flush=True)
-    known = read_metrics(run_dir)["update"].tolist() if metrics.exists() else []
+    known = read_metrics(run_dir) if metrics.exists() else {"update": []}
+    if "update" not in known:
+        raise ValueError(f"{metrics} has no column `update`. Mend it, or move it away.")
+    known = list(known["update"])
     if row and update not in known:  # killed between the checkpoint and its row
         append_rows(metrics, [row], lambda old: int(old["update"]) < update)
     return update
@@ -947,7 +950,7 @@ def _final_scores(state, average, network):
         write_scores(run_dir, kind, s, at[kind], state["data"])
     return scores
 
-# %% ../nbs/38_training.ipynb #9bcb30b5
+# %% ../nbs/38_training.ipynb #0def7a31
 def _check_backend(backend):
     if backend is not None and backend != keras.backend.backend():
         raise ValueError(
@@ -978,6 +981,8 @@ def train(
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     _check_backend(backend)
+    if not isinstance(case, (str, Case)):
+        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     resolved, published = resolve(case, budget, data_dir is not None, **overrides)
     notes = {

@@ -464,6 +464,7 @@ def test_a_set_without_validation_pictures_trains(tmp_path, capsys):
 @pytest.mark.parametrize(
     "call, says",
     [
+        (lambda r: train(5, **SMOKE), "`case` must be a name or a `Case`"),
         (lambda r: train(TINY, seed=-1, **SMOKE), "`seed` must be a whole number"),
         (lambda r: train(TINY, seed=1.5, **SMOKE), "Received: seed=1.5"),
         (lambda r: train(TINY, keep=0, **SMOKE), "`keep` must be a whole number from 1"),

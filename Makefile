@@ -24,11 +24,11 @@ FINETUNE_DIR = $(or $(RUN_DIR),runs/$(CASE)-finetune)
 VALIDATE_DIR = $(or $(RUN_DIR),runs/$(CASE))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train finetune validate test docs readme bench clean
+.PHONY: help venv train finetune validate test docs readme bench bench-gpu clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [CASE=...] [DATA_DIR=...] [RUN_DIR=...] [ARGS=\"-p name value\"]"
-	@sed -n 's/^\([a-z]*\):.*## /  \1\t/p' Makefile | expand -t 14
+	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
 $(READY): requirements.lock
 	@.ci/venv "$(PYTHON)" "$(VENV)"
@@ -64,6 +64,9 @@ readme: $(READY)  ## write README.md from nbs/index.ipynb
 bench: $(READY)  ## measure the speed on this CPU
 	@test -f tests/bench_cpu.py || { echo "bench: nothing to measure yet (there is no tests/bench_cpu.py)" >&2; exit 1; }
 	@$(BIN)/python tests/bench_cpu.py $(ARGS)
+
+bench-gpu: $(READY)  ## measure the speed on this GPU beside timm's networks (without a GPU: says so)
+	@$(BIN)/python tests/bench_gpu.py $(ARGS)
 
 clean:  ## remove what was built (not .venv, not runs)
 	@echo "clean: _proc _docs build dist caches"

@@ -7,7 +7,7 @@ __all__ = ['current_ops', 'xla_pays', 'ParamLayer', 'SegmentLayer', 'as_spec', '
            'get_weights', 'set_weights', 'load_published', 'to_published', 'fold', 'from_keras_applications',
            'load_keras_applications', 'to_keras_applications', 'GroupConv2D', 'ProxyNormAct', 'MBConv']
 
-# %% ../nbs/20_efficientnet.ipynb #319d0a3b
+# %% ../nbs/20_efficientnet.ipynb #a3389990
 from dataclasses import asdict, replace
 from typing import Dict, Optional, Sequence, Tuple, Union
 
@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from .config import Case, unknown_name
+from .gpu_ops import jax_ops
 from .group_conv import group_conv, kernel_shape
 from .mbconv import Scope, mbconv, norm_act
 from effnet_repro.network import (
@@ -34,13 +35,13 @@ from effnet_repro.network import (
 from .ops import Rng, get_ops
 from .scaling import Block, ModelSpec, num_groups
 
-# %% ../nbs/20_efficientnet.ipynb #9f0e38d9
+# %% ../nbs/20_efficientnet.ipynb #432ea31a
 def current_ops():  # The namespace that matches `keras.backend.backend()`
     "Get the tensor operations of Keras' back end"
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
         raise unknown_name("Keras back end", backend, ("tensorflow", "jax"), "KERAS_BACKEND")
-    return get_ops(backend)
+    return jax_ops() if backend == "jax" else get_ops(backend)
 
 
 def xla_pays() -> bool:  # True on JAX, and on TensorFlow with a GPU
@@ -131,7 +132,7 @@ def as_spec(
         network = ModelSpec.from_case(network)
     return replace(network, **{k: v for k, v in fields.items() if v is not None})
 
-# %% ../nbs/20_efficientnet.ipynb #0ac3fc38
+# %% ../nbs/20_efficientnet.ipynb #43e0f590
 def build_model(
     network: Union[
         ModelSpec, Case, str
@@ -171,7 +172,7 @@ def build_model(
             break
     return keras.Model(pictures, [ends[n] for n in outputs] if outputs else x, name=spec.name)
 
-# %% ../nbs/20_efficientnet.ipynb #3cfb0a87
+# %% ../nbs/20_efficientnet.ipynb #c1f2425a
 def weights_by_name(
     model: keras.Model,  # A model made by `build_model`
 ) -> Dict[str, keras.Variable]:  # Full name -> variable, in the network's order
@@ -226,7 +227,7 @@ def to_published(
     "Give a model's weights as the variables of the published code"
     return pack(get_weights(model))
 
-# %% ../nbs/20_efficientnet.ipynb #f263a637
+# %% ../nbs/20_efficientnet.ipynb #a2b7348d
 def fold(
     model: keras.Model,  # A model with Proxy Norm, made by `build_model`
 ) -> keras.Model:  # The same network for inference, its proxies' statistics stored
@@ -240,7 +241,7 @@ def fold(
     set_weights(folded, fold_proxies(get_weights(model)))
     return folded
 
-# %% ../nbs/20_efficientnet.ipynb #ecbc93ba
+# %% ../nbs/20_efficientnet.ipynb #078f84f0
 def _keras_layer_names(name):
     "Which layer of keras.applications holds a parameter of ours"
     _, block, *rest = name.split("/")
@@ -264,7 +265,7 @@ def _keras_variable(name, layer):
     depthwise = isinstance(layer, keras.layers.DepthwiseConv2D)
     return variable, (0, 1, 3, 2) if depthwise else tuple(range(len(variable.shape)))
 
-# %% ../nbs/20_efficientnet.ipynb #fa1ec731
+# %% ../nbs/20_efficientnet.ipynb #6ff6ecf5
 def _keras_input_norm(source):
     "The affine that a keras.applications model applies to pixels, as (scale, shift)"
     scale, shift = np.ones(3), np.zeros(3)
@@ -284,7 +285,7 @@ def _keras_input_norm(source):
         scale, shift = scale * a, shift * a + b
     return {"input/scale": scale.astype("float32"), "input/shift": shift.astype("float32")}
 
-# %% ../nbs/20_efficientnet.ipynb #adf44f22
+# %% ../nbs/20_efficientnet.ipynb #24734629
 def _open_keras(spec, weights, num_classes):
     "Build the keras.applications network of a size and read a weights file into it"
     make = getattr(keras.applications, f"EfficientNet{spec.size}")
@@ -300,7 +301,7 @@ def _open_keras(spec, weights, num_classes):
             affine[name] = (affine[name] / np.sqrt(variance)).astype("float32")
     return source, affine
 
-# %% ../nbs/20_efficientnet.ipynb #75f8a0ec
+# %% ../nbs/20_efficientnet.ipynb #4c2b9dc2
 def _check_keras_twin(spec):
     "Refuse a network that keras.applications does not have"
     if (
@@ -447,7 +448,7 @@ class ProxyNormAct(ParamLayer):
     def get_config(self):
         return {**super().get_config(), "norm_groups": self.norm_groups}
 
-# %% ../nbs/20_efficientnet.ipynb #70dafad6
+# %% ../nbs/20_efficientnet.ipynb #d7eda437
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class MBConv(ParamLayer):
     "An inverted-residual block with group convolutions, residual where the shapes allow"

@@ -30,7 +30,7 @@ class Scope:
     def get(self, name):
         return self.weights.get(self.path(name))
 
-# %% ../nbs/13_mbconv.ipynb #c817f51b
+# %% ../nbs/13_mbconv.ipynb #502165a7
 BATCH_NORM_MOMENTUM = (
     0.97  # Of batch norm's moving averages. Source: `BN_decay` of the published code
 )
@@ -54,16 +54,22 @@ def norm_act(
         n = Scope(w.weights, w.path("GroupNorm"))
         y = normalise(ops, x, n["gamma"], n.get("beta"), spec.norm_groups, None, activation)
         return y, None
+    gamma, beta, (mean, inv_std) = _proxied(ops, spec, w)
+    proxy = (mean, inv_std if divide else None)
+    y = normalise(ops, x, gamma, beta, spec.norm_groups, None, activation, proxy)
+    return y, None if divide else inv_std
+
+
+def _proxied(ops, spec, w):
+    "Scale, shift and (mean, 1/std) of a norm that swish follows; None without a proxy"
+    if not spec.proxy_norm:
+        n = Scope(w.weights, w.path("GroupNorm"))
+        return n["gamma"], n["beta"], None
     n = Scope(w.weights, w.path("proxy"))
     if spec.folded:
-        mean, inv_std = n["mean"], n["inv_std"]
-    else:
-        mean, inv_std = proxy_statistics(
-            ops, n["gamma"], n["beta"], n["gamma_prime"], n["beta_prime"]
-        )
-    proxy = (mean, inv_std if divide else None)
-    y = normalise(ops, x, n["gamma"], n["beta"], spec.norm_groups, None, activation, proxy)
-    return y, None if divide else inv_std
+        return n["gamma"], n["beta"], (n["mean"], n["inv_std"])
+    order = ("gamma", "beta", "gamma_prime", "beta_prime")
+    return n["gamma"], n["beta"], proxy_statistics(ops, *(n[k] for k in order))
 
 # %% ../nbs/13_mbconv.ipynb #0123f8e8
 def _moving_or_batch(ops, w, x, rng):
@@ -122,7 +128,7 @@ def expand(
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
     return norm_act(ops, spec, w, x, rng)[0]
 
-# %% ../nbs/13_mbconv.ipynb #637e8ec0
+# %% ../nbs/13_mbconv.ipynb #72661217
 def spatial(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -134,6 +140,12 @@ def spatial(
 ):  # (N, H', W', expanded); H' = ceil(H / strides)
     "Convolve in groups, normalise, activate, squeeze and excite"
     x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
+    if ops.normalise_gate is not None and not spec.batch_norm:
+        gamma, beta, proxy = _proxied(ops, spec, w)
+        names = ("1/conv/conv2d/kernel", "1/conv/conv2d/bias", "2/conv/conv2d/kernel")
+        k1, b1, k2, b2 = (w_se[n] for n in (*names, "2/conv/conv2d/bias"))
+        gate = (k1[0, 0], b1, k2[0, 0], b2)
+        return ops.normalise_gate(x, gamma, beta, spec.norm_groups, proxy, gate)
     x, inv_std = norm_act(ops, spec, w, x, rng, divide=False)
     return squeeze_excite(ops, w_se, x, inv_std)
 
@@ -149,7 +161,7 @@ def project(
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
     return norm_act(ops, spec, w, x, rng, activation=None)[0]
 
-# %% ../nbs/13_mbconv.ipynb #c8cd58ac
+# %% ../nbs/13_mbconv.ipynb #a3d783ea
 def mbconv(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -162,7 +174,18 @@ def mbconv(
     scope = lambda part: Scope(weights, f"all/{block.name}/{part}")
     y = expand(ops, spec, scope("a"), x, rng) if block.expand else x
     y = spatial(ops, spec, block, scope("b"), scope("SE"), y, rng)
+    if block.residual and ops.normalise_add is not None and not spec.batch_norm:
+        return _project_add(ops, spec, block, scope("c"), y, x, rng)
     y = project(ops, spec, scope("c"), y, rng)
     if not block.residual:
         return y
     return x + drop_path(ops, y, block.drop_path_rate, rng, block.name)
+
+
+def _project_add(ops, spec, block, w, y, x, rng):
+    "The last norm, stochastic depth and the residual in one pass, where the namespace has it"
+    y = group_conv(ops, y, w["conv/conv2d/kernel"])
+    n, keep = Scope(w.weights, w.path("GroupNorm")), None
+    if rng is not None and block.drop_path_rate:
+        keep = rng.mask(block.name, "drop_path", block.drop_path_rate, (ops.shape(x)[0],))
+    return ops.normalise_add(y, n["gamma"], n.get("beta"), spec.norm_groups, x, keep)

@@ -12,9 +12,11 @@ import numpy as np
 
 from .config import unknown_name
 
-# %% ../nbs/02_ops.ipynb #72afc2a3
+# %% ../nbs/02_ops.ipynb #586e200f
 class _Composed:
     "Steps of the network that follow from the rest; a namespace may know a faster way"
+
+    normalise_gate = normalise_add = None  # Hooks: with squeeze and excitation, with a shortcut
 
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))
@@ -298,7 +300,7 @@ class TFCPUOps(TFOps):
 
         return run(x, mean, inv_std)
 
-# %% ../nbs/02_ops.ipynb #e0f6953f
+# %% ../nbs/02_ops.ipynb #16f609de
 class JAXOps(_Composed):
     "The namespace in JAX"
 
@@ -344,6 +346,9 @@ class JAXOps(_Composed):
         return self.jnp.arange(n, dtype=dtype)
 
     def conv(self, x, kernel, strides=1):
+        if kernel.shape[:2] == (1, 1) and strides == 1 and kernel.shape[2] == x.shape[-1]:
+            # cuDNN's weight gradient of a 1x1 convolution has returned NaN in bfloat16: 16_gpu_ops
+            return self.jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         return self.jax.lax.conv_general_dilated(
             x,
             kernel,

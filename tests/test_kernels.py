@@ -1,0 +1,154 @@
+"""The GPU's kernels, interpreted on the CPU, against plain operations in float64."""
+
+import jax
+import numpy as np
+import pytest
+
+from effnet_repro import fused_norm as fused
+from effnet_repro import gpu_ops
+from effnet_repro.norms import normalise
+from effnet_repro.ops import get_ops
+from effnet_repro.testing import relative_error
+
+pytestmark = pytest.mark.skipif(
+    jax.default_backend() != "cpu", reason="interprets kernels on the CPU"
+)
+TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2}
+
+
+def compare(function, reference, arrays, kind, names):
+    "Outputs and all gradients of `function` in `kind` against `reference` in float64"
+    import jax.numpy as jnp
+
+    low = {k: jnp.asarray(v, kind if k in names else "float32") for k, v in arrays.items()}
+    y, back = jax.vjp(function, low)
+    g = jnp.asarray(np.random.default_rng(9).normal(size=y.shape), y.dtype)
+    found = {"output": y, **back(g)[0]}
+    assert y.dtype == kind
+    with jax.enable_x64(True):
+        high = {k: jnp.asarray(np.asarray(v, "float64")) for k, v in low.items()}
+        y0, back = jax.vjp(reference, high)
+        expected = {"output": y0, **back(jnp.asarray(np.asarray(g, "float64")))[0]}
+        expected = {k: np.asarray(v) for k, v in expected.items()}
+    for name in found:
+        error = relative_error(np.asarray(found[name], "float64"), expected[name])
+        assert error <= TOLERANCE[kind], f"{name}: {error:.1e}"
+
+
+def squeeze(q, k1, b1, k2, b2):
+    return jax.nn.sigmoid(jax.nn.swish(q @ k1 + b1) @ k2 + b2)
+
+
+def plain_norm(v, groups, activated):
+    y = normalise(
+        get_ops("jax"),
+        v["x"],
+        v["gamma"],
+        v.get("beta"),
+        groups,
+        None,
+        "swish" if activated else None,
+    )
+    y = y - v["mean"] if "mean" in v else y
+    factor = v.get("inv_std", 1.0)
+    if "k1" in v:
+        factor = squeeze(y.mean((1, 2)), *(v[k] for k in ("k1", "b1", "k2", "b2"))) * factor
+        factor = factor[:, None, None]
+    y = y * factor
+    return y + v["shortcut"] if "shortcut" in v else y
+
+
+def own_norm(v, groups, activated):
+    gate = tuple(v[k] for k in ("k1", "b1", "k2", "b2")) if "k1" in v else None
+    vectors = (v["gamma"], v.get("beta"), v.get("mean"), v.get("inv_std"))
+    return fused.fused_norm(v["x"], *vectors, gate, v.get("shortcut"), None, groups, activated)
+
+
+def draw_norm(shape, parts, seed):
+    rng, c = np.random.default_rng(seed), shape[-1]
+    sizes = {"k1": (c, 5), "b1": (5,), "k2": (5, c), "b2": (c,), "shortcut": shape}
+    arrays = {"x": rng.normal(1.5, 2.0, shape) + 3 * rng.normal(size=c)}
+    for name in ("gamma", *parts):
+        centre = 1.0 if name in ("gamma", "inv_std") else 0.0
+        arrays[name] = centre + 0.3 * rng.normal(size=sizes.get(name, (c,)))
+    return arrays
+
+
+GATE = ("beta", "mean", "inv_std", "k1", "b1", "k2", "b2")
+NORMS = [
+    ((2, 7, 7, 24), 1, True, ("beta", "mean", "inv_std"), "float32"),
+    ((1, 9, 9, 40), 4, True, ("beta",), "bfloat16"),
+    ((2, 5, 7, 48), 1, True, GATE, "float32"),
+    ((1, 33, 33, 16), 1, False, ("shortcut",), "bfloat16"),
+]
+
+
+@pytest.mark.parametrize("shape, groups, activated, parts, kind", NORMS)
+def test_norm_equals_plain_operations(shape, groups, activated, parts, kind, monkeypatch):
+    monkeypatch.setattr(fused, "_REDUCE", (256, 2))  # several chunks, the last one not full
+    monkeypatch.setattr(fused, "_MOST_CHUNKS", 2)
+    arrays = draw_norm(shape, parts, seed=shape[1])
+    own = lambda v: own_norm(v, groups, activated)
+    compare(own, lambda v: plain_norm(v, groups, activated), arrays, kind, ("x", "shortcut"))
+
+
+def test_a_dropped_branch_leaves_the_shortcut():
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(1)
+    x, shortcut = (jnp.asarray(rng.normal(size=(2, 4, 4, 16)), "float32") for _ in range(2))
+    keep = jnp.asarray([0.0, 1.25])
+    y = fused.fused_norm(x, shortcut=shortcut, keep=keep, activated=False)
+    np.testing.assert_array_equal(y[0], shortcut[0])
+    branch = normalise(get_ops("jax"), x[1:])
+    np.testing.assert_allclose(y[1:], shortcut[1:] + 1.25 * branch, rtol=1e-5, atol=1e-5)
+
+
+CONVS = [((2, 9, 9, 48), 5, 1, "bfloat16"), ((1, 9, 8, 112), 3, 2, "float32")]
+
+
+@pytest.mark.parametrize("shape, size, strides, kind", CONVS)
+def test_group_convolution_equals_plain_one(shape, size, strides, kind):
+    rng, c = np.random.default_rng(2), shape[-1]
+    arrays = {"x": rng.normal(size=shape), "kernel": rng.normal(size=(size, size, 16, c)) / 20}
+    own = lambda v: gpu_ops.grouped_conv(v["x"], v["kernel"], strides)
+    plain = lambda v: get_ops("jax").conv(v["x"], v["kernel"], strides)
+    compare(own, plain, arrays, kind, ("x", "kernel"))
+
+
+@pytest.mark.parametrize("size", [7, 12])
+def test_input_gradient_at_stride_two(size):
+    import jax.numpy as jnp
+
+    rng = np.random.default_rng(size)
+    kernel = jnp.asarray(rng.normal(size=(5, 5, 16, 32)), "float32")
+    dy = jnp.asarray(rng.normal(size=(1, -(-size // 2), -(-size // 2), 32)), "float32")
+    conv = lambda x: get_ops("jax").conv(x, kernel, 2)
+    expected = jax.vjp(conv, jnp.zeros((1, size, size, 32)))[1](dy)[0]
+    assert relative_error(gpu_ops.spread(dy, kernel, (size, size)), expected) < 1e-5
+
+
+def test_norm_groups_must_divide():
+    with pytest.raises(ValueError, match="norm_groups=5, channels=24"):
+        fused.fused_norm(np.zeros((1, 2, 2, 24), "float32"), norm_groups=5)
+
+
+@pytest.mark.parametrize("norm", ["LN_PN", "GN"])
+def test_a_block_is_the_same_through_the_hooks(norm):
+    from effnet_repro.mbconv import mbconv
+    from effnet_repro.network import _block_params, initial_value
+    from effnet_repro.ops import Rng
+    from effnet_repro.scaling import Block, ModelSpec
+
+    spec = ModelSpec(norm=norm, norm_groups=1 if norm == "LN_PN" else 4)
+    block = Block("block2b", 3, 1, 16, 64, 16, 4, 16, True, True, 0.5)
+    rng = np.random.default_rng(0)
+    table = [p for part in _block_params(spec, block) for p in part]
+    weights = {p.name: initial_value(p, rng) + 0.1 * rng.normal(size=p.shape) for p in table}
+    weights = {n: w.astype("float32") for n, w in weights.items()}
+    x = rng.normal(size=(3, 6, 6, 16)).astype("float32")
+    for rng in (None, Rng(get_ops("jax"), 3)):
+        plain, own = (
+            mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
+        )
+        assert relative_error(own, plain) < 1e-5

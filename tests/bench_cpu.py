@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import resource
-import shlex
 import statistics
 import subprocess
 import sys
@@ -214,12 +213,13 @@ def circumstances():
     machine = describe_machine("tensorflow", f"{cpu_model()}, {cores} cores")
     own = {k: machine[k] for k in ("device", "date", "python", "revision", "uncommitted_changes")}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else ""
-    words = ["python", "tests/bench_cpu.py", *sys.argv[1:]]
+    folders = lambda w: f"$DATA/{Path(w).name}" if Path(w).is_absolute() else w
+    words = ["python", "tests/bench_cpu.py", *map(folders, sys.argv[1:])]
     return {
         **own,
         "load": load,
         "versions": json.dumps(machine["versions"]),
-        "command": shlex.join(words),
+        "command": " ".join(words),
     }
 
 

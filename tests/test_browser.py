@@ -140,7 +140,8 @@ def too_wide(page):
         """() => {
         const width = document.documentElement.clientWidth;
         const scrolls = (e) => e && e !== document.body
-            && (["auto", "scroll"].includes(getComputedStyle(e).overflowX) || scrolls(e.parentElement));
+            && (["auto", "scroll"].includes(getComputedStyle(e).overflowX)
+                || getComputedStyle(e).textOverflow === "ellipsis" || scrolls(e.parentElement));
         const hidden = (e) => e.closest("#quarto-sidebar, .katex, .skip-link, svg");
         const out = [...document.querySelectorAll("body *")].filter((e) =>
             e.getBoundingClientRect().right > width + 1 && !hidden(e) && !scrolls(e.parentElement));

@@ -171,6 +171,8 @@ def test_links_get_the_names_of_the_site():
         "[a](proxy_norm.ipynb#x) [b](files/config.yml) [c](https://x.org/00_a.html) [d](https://x.org)"
     )
     assert linked == {"config.yml"}
+    doubled = "| [[`validate`](config.html#validate)](training.html#validate) |"
+    assert build_docs.plain_links(doubled, set()) == "| [`validate`](training.html#validate) |"
 
 
 def test_sidebar_names_and_drops_pages():

@@ -79,7 +79,7 @@ from effnet_repro.runs import (
 )
 from .scaling import ModelSpec, blocks, count
 
-# %% ../nbs/36_ipu.ipynb #8a1521a5
+# %% ../nbs/36_ipu.ipynb #7dab6b66
 def plot_pod(
     case: Case,  # In its layout
     ax=None,  # Matplotlib axes; None = new ones
@@ -91,7 +91,7 @@ def plot_pod(
     if ax is None:
         _, ax = plt.subplots(figsize=(1.9 + 1.75 * n, 1.0 + 0.36 * replicas), layout="constrained")
     costs = count(spec, case.image_size).segments
-    colours = plt.get_cmap("viridis")(np.linspace(0.35, 0.95, n))
+    colours = plt.get_cmap("viridis")(np.linspace(0.55, 0.95, n))
     for i, stage in enumerate(split_segments(spec, case.pipeline_splits, n)):
         for r in range(replicas):
             ax.barh(r, 0.94, left=i, height=0.86, color=colours[i])

@@ -692,13 +692,24 @@ def _print_poprun(args, command, case, source=None):
     print(poprun_command(case, command, rest, args.ipus or 16, source=source))
     return 0
 
-# %% ../nbs/90_cli.ipynb #67e9c917
+# %% ../nbs/90_cli.ipynb #e82e0161
 def _ipu_options(args):
     "What `ipu.train` and `ipu.finetune` take beside fields"
     connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
     names = ("ipus", "seed", "data_format", "on_corrupt", "weights", "keep")
     how = {name: getattr(args, name) for name in names}
     return {**how, "validation": not args.no_validation, "connection": connection}
+
+
+def _warn_of_memory(case):
+    "Say so when a micro-batch exceeds the modelled memory of an IPU; only a machine knows for sure"
+    from effnet_repro import planner
+
+    if not case.pipeline_splits:
+        return
+    prediction = planner.predict(ModelSpec.from_case(case), planner.Plan.from_case(case))
+    if not prediction.fits:
+        print(f"warning: {planner.memory_warning(prediction)}", flush=True)
 
 
 def _train_on_ipus(args, start, run_dir):
@@ -714,6 +725,7 @@ def _train_on_ipus(args, start, run_dir):
     differing = differing_fields(start, case)
     reasons = {n: "flag" if n in given else f"budget {budget}" for n in differing}
     _show_plan(Plan(case, start, {}, budget, reasons))
+    _warn_of_memory(case)
     if args.dry_run:
         return 0
     from effnet_repro.ipu import train

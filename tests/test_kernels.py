@@ -76,7 +76,6 @@ def draw_norm(shape, parts, seed):
 
 GATE = ("beta", "mean", "inv_std", "k1", "b1", "k2", "b2")
 NORMS = [
-    ((2, 7, 7, 24), 1, True, ("beta", "mean", "inv_std"), "float32"),
     ((1, 9, 9, 40), 4, True, ("beta",), "bfloat16"),
     ((2, 5, 7, 48), 1, True, GATE, "float32"),
     ((1, 33, 33, 16), 1, False, ("shortcut",), "bfloat16"),
@@ -133,8 +132,8 @@ def test_norm_groups_must_divide():
         fused.fused_norm(np.zeros((1, 2, 2, 24), "float32"), norm_groups=5)
 
 
-@pytest.mark.parametrize("norm", ["LN_PN", "GN"])
-def test_a_block_is_the_same_through_the_hooks(norm):
+@pytest.mark.parametrize("norm, training", [("LN_PN", True), ("GN", False)])
+def test_a_block_is_the_same_through_the_hooks(norm, training):
     from effnet_repro.mbconv import mbconv
     from effnet_repro.network import _block_params, initial_value
     from effnet_repro.ops import Rng
@@ -147,8 +146,8 @@ def test_a_block_is_the_same_through_the_hooks(norm):
     weights = {p.name: initial_value(p, rng) + 0.1 * rng.normal(size=p.shape) for p in table}
     weights = {n: w.astype("float32") for n, w in weights.items()}
     x = rng.normal(size=(3, 6, 6, 16)).astype("float32")
-    for rng in (None, Rng(get_ops("jax"), 3)):
-        plain, own = (
-            mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
-        )
-        assert relative_error(own, plain) < 1e-5
+    rng = Rng(get_ops("jax"), 3) if training else None
+    plain, own = (
+        mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
+    )
+    assert relative_error(own, plain) < 1e-5

@@ -251,6 +251,7 @@ def _validate_rates(case):
         ("rmsprop_initial_mean_square", 0, 1e6),
         ("loss_scale", 2**-40, 2**40),
         ("image_size", 32, 4097),
+        ("max_steps", 1, 1e12),
     ):
         v = getattr(case, name)
         if v is not None and not low <= v < high:

@@ -245,7 +245,7 @@ def output_errors(nb):
     "Outputs that should not be committed, and a page without any."
     wrong = []
     outputs = [(i, o) for i, c in enumerate(nb["cells"]) for o in c.get("outputs", [])]
-    if not outputs:
+    if not outputs and any(c["cell_type"] == "code" for c in nb["cells"]):
         wrong.append("no cell has an output: run the notebook and commit it with its outputs")
     for number, output in outputs:
         if output["output_type"] == "error":

@@ -34,8 +34,8 @@ def small(name=NAME, **fields):
 
 @pytest.fixture
 def short(monkeypatch):
-    "Networks of five blocks instead of sixteen and more, in two stages"
-    monkeypatch.setattr(scaling, "NET_STAGES", scaling.NET_STAGES[:3])
+    "Networks of three blocks instead of sixteen and more, in two stages"
+    monkeypatch.setattr(scaling, "NET_STAGES", scaling.NET_STAGES[:2])
     return lambda name=NAME, **fields: small(name, **{"pipeline_splits": ("block2b",), **fields})
 
 
@@ -101,7 +101,7 @@ def test_two_updates_with_mixing(short):
 
 
 def test_two_updates_in_one_run_of_four_stages(short):
-    splits = ("block1a/c", "block2a/b", "block3a")
+    splits = ("block1a/c", "block2a/b", "block2b")
     layout = dict(num_stages=4, pipeline_splits=splits, num_replicas=1, global_batch_size=16)
     case = short("B0-G16-GN-Half_16IPU_2x8", **layout)
     check_updates(case, 2, updates_per_run=2)

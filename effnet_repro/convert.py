@@ -258,7 +258,7 @@ def _keras_network(path, shapes):
     "The network whose kernels are those of a Keras file; 0 classes where it has no classifier"
     flat = lambda kernels: sorted(sorted(s) for s in kernels if len(s) == 4)
     kernels, dense = flat(shapes), [s for s in shapes if len(s) == 2]
-    for size in (s for s in SIZE_TABLE if s != "CIFAR"):
+    for size in (s for s in SIZE_TABLE if s.startswith("B")):
         spec = ModelSpec.from_name(f"{size}-G1-BN", num_classes=0, input_norm="keras")
         if flat(p.shape for p in params(spec)) == kernels:
             heads = [s for s in dense if s[0] == spec.head_filters]

@@ -292,7 +292,12 @@ def patched_sessions():
     "`Session.run` that drives programs of this thread's machine first"
     from tensorflow.python.client import session as module
 
-    original = module.BaseSession.run
+    original, original_init = module.BaseSession.run, module.BaseSession.__init__
+
+    def init(self, target="", graph=None, config=None):
+        # Instances are threads here: one that waits at a collective must not hold the others' only thread.
+        own = dict(use_per_session_threads=True, inter_op_parallelism_threads=1)
+        original_init(self, target, graph, config or tf.compat.v1.ConfigProto(**own))
 
     def run(self, fetches, feed_dict=None, options=None, run_metadata=None):
         m = current()
@@ -313,8 +318,8 @@ def patched_sessions():
                 program.execute(inner)
         return original(self, fetches, feed_dict, options, run_metadata)
 
-    module.BaseSession.run = run
+    module.BaseSession.run, module.BaseSession.__init__ = run, init
     try:
         yield
     finally:
-        module.BaseSession.run = original
+        module.BaseSession.run, module.BaseSession.__init__ = original, original_init

@@ -1154,6 +1154,11 @@ def _describe_run(host, notes):
     write_json(host.run_dir / "environment.json", machine)
 
 # %% ../nbs/36_ipu.ipynb #0899c827
+def _with_scores(done, data_dir, how):
+    "A run with what `validate` says of it, when it came to its end"
+    return done._replace(scores=validate(done.run_dir, data_dir, **how)) if done.finished else done
+
+
 def train(
     case: Union[str, Case],  # A published name or a case
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -1182,10 +1187,8 @@ def train(
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
     done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
-    if not (validation and done.finished and graphcore.popdist is None):
-        return done
-    again = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
-    return done._replace(scores=validate(run_dir, data_dir, **again))
+    how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
+    return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
 # %% ../nbs/36_ipu.ipynb #93caebaf
 def finetune_layout(
@@ -1236,10 +1239,8 @@ def finetune(
     run_dir = Path(run_dir or folder / f"finetune-{size}")
     notes = {"kind": "finetune", "init": str(source), "protocol": protocol}
     done = _execute(graphcore, case, data, run_dir, arrays, seed, keep, notes, connection)
-    if not (validation and done.finished and graphcore.popdist is None):
-        return done
-    again = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
-    return done._replace(scores=validate(run_dir, data_dir, **again))
+    how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
+    return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
 # %% ../nbs/36_ipu.ipynb #d0df91a1
 def validate(

@@ -6,7 +6,8 @@
 __all__ = ['random_bits', 'random_uniform', 'crc32c', 'write_tfrecords', 'scan_tfrecord', 'parse_example', 'make_example',
            'sample_set', 'Split', 'DataSet', 'open_data', 'picture_bytes', 'find_damaged', 'epoch_order',
            'update_pictures', 'draw_crops', 'draw_flips', 'validation_window', 'resize', 'training_batches',
-           'plot_pictures', 'validation_batches', 'array_batches', 'validation_arrays', 'load_arrays']
+           'plot_pictures', 'validation_batches', 'array_batches', 'validation_arrays', 'load_arrays', 'fits_device',
+           'device_batches']
 
 # %% ../nbs/30_data.ipynb #ce64595e
 import contextlib
@@ -1109,7 +1110,7 @@ def _tf_window(shape, image_size):
     corner = (new - image_size) // 2
     return new, (corner[0], corner[1])
 
-# %% ../nbs/30_data.ipynb #e4185448
+# %% ../nbs/30_data.ipynb #6596feda
 _CHUNK = 64  # pictures read by one call
 _PREPROCESSING = ("train", "validation")
 
@@ -1124,18 +1125,21 @@ def _check_request(image_size, area_min, preprocessing):
         )
 
 
-def _train_inputs(dataset, plan, area_min, update, begin, end):
-    "What decoding needs: encoded pictures, crops (n, 4), flips (n,) and labels (n,)"
+def _train_inputs(dataset, plan, area_min, update, begin, end, known_sizes=None):
+    "What decoding needs: encoded pictures or their numbers, crops (n, 4), flips and labels (n,)"
     split = dataset.splits["train"]
     pictures, places = plan.take(update, begin, end)
-    if plan.run > 1:
-        _announce(split, plan.coming(update, begin))
-    encoded, sizes = zip(*(_read(dataset, "train", i) for i in pictures))
+    if known_sizes is not None:  # decoded long ago
+        encoded, sizes = pictures, known_sizes[pictures]
+    else:
+        if plan.run > 1:
+            _announce(split, plan.coming(update, begin))
+        encoded, sizes = zip(*(_read(dataset, "train", i) for i in pictures))
     boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in pictures]
     crops = draw_crops(np.array(sizes), boxes, plan.seed, places, area_min)
     return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
 
-# %% ../nbs/30_data.ipynb #7df6cab0
+# %% ../nbs/30_data.ipynb #9b5bd935
 def training_batches(
     dataset: DataSet,  # From `open_data`
     image_size: int,  # Side of the pictures, S, pixels
@@ -1146,7 +1150,7 @@ def training_batches(
     area_min: float = 0.05,  # Smallest crop, share of the area
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
-    reader: str = "tensorflow",  # or "numpy": an iterator of arrays, see `array_batches`
+    reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     "Stream shuffled training batches"
     if reader not in _READERS:
@@ -1154,11 +1158,13 @@ def training_batches(
     _check_request(image_size, area_min, preprocessing)
     plan = _plan(dataset, global_batch_size, seed, shard)
     read = functools.partial(_train_inputs, dataset, plan, area_min)
-    stream = _tensors if reader == "tensorflow" else _arrays
+    stream = (
+        _tensors if reader == "tensorflow" else _arrays if reader == "numpy" else _device_arrays
+    )
     return stream(dataset, plan, read, image_size, preprocessing == "train", first_update)
 
 
-_READERS = ("tensorflow", "numpy")
+_READERS = ("tensorflow", "numpy", "jax")
 
 # %% ../nbs/30_data.ipynb #065ec54f
 def _tensors(dataset, plan, inputs, image_size, random, first_update):
@@ -1359,3 +1365,110 @@ def load_arrays(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(place, range(len(labels))))
     return images, labels
+
+# %% ../nbs/30_data.ipynb #32716790
+class _Decoded(NamedTuple):
+    "Training pictures on JAX' device"
+
+    pixels: Any  # All pictures one after the other, (pixels, 3) uint8
+    begin: np.ndarray  # First pixel of each picture, (n,)
+    sizes: np.ndarray  # Height and width, (n, 2)
+
+
+def _decode_all(dataset):
+    import jax.numpy as jnp
+
+    def picture(i):
+        encoded, _ = _read(dataset, "train", i)
+        with _located(dataset, "train", i):
+            return _decode(encoded)
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        pictures = list(pool.map(picture, range(dataset.train_count)))
+    sizes = np.array([p.shape[:2] for p in pictures], np.int32)
+    ends = np.cumsum(sizes.prod(1))
+    pixels = jnp.asarray(np.concatenate([p.reshape(-1, 3) for p in pictures]))
+    print(f"{len(sizes):,} decoded pictures, {pixels.nbytes / 2**20:,.0f} MiB, on the device")
+    return _Decoded(pixels, (ends - sizes.prod(1)).astype(np.int32), sizes)
+
+
+_kept = {}  # the training split of one data set -> its pictures
+
+
+def _on_device(dataset):
+    split = dataset.splits["train"]
+    if _kept.get("split") is not split:
+        _kept.clear()
+        _kept.update(split=split, decoded=_decode_all(dataset))
+    return _kept["decoded"]
+
+# %% ../nbs/30_data.ipynb #becf2f9e
+def fits_device(
+    dataset: DataSet,  # From `open_data`
+    share: float = 0.125,  # Of the device's memory that the decoded pictures may take
+) -> bool:  # False without a GPU
+    "Say whether the training pictures of a data set fit on JAX' device"
+    import jax
+
+    if jax.default_backend() == "cpu":
+        return False
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    limit = min(share * memory, 2**32)  # pixels are counted in 31 bits
+    if dataset.splits["train"].length.sum() > limit:
+        return False
+    some = np.linspace(0, dataset.train_count - 1, min(dataset.train_count, 64)).astype(int)
+    sizes = np.array([_read(dataset, "train", i)[1] for i in some])
+    return bool(3 * sizes.prod(1).mean() * dataset.train_count < limit)
+
+# %% ../nbs/30_data.ipynb #f4632972
+@functools.lru_cache(maxsize=1)
+def _cutter():
+    "A compiled `resize` of a rectangle of each of many pictures"
+    import jax
+    import jax.numpy as jnp
+
+    def taps(corner, side, scale, size):
+        at = (corner[:, None] + jnp.arange(side, dtype="float32") + 0.5) * scale[:, None] - 0.5
+        low = jnp.floor(at)
+        first, second = jnp.maximum(low, 0), jnp.minimum(low + 1, size[:, None] - 1)
+        return first.astype("int32"), second.astype("int32"), at - low
+
+    def cut(pixels, begin, width, part, scale, corner, flips, side):
+        y0, y1, fy = taps(corner[:, 0], side, scale[:, 0], part[:, 2])
+        x0, x1, fx = taps(corner[:, 1], side, scale[:, 1], part[:, 3])
+        begin = begin + part[:, 0] * width + part[:, 1]
+
+        def line(y):
+            row = (begin[:, None] + y * width[:, None])[:, :, None]
+            a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
+            return a + (b - a) * fx[:, None, :, None]
+
+        upper = line(y0)
+        out = upper + (line(y1) - upper) * fy[:, :, None, None]
+        out = jnp.clip(jnp.rint(out), 0, 255).astype("uint8")
+        return jnp.where(flips[:, None, None, None], out[:, :, ::-1], out)
+
+    return jax.jit(cut, static_argnums=7)
+
+# %% ../nbs/30_data.ipynb #58c2b753
+def device_batches(
+    *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
+    **options,  # and its options: seed, first_update, area_min, preprocessing, shard
+) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
+    "Stream the batches of `training_batches` from pictures on JAX' device"
+    return training_batches(*request, reader="jax", **options)
+
+
+def _device_arrays(dataset, plan, inputs, image_size, random, first_update):
+    "The stream of `training_batches` on the device"
+    decoded, cut, square = _on_device(dataset), _cutter(), (image_size, image_size)
+    for update in itertools.count(first_update):
+        pictures, part, flips, labels = inputs(update, 0, plan.local, decoded.sizes)
+        begin, sizes = decoded.begin[pictures], decoded.sizes[pictures]
+        new, corner = np.tile(square, (len(part), 1)), np.zeros((len(part), 2))
+        if not random:
+            windows = np.array([validation_window(*size, image_size) for size in sizes])
+            new, corner = windows[:, 0], windows[:, 1]
+            part, flips = np.concatenate([0 * sizes, sizes], 1), np.zeros(len(part), bool)
+        how = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
+        yield cut(decoded.pixels, begin, sizes[:, 1], part, *how, image_size), labels

@@ -52,7 +52,7 @@ def xla_pays() -> bool:  # True on JAX, and on TensorFlow with a GPU
 
     return bool(tf.config.list_physical_devices("GPU"))
 
-# %% ../nbs/20_efficientnet.ipynb #5b60b5f2
+# %% ../nbs/20_efficientnet.ipynb #e1b255f2
 class ParamLayer(keras.layers.Layer):
     "A Keras layer over declared parameters and a pure function; subclasses say which"
 
@@ -83,6 +83,8 @@ class ParamLayer(keras.layers.Layer):
 
     def call(self, x, training=False):
         ops, rng = current_ops(), None
+        if keras.distribution.distribution() is not None:  # a kernel would gather the batch
+            ops = get_ops(ops.name)
         if training:
             rng = Rng(ops, self.seed, ops.cast(self.seed_generator.next()[1], "int32"))
         weights = {n: v.value for n, v in self.by_name.items()}
@@ -411,7 +413,7 @@ class GroupConv2D(ParamLayer):
         own = {k: getattr(self, k) for k in ("group_size", "kernel_size", "strides")}
         return {**super().get_config(), **own}
 
-# %% ../nbs/20_efficientnet.ipynb #89e6980a
+# %% ../nbs/20_efficientnet.ipynb #c81d71c7
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class ProxyNormAct(ParamLayer):
     "Layer or group norm, affine, swish and Proxy Norm in one layer, for (N, H, W, C)"

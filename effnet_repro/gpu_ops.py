@@ -195,7 +195,7 @@ def _differentiable_stem():
 
 # %% ../nbs/16_gpu_ops.ipynb #51047406
 class GPUOps(JAXOps):
-    "JAX with kernels of our own, for one GPU"
+    "JAX with kernels of our own, for the pictures of one GPU"
 
     def normalise(self, x, gamma, beta, norm_groups, statistics, activation, proxy):
         if statistics is not None:
@@ -230,8 +230,8 @@ def jax_ops():  # `GPUOps` on one GPU of CUDA, else `JAXOps`; EFFNET_KERNELS=0 s
         return _plain_ops()
     device = jax.devices()[0].device_kind
     capable = "NVIDIA" in device.upper() and jax.__version_info__ >= (0, 10)
-    if jax.device_count() > 1 or not capable:
-        print(f"kernels: plain ones, on {jax.device_count()} x {device}", flush=True)
+    if not capable:
+        print(f"kernels: plain ones, on {device}", flush=True)
         return _plain_ops()
     print(
         f"kernels: fused norms and convolutions for {device} (EFFNET_KERNELS=0: plain)", flush=True

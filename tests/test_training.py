@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -210,12 +211,8 @@ np.savez(sys.argv[1], **one_update())
 
 def one_update():
     """Weights and slots after one update without masks, from the back end's own reader."""
-    import tempfile
-
-    from effnet_repro.efficientnet import build_model, get_weights
-    from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import Program, TrainingModel, _save_state
     from effnet_repro.training import updates as stream
+    from effnet_repro.training import use_devices
 
     case = for_one_device(
         override(TINY, drop_path_rate=0.0, dropout_rate=0.0, cutmix_lambda=0.8, warmup_epochs=0),
@@ -226,14 +223,25 @@ def one_update():
     batch = next(iter(stream(case, data, 0)))
     batch = batch[0] if isinstance(batch, tuple) else batch
     batch = {**{k: np.asarray(v) for k, v in batch.items()}, "images": _pictures()}
+    with use_devices(case):
+        arrays = _after_one_update(case, batch)
+    rest = ("mixup", "cutmix_lambda", "cutmix_centre", "labels", "update", "learning_rate")
+    return {**arrays, **{f"batch/{k}": batch[k] for k in rest}}
+
+
+def _after_one_update(case, batch):
+    import keras
+
+    from effnet_repro.efficientnet import build_model, get_weights
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import Program, TrainingModel, _save_state
+
     spec = ModelSpec.from_case(case, num_classes=10)
     network = build_model(spec, image_size=32)
     model = TrainingModel(
         network,
         Program(case, spec, tuple(la.segment.name for la in network.layers[1:]), "float32", 0),
     )
-    import keras
-
     stream = ((batch,) for _ in range(2))
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
@@ -243,14 +251,13 @@ def one_update():
 
     if keras.backend.backend() == "jax":
         model.jax_state_sync()
-    folder = tempfile.mkdtemp()
-    arrays = checkpoint.load(_save_state(Path(folder) / "epoch-0000.safetensors", model, 1, 0, {}))[
-        0
-    ]
+        places = model.trainable_variables[0].value.sharding.device_set
+        assert len(places) == case.gradient_accumulation == 2
+    path = Path(tempfile.mkdtemp()) / "epoch-0000.safetensors"
+    arrays = checkpoint.load(_save_state(path, model, 1, 0, {}))[0]
     assert abs(float(model.optimizer.learning_rate) - float(batch["learning_rate"])) < 1e-9
     assert get_weights(network)
-    rest = ("mixup", "cutmix_lambda", "cutmix_centre", "labels", "update", "learning_rate")
-    return {**arrays, **{f"batch/{k}": batch[k] for k in rest}}
+    return arrays
 
 
 def _pictures():
@@ -258,8 +265,10 @@ def _pictures():
 
 
 def test_one_update_on_both_back_ends(tmp_path):
-    """The same pictures and draws: every weight and slot agrees; the readers feed the same labels and draws."""
-    env = {**PYTHON, "KERAS_BACKEND": "jax"}
+    """TensorFlow on one device and JAX on two, a micro-batch each: every weight and slot agrees,
+    and the readers feed the same labels and draws."""
+    two = "--xla_force_host_platform_device_count=2"
+    env = {**PYTHON, "KERAS_BACKEND": "jax", "XLA_FLAGS": two}
     path = tmp_path / "jax.npz"
     run = subprocess.run(
         [sys.executable, "-c", JAX, str(path)], env=env, capture_output=True, text=True

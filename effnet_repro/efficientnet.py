@@ -83,7 +83,8 @@ class ParamLayer(keras.layers.Layer):
 
     def call(self, x, training=False):
         ops, rng = current_ops(), None
-        if keras.distribution.distribution() is not None:  # a kernel would gather the batch
+        spread = keras.distribution.distribution() is not None  # a kernel would gather the batch
+        if spread or not isinstance(x.shape[0], int):  # nor can it be told an unknown batch size
             ops = get_ops(ops.name)
         if training:
             rng = Rng(ops, self.seed, ops.cast(self.seed_generator.next()[1], "int32"))

@@ -1,9 +1,14 @@
 """Measure training and inference on a GPU beside the networks that one would pick instead.
 
 Every contender is a process of its own. All of a wave compile first; then they take turns, one round each, so that
-the machine's state is the same for all. Results go to results/gpu_speed.csv as they come. Without a GPU: a message.
+the machine's state is the same for all. Results go to files in results/ as they come. Without a GPU: a message.
 
-    python tests/bench_gpu.py [--only REGEX] [--seconds 900] [--out results/gpu_speed.csv]
+    python tests/bench_gpu.py [speed] [memory] [reader] [devices] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
+
+speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 = the other arms, 3 = other peers, plain operations
+memory   gpu_memory.csv: the largest micro-batch that trains, by compiled memory analysis and one trial
+reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
+devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 """
 
 import argparse
@@ -23,85 +28,77 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--xla_gpu_enable_triton_gemm=false"  # compiles in half the time; the products use cuBLAS
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
+PARTS = ("speed", "memory", "reader", "devices")
+MODES = ("train", "infer")
+
+
+# ---- what is measured
 
 
 def contenders():
-    "(name, kind, settings, wave): B0 and B4 with their peers, then the other arms, then plain operations"
+    "(name, kind, settings, wave) of the part `speed`"
     rows = []
-    for first, (size, (native, half, batch)) in enumerate(SIZES.items(), 1):
+    for size, (native, half, batch) in SIZES.items():
         peer = dict(model=f"efficientnet_{size.lower()}", size=native, batch=batch)
         rows += [
-            (f"timm {peer['model']}, compiled", "torch", {**peer, "mode": m}, first)
-            for m in ("train", "infer")
+            (f"timm {peer['model']}, compiled", "torch", {**peer, "mode": m}, 1) for m in MODES
         ]
-        for arm, wave in (("G16-LN_PN", first), ("G16-GN", first + 2), ("G1-GN", first + 2)):
+        for arm in ("G16-LN_PN", "G16-GN", "G1-GN"):
             for part, side in (("Native", native), ("Half", half)):
-                ours = dict(
-                    model=f"{size}-{arm}-{part}",
-                    size=side,
-                    batch=batch * (2 if part == "Half" and size == "B4" else 1),
-                )
-                if arm == "G1-GN" and part == "Half":
-                    continue  # not published
-                rows.append((ours["model"], "ours", {**ours, "mode": "train"}, wave))
-                if part == "Native":
-                    rows.append((ours["model"], "ours", {**ours, "mode": "infer"}, wave))
-        plain = dict(
-            model=f"{size}-G16-LN_PN-Native", size=native, batch=batch, env={"EFFNET_KERNELS": "0"}
-        )
-        rows += [
-            (f"{plain['model']}, plain operations", "ours", {**plain, "mode": m}, first + 4)
-            for m in ("train", "infer")
-        ]
+                many = batch * (2 if (size, part) == ("B4", "Half") else 1)
+                published = part if arm != "G1-GN" else "Native"  # no half of it was published
+                one = dict(model=f"{size}-{arm}-{published}", size=side, batch=many)
+                wave = 1 if arm == "G16-LN_PN" else 2
+                rows += [(f"{size}-{arm}-{part}", "ours", {**one, "mode": m}, wave) for m in MODES]
+        plain = dict(model=f"{size}-G16-LN_PN-Native", size=native, batch=batch)
+        plain["env"] = {"EFFNET_KERNELS": "0"}
+        name = f"{plain['model']}, plain operations"
+        rows += [(name, "ours", {**plain, "mode": m}, 3) for m in MODES]
+    keras = dict(model="EfficientNetB0", size=224, batch=256, env={"XLA_FLAGS": ""})
+    rows += [("keras.applications EfficientNetB0", "keras", {**keras, "mode": m}, 3) for m in MODES]
+    for model, sizes, batch in (
+        ("tf_efficientnetv2_s", (300, 384), 128),
+        ("resnet50", (224, 224), 256),
+    ):
+        for mode, side in zip(MODES, sizes):
+            settings = dict(model=model, size=side, batch=batch, mode=mode)
+            rows.append((f"timm {model}, compiled", "torch", settings, 3))
     return rows
 
 
-def ours(model, size, batch, mode, **_):
-    "A function of n that runs n steps of one of our networks and waits for the last"
-    os.environ.setdefault("KERAS_BACKEND", "jax")
-    from dataclasses import replace
+def _case(model, batch, micro=None, size=None):
+    from effnet_repro.config import for_one_device, get_case, load_cases, override
 
-    import jax
+    case = get_case(next(name for name in load_cases() if name.startswith(f"{model}_")))
+    case = for_one_device(case, micro or batch, batch)
+    return override(case, image_size=size or case.image_size, mixup_alpha=0.0, cutmix_lambda=None)
+
+
+def _pictures(batch, size):
     import jax.numpy as jnp
     import numpy as np
 
-    from effnet_repro.config import for_one_device, get_case, load_cases, override
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
+    return images, jnp.asarray(rng.integers(0, 1000, batch, dtype=np.int32))
+
+
+def _training_step(model, size, batch):
+    "An update of one of our networks, compiled, with its arguments"
+    import jax
+    import jax.numpy as jnp
+
     from effnet_repro.gpu_ops import jax_ops
-    from effnet_repro.network import fold_proxies, initial_weights, params, run, segments
+    from effnet_repro.network import initial_weights, params, segments
     from effnet_repro.ops import Rng
     from effnet_repro.recipe import decay_mask, rmsprop_settings, rmsprop_step
     from effnet_repro.scaling import ModelSpec
     from effnet_repro.training import Program, micro_loss
 
-    ops, rng = jax_ops(), np.random.default_rng(0)
-    case = get_case(next(name for name in load_cases() if name.startswith(f"{model}_")))
-    case = override(
-        for_one_device(case, batch, batch), image_size=size, mixup_alpha=0.0, cutmix_lambda=None
-    )
+    ops, case = jax_ops(), _case(model, batch, size=size)
     spec = ModelSpec.from_case(case)
-    images = jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
-    weights = initial_weights(spec)
-    if mode == "infer":
-        if spec.proxy_norm:
-            spec, weights = replace(spec, folded=True), fold_proxies(weights)
-        weights = {k: jnp.asarray(v) for k, v in weights.items()}
-        step = (
-            jax.jit(lambda w, x: run(ops, spec, w, ops.cast(x, "bfloat16")))
-            .lower(weights, images)
-            .compile()
-        )
-
-        def steps(n):
-            for _ in range(n):
-                y = step(weights, images)
-            y.block_until_ready()
-
-        return steps, None
     program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
-    decays, labels = (
-        decay_mask(params(spec)),
-        jnp.asarray(rng.integers(0, 1000, batch, dtype=np.int32)),
-    )
+    decays = decay_mask(params(spec))
     constants = dict(learning_rate=1e-4, **rmsprop_settings(case))
 
     def update(state, images, labels, i):
@@ -122,24 +119,93 @@ def ours(model, size, batch, mode, **_):
         }
         return tuple({n: v[k] for n, v in new.items()} for k in range(3)), loss
 
+    weights = {k: jnp.asarray(v) for k, v in initial_weights(spec).items()}
+    like = lambda make: {k: make(v) for k, v in weights.items()}
+    state = (weights, like(jnp.ones_like), like(jnp.zeros_like))
+    shapes = (
+        jax.ShapeDtypeStruct((batch, size, size, 3), "uint8"),
+        jax.ShapeDtypeStruct((batch,), "int32"),
+    )
+    step = jax.jit(update, donate_argnums=0).lower(state, *shapes, jnp.int32(0)).compile()
+    return step, state
+
+
+def ours(model, size, batch, mode, **_):
+    "A function of n that runs n steps of one of our networks and waits for the last"
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if mode == "train":
+        step, state = _training_step(model, size, batch)
+        images, labels = _pictures(batch, size)
+        state, count = [state], [0]
+
+        def updates(n):
+            for _ in range(n):
+                state[0], loss = step(state[0], images, labels, jnp.int32(count[0]))
+                count[0] += 1
+            assert np.isfinite(float(loss)), f"the loss after {count[0]} updates is {float(loss)}"
+
+        return updates
+    from dataclasses import replace
+
+    from effnet_repro.gpu_ops import jax_ops
+    from effnet_repro.network import fold_proxies, initial_weights, run
+    from effnet_repro.scaling import ModelSpec
+
+    ops, spec = jax_ops(), ModelSpec.from_case(_case(model, batch, size=size))
+    weights, images = initial_weights(spec), _pictures(batch, size)[0]
+    if spec.proxy_norm:
+        spec, weights = replace(spec, folded=True), fold_proxies(weights)
     weights = {k: jnp.asarray(v) for k, v in weights.items()}
-    state = [
-        (
-            weights,
-            {k: jnp.ones_like(v) for k, v in weights.items()},
-            {k: jnp.zeros_like(v) for k, v in weights.items()},
-        )
-    ]
-    step = jax.jit(update, donate_argnums=0).lower(state[0], images, labels, jnp.int32(0)).compile()
-    memory, count = step.memory_analysis().temp_size_in_bytes / 2**30, [0]
+    forward = jax.jit(lambda w, x: run(ops, spec, w, ops.cast(x, "bfloat16")))
+    forward = forward.lower(weights, images).compile()
 
     def steps(n):
         for _ in range(n):
-            state[0], loss = step(state[0], images, labels, jnp.int32(count[0]))
-            count[0] += 1
-        assert np.isfinite(float(loss)), f"the loss after {count[0]} updates is {float(loss)}"
+            y = forward(weights, images)
+        y.block_until_ready()
 
-    return steps, memory
+    return steps
+
+
+def keras_peer(model, size, batch, mode, **_):
+    "The same for a network of keras.applications on the JAX back end: mixed bfloat16, momentum"
+    import keras
+
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    net = getattr(keras.applications, model)(weights=None)
+    images, labels = _pictures(batch, size)
+    if mode == "infer":
+        import jax
+
+        state = [v.value for v in net.trainable_variables]
+        other = [v.value for v in net.non_trainable_variables]
+        forward = jax.jit(lambda a, b, x: net.stateless_call(a, b, x, training=False)[0])
+        forward = forward.lower(state, other, images).compile()
+
+        def steps(n):
+            for _ in range(n):
+                y = forward(state, other, images)
+            y.block_until_ready()
+
+        return steps
+    optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
+    net.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(), jit_compile=True)
+    net.optimizer.build(net.trainable_variables)
+    state = [net._get_jax_state(*[True] * 4, purge_model_variables=True)]
+    net.make_train_function()
+    import itertools
+
+    resident = itertools.repeat((images, labels))
+
+    def updates(n):
+        for _ in range(n):
+            logs, state[0] = net.train_function(state[0], resident)
+        float(logs["loss"])
+
+    return updates
 
 
 def torch_peer(model, size, batch, mode, **_):
@@ -147,7 +213,6 @@ def torch_peer(model, size, batch, mode, **_):
     import timm
     import torch
 
-    torch.backends.cudnn.benchmark = True
     net = timm.create_model(model).cuda().to(memory_format=torch.channels_last)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device="cuda").to(
         memory_format=torch.channels_last
@@ -163,7 +228,7 @@ def torch_peer(model, size, batch, mode, **_):
                     run(images)
             torch.cuda.synchronize()
 
-        return steps, None
+        return steps
     optimizer = torch.optim.SGD(
         net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-5, fused=True
     )
@@ -177,36 +242,141 @@ def torch_peer(model, size, batch, mode, **_):
             optimizer.step()
         torch.cuda.synchronize()
 
-    return steps, None
+    return steps
+
+
+def runtime(model, size, batch, micro, losses, **_):
+    "The same through the training runtime, on all GPUs that the process sees"
+    import jax
+    import keras
+    import numpy as np
+
+    from effnet_repro.data import open_data
+    from effnet_repro.efficientnet import build_model
+    from effnet_repro.network import segments
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import Program, TrainingModel, updates, use_devices
+
+    case, data = _case(model, batch, micro, size), open_data(verbose=False)
+    spec = ModelSpec.from_case(case, num_classes=data.num_classes)
+    scope = use_devices(case)
+    scope.__enter__()  # for the life of this process
+    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
+    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=0), program)
+    seen = []
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=lambda _, logs: seen.append(logs))
+    fit = lambda stream, n: net.fit(
+        stream, steps_per_epoch=n, verbose=0, shuffle=False, callbacks=[watch]
+    )
+    stream = updates(case, data, 0)
+    first = next(stream)
+    fit(stream, losses)
+    curve, (batch,) = [float(logs["loss"]) for logs in seen], first
+
+    def resident():
+        while True:
+            yield (placed,)
+
+    distribution = keras.distribution.distribution()
+    place = lambda v: distribution and distribution.get_data_layout(v.shape).backend_layout
+    placed = {n: jax.device_put(np.asarray(v), place(v)) for n, v in batch.items()}
+
+    def steps(n):
+        seen.clear()
+        fit(resident(), n)
+        assert np.isfinite(float(seen[-1]["loss"]))
+
+    steps.losses = curve
+    return steps
+
+
+def largest(model, size, batch, **_):
+    "The largest micro-batch whose update runs: predicted from a compiled one, then tried"
+    import jax
+    import jax.numpy as jnp
+
+    step, state = _training_step(model, size, batch)
+    one, limit = step.memory_analysis(), jax.devices()[0].memory_stats()["bytes_limit"]
+    fixed = one.argument_size_in_bytes - batch * size * size * 3
+    per_picture = one.temp_size_in_bytes / batch + size * size * 3
+    most = int((limit - fixed) / per_picture)
+    most -= most % 16
+    print(json.dumps({"gib_a_picture": per_picture / 2**30, "predicted": most}), flush=True)
+    sys.stdin.readline()  # until the GPU is free
+    while most > batch:
+        try:
+            step, state = _training_step(model, size, most)
+            state, loss = step(state, *_pictures(most, size), jnp.int32(0))
+            float(loss)
+            break
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            most = int(most * 0.9) // 16 * 16
+    print(json.dumps({"largest": most, "peak_gib": _peak_gib(), "limit_gib": limit / 2**30}))
+
+
+def _peak_gib():
+    if "torch" in sys.modules:
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**30
+    import jax
+
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+
+
+def _settle(kind):
+    "Alone on the GPU: PyTorch looks for the fastest convolutions only now"
+    if kind == "torch":
+        import torch
+
+        torch.backends.cudnn.benchmark = True
+
+
+def _rest():
+    "Leave the memory to the others"
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
 
 
 def worker(kind, settings):
-    "Compile, say so, then run a round for every line that comes in"
+    "Compile, say so, then run a round for every line that comes in; the first one is not timed"
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     begin = time.perf_counter()
-    steps, memory = {"ours": ours, "torch": torch_peer}[kind](**settings)
+    if kind == "largest":
+        return largest(**settings)
+    make = {"ours": ours, "torch": torch_peer, "keras": keras_peer, "runtime": runtime}[kind]
+    steps = make(**settings)
     steps(2)
-    compiled = time.perf_counter() - begin
-    begin = time.perf_counter()
-    steps(5)
-    n = max(5, int(0.4 / ((time.perf_counter() - begin) / 5)))
-    print(
-        json.dumps({"compile_s": round(compiled, 1), "memory_gib": memory, "steps": n}), flush=True
-    )
+    _rest()
+    about = {"compile_s": round(time.perf_counter() - begin, 1)}
+    print(json.dumps({**about, "losses": getattr(steps, "losses", [])}), flush=True)
+    n = 0
     for _ in sys.stdin:
-        begin = time.perf_counter()
-        steps(n)
-        print(json.dumps((time.perf_counter() - begin) / n), flush=True)
+        if not n:
+            _settle(kind)
+            steps(3)
+            begin = time.perf_counter()
+            steps(5)
+            n = max(5, int(0.4 / ((time.perf_counter() - begin) / 5)))
+            print(json.dumps({"steps": n, "peak_gib": _peak_gib()}), flush=True)
+        else:
+            begin = time.perf_counter()
+            steps(n)
+            print(json.dumps((time.perf_counter() - begin) / n), flush=True)
+        _rest()
+    return None
 
 
-def gpu():
-    "The GPU's name, or None"
+# ---- the processes
+
+
+def gpus():
+    "Names of the GPUs"
     ask = ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"]
     try:
-        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()[
-            0
-        ]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
+        return subprocess.run(ask, capture_output=True, text=True, check=True).stdout.splitlines()
+    except (OSError, subprocess.CalledProcessError):
+        return []
 
 
 def versions():
@@ -229,30 +399,34 @@ def start(kind, settings, log):
     }
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
     command = [sys.executable, __file__, "--worker", kind, json.dumps(settings)]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        text=True,
-        env=env,
-        cwd=str(ROOT),
-    )
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
+    return subprocess.Popen(command, env=env, cwd=str(ROOT), **pipes)
 
 
-def answer(process):
-    "The next line of JSON that a worker prints, or None when it has ended"
+def answer(process, key=None):
+    "The next line of JSON that a worker prints (with `key` in it), or None when it has ended"
     for line in process.stdout:
         if line[:1] in "{0123456789":
-            return json.loads(line)
+            value = json.loads(line)
+            if key is None or (isinstance(value, dict) and key in value):
+                return value
     return None
 
 
-def measure(wave, deadline, rounds, log, write):
-    "Compile a wave's contenders side by side, then let them take turns"
-    running = [(row, start(row[1], row[2], log)) for row in wave]
-    ready = {}
-    wait = lambda i, p: ready.update({i: answer(p)})
+def ask(process):
+    "Let a worker do its next thing; None when it has ended"
+    try:
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    except BrokenPipeError:
+        return None
+    return answer(process)
+
+
+def together(rows, deadline, log, key="compile_s"):
+    "Start a worker for each row, and wait until each has printed `key`: [(row, process, answer)]"
+    running, ready = [(row, start(row[1], row[2], log)) for row in rows], {}
+    wait = lambda i, p: ready.update({i: answer(p, key)})
     threads = [
         threading.Thread(target=wait, args=(i, p), daemon=True) for i, (_, p) in enumerate(running)
     ]
@@ -260,109 +434,201 @@ def measure(wave, deadline, rounds, log, write):
         t.start()
     while time.time() < deadline and any(t.is_alive() for t in threads):
         time.sleep(0.2)
+    found = []
     for i, (row, process) in enumerate(running):
-        if not ready.get(i):
-            print(
-                f"left out: {row[0]}, {row[2]['mode']} (not compiled in time, or failed)",
-                flush=True,
-            )
+        if ready.get(i):
+            found.append((row, process, ready[i]))
+        else:
+            print(f"left out: {row[0]}, {row[2].get('mode', '')} (not compiled in time, or failed)")
             process.kill()
-    print(
-        "compiled:",
-        {
-            running[i][0][0] + " " + running[i][0][2]["mode"]: r["compile_s"]
-            for i, r in ready.items()
-            if r
-        },
-        flush=True,
-    )
-    times = {i: [] for i, r in ready.items() if r}
+    names = [f"{r[0]} {r[2].get('mode', '')}: {a[key]}" for r, _, a in found]
+    print(f"{key}:", "; ".join(names), flush=True)
+    return found
+
+
+def measure(wave, deadline, rounds, log, write):
+    "Compile a wave's contenders side by side, then let them take turns"
+    running, times = together(wave, deadline, log), {}
+    for i, (row, process, about) in enumerate(running):
+        alone = ask(process)
+        if alone is None:
+            print(f"failed: {row[0]}", flush=True)
+        else:
+            times[i] = []
+            about.update(alone)
     for _ in range(rounds):
         for i in list(times):
-            process = running[i][1]
-            try:
-                process.stdin.write("go\n")
-                process.stdin.flush()
-                value = answer(process)
-            except BrokenPipeError:
-                value = None
+            value = ask(running[i][1])
             if value is None:
                 print(f"failed: {running[i][0][0]}", flush=True)
                 times.pop(i)
             else:
                 times[i].append(value)
     for i, seconds in times.items():
-        write(running[i][0], ready[i], seconds)
-    for _, process in running:
+        write(running[i][0], running[i][2], seconds)
+    for _, process, _ in running:
         process.kill()
+
+
+class Table:
+    "A CSV file that is rewritten with every row; rows of other runs stay unless they are the same"
+
+    def __init__(self, path, keys, about):
+        self.path, self.keys, self.about, self.rows = Path(path), keys, about, []
+        if self.path.exists():
+            with self.path.open(newline="") as file:
+                self.rows = list(csv.DictReader(file))
+
+    def add(self, row):
+        same = lambda old: all(str(old.get(k)) == str(row[k]) for k in self.keys)
+        self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
+        names = list(self.rows[-1])
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, names, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
+
+
+def spread(values, name):
+    "Median, lowest and highest of a list"
+    return {
+        name: round(median(values), 1),
+        "lowest": round(min(values), 1),
+        "highest": round(max(values), 1),
+        "rounds": len(values),
+    }
+
+
+# ---- the parts
+
+
+def bench_speed(a, about, log):
+    table, begin = Table(a.folder / "gpu_speed.csv", ("name", "mode"), about), time.time()
+
+    def write(row, ready, seconds):
+        name, _, s, wave = row
+        speed = spread([s["batch"] / t for t in seconds], "images_per_s")
+        first = dict(name=name, mode=s["mode"], image_size=s["size"], batch=s["batch"])
+        more = dict(steps=ready["steps"], compile_s=ready["compile_s"])
+        more.update(peak_gib=round(ready["peak_gib"], 2), wave=wave, call=a.call)
+        table.add({**first, **speed, **more})
+        print(
+            f"{name:45} {s['mode']:6} {s['size']:4} px {speed['images_per_s']:10,.0f} images/s "
+            f"({speed['lowest']:,.0f} to {speed['highest']:,.0f})",
+            flush=True,
+        )
+
+    for wave in a.waves.split(","):
+        fits = lambda r: re.search(a.only, f"{r[0]}, {r[2]['mode']}")
+        chosen = [r for r in contenders() if r[3] == int(wave) and fits(r)]
+        if chosen and time.time() - begin < a.seconds:
+            measure(chosen, time.time() + a.compile_seconds, a.rounds, log, write)
+
+
+def bench_memory(a, about, log):
+    table, rows = Table(a.folder / "gpu_memory.csv", ("name",), about), []
+    for size, (native, half, batch) in SIZES.items():
+        for part, side in (("Native", native), ("Half", half)):
+            name = f"{size}-G16-LN_PN-{part}"
+            settings = dict(model=name, size=side, batch=batch, env={})
+            settings["env"] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
+            if re.search(a.only, f"{name}, memory"):
+                rows.append((name, "largest", settings, 0))
+    running = together(rows, time.time() + a.compile_seconds, log, "predicted")
+    for (name, _, s, _), process, predicted in running:
+        found = ask(process)
+        if found is not None:
+            first = dict(name=name, image_size=s["size"], mode="train", batch=s["batch"])
+            table.add({**first, **predicted, **found})
+            print(f"{name:45} largest micro-batch {found['largest']}, {found['peak_gib']:.1f} GiB")
+        process.kill()
+
+
+def bench_reader(a, about, log):
+    os.environ.update(KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    sys.path.insert(0, str(ROOT))
+    from effnet_repro.data import array_batches, device_batches, open_data
+
+    keys = ("reader", "data", "image_size")
+    table = Table(a.folder / "gpu_reader.csv", keys, {**about, "cores": os.cpu_count()})
+    for folder in a.data or [None]:
+        data = open_data(folder, verbose=False)
+        batch = min(256, data.train_count)
+        for size in (96, 160, 224, 252, 380):
+            for name, make, n in (("host", array_batches, 512), ("device", device_batches, 4096)):
+                stream, speeds = make(data, size, batch), []
+                for i in range(6):
+                    begin, steps = time.perf_counter(), max(2, n // batch)
+                    for _ in range(steps):
+                        images, _ = next(stream)
+                    getattr(images, "block_until_ready", lambda: None)()
+                    speeds.append(steps * batch / (time.perf_counter() - begin))
+                row = {"reader": name, "data": Path(data.root).name, "image_size": size}
+                table.add({**row, "batch": batch, **spread(speeds[1:], "pictures_per_s")})
+                print(row, table.rows[-1]["pictures_per_s"], flush=True)
+
+
+def bench_devices(a, about, log):
+    if len(gpus()) < 2:
+        print("devices: there is one GPU here, so there is nothing to compare")
+        return
+    keys = ("name", "devices")
+    speed = Table(a.folder / "gpu_devices.csv", keys, about)
+    curves = Table(a.folder / "gpu_devices_loss.csv", (*keys, "update"), about)
+    rows = []
+    for model, size, micro in (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128)):
+        for n in (1, 2):
+            settings = dict(model=model, size=size, batch=768, micro=micro, losses=a.losses)
+            settings.update(mode="train", env={"CUDA_VISIBLE_DEVICES": "0,1"[: 2 * n - 1]})
+            rows.append((f"{model} on {n}", "runtime", settings, n))
+
+    def write(row, ready, seconds):
+        _, _, s, n = row
+        found = spread([s["batch"] / t for t in seconds], "images_per_s")
+        first = dict(name=s["model"], devices=n, image_size=s["size"], global_batch=s["batch"])
+        speed.add({**first, "micro_batch": s["micro"], **found, "steps": ready["steps"]})
+        for update, loss in enumerate(ready["losses"]):
+            curves.add({"name": s["model"], "devices": n, "update": update, "loss": loss})
+        print(f"{row[0]:30} {found['images_per_s']:10,.0f} images/s", flush=True)
+
+    measure(rows, time.time() + a.compile_seconds, a.rounds, log, write)
 
 
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--only", default="", help="regular expression over 'name, mode'")
-    parser.add_argument("--waves", default="1,2,3,4,5,6")
+    parser.add_argument("--waves", default="1,2,3")
     parser.add_argument(
         "--seconds", type=float, default=1800, help="stop starting waves after this long"
     )
     parser.add_argument("--compile-seconds", type=float, default=400, help="for one wave")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", default=str(ROOT / "results" / "gpu_speed.csv"))
-    parser.add_argument("--worker", nargs=2)
-    args = parser.parse_args()
-    if args.worker:
-        return worker(args.worker[0], json.loads(args.worker[1]))
-    device = gpu()
-    if device is None:
+    parser.add_argument("--losses", type=int, default=24, help="updates of the loss curves")
+    parser.add_argument("--data", nargs="*", help="folders for the reader; default: the sample set")
+    parser.add_argument("--results", default=str(ROOT / "results"), help="where the files are")
+    parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if a.worker:
+        return worker(a.worker[0], json.loads(a.worker[1]))
+    if unknown := set(a.parts) - set(PARTS):
+        parser.error(f"no part called {', '.join(sorted(unknown))}. Parts: {', '.join(PARTS)}")
+    found = gpus()
+    if not found:
         print(
             "bench-gpu: there is no GPU here (nvidia-smi does not answer), so there is nothing to measure"
         )
         return None
-    begin, rows = time.time(), []
-    about = dict(
-        device=device, versions=versions(), date=datetime.date.today().isoformat(), flags=FLAGS
-    )
-
-    def write(row, ready, seconds):
-        name, _, s, _ = row
-        speed = [s["batch"] / t for t in seconds]
-        memory = "" if ready["memory_gib"] is None else round(ready["memory_gib"], 2)
-        rows.append(
-            dict(
-                name=name,
-                mode=s["mode"],
-                image_size=s["size"],
-                batch=s["batch"],
-                images_per_s=round(median(speed), 1),
-                lowest=round(min(speed), 1),
-                highest=round(max(speed), 1),
-                rounds=len(speed),
-                steps=ready["steps"],
-                compile_s=ready["compile_s"],
-                temporary_gib=memory,
-                **about,
-            )
-        )
-        with open(args.out, "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
-        print(
-            f"{name:45} {s['mode']:6} {s['size']:4} px {median(speed):10,.0f} images/s "
-            f"({min(speed):,.0f} to {max(speed):,.0f})",
-            flush=True,
-        )
-
+    a.folder, a.call = Path(a.results), datetime.datetime.now().isoformat(timespec="minutes")
+    a.folder.mkdir(parents=True, exist_ok=True)
+    today = datetime.date.today().isoformat()
+    about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
+    parts = dict(zip(PARTS, (bench_speed, bench_memory, bench_reader, bench_devices)))
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
-        for wave in args.waves.split(","):
-            chosen = [
-                r
-                for r in contenders()
-                if r[3] == int(wave) and re.search(args.only, f"{r[0]}, {r[2]['mode']}")
-            ]
-            if chosen and time.time() - begin < args.seconds:
-                measure(chosen, time.time() + args.compile_seconds, args.rounds, log, write)
+        for name in a.parts or PARTS:
+            parts[name](a, about, log)
     return None
 
 

@@ -43,7 +43,7 @@ def batch_statistics(
     mean = ops.mean(x, (0, 1, 2))
     return mean, ops.mean(ops.square(x - mean), (0, 1, 2))
 
-# %% ../nbs/11_norms.ipynb #371618c9
+# %% ../nbs/11_norms.ipynb #81983b4c
 EPSILON = 1e-3  # Of every norm. Source: `norm_epsilon` of the published code
 _ACTIVATIONS = ("swish", None)
 
@@ -69,6 +69,5 @@ def normalise(
     scale = scale if gamma is None else scale * gamma
     shift = -mean * scale if beta is None else beta - mean * scale
     x = ops.cast(x, "float32") if kind in ("bfloat16", "float16") else x
-    y = ops.affine(x, scale, shift, activation)
-    y = y if proxy is None else ops.standardise(y, *proxy)
+    y = ops.affine(x, scale, shift, activation, *(proxy or ()))
     return ops.cast(y, kind) if ops.dtype(y) != kind else y

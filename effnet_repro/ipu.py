@@ -11,7 +11,8 @@ __all__ = ['plot_pod', 'ipus_per_replica', 'for_ipus', 'machine_options', 'Plan'
            'count_ipus', 'train', 'finetune_layout', 'finetune', 'validate', 'poprun_command', 'has_ipu',
            'choose_device']
 
-# %% ../nbs/36_ipu.ipynb #26e5c24a
+# %% ../nbs/36_ipu.ipynb #acb28ebd
+import contextlib
 import functools
 import importlib
 import inspect
@@ -19,6 +20,7 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
@@ -79,7 +81,7 @@ from effnet_repro.runs import (
 )
 from .scaling import ModelSpec, blocks, count
 
-# %% ../nbs/36_ipu.ipynb #7dab6b66
+# %% ../nbs/36_ipu.ipynb #3f143cfc
 def plot_pod(
     case: Case,  # In its layout
     ax=None,  # Matplotlib axes; None = new ones
@@ -132,7 +134,7 @@ def for_ipus(
     check_accumulation(case.pipeline_schedule, case.num_stages, case.gradient_accumulation)
     return case
 
-# %% ../nbs/36_ipu.ipynb #46e4efa5
+# %% ../nbs/36_ipu.ipynb #de4149dd
 def _convolution_options(case):
     options = {}
     if len(case.available_memory_proportion) == 1:
@@ -153,9 +155,12 @@ def machine_options(
     target = case.internal_exchange_optimisation_target
     convolutions = _convolution_options(case)
     matmuls = {k: v for k, v in convolutions.items() if k == "partialsType"}
+    compilation = {"opt.internalExchangeOptimisationTarget": target}
+    if case.stochastic_rounding:  # else the seed would not decide it
+        compilation["target.deterministicWorkers"] = "portable"
     options = {
         "allow_recompute": case.enable_recomputation,
-        "compilation_poplar_options": {"opt.internalExchangeOptimisationTarget": target},
+        "compilation_poplar_options": compilation,
         "convolutions.poplar_options": convolutions,
         "matmuls.poplar_options": matmuls,
         "floating_point_behaviour.esr": case.stochastic_rounding,
@@ -222,7 +227,7 @@ def pipeline_options(
         options["stage_memory"] = [share[i : i + 2] for i in range(0, len(share), 2)]
     return options
 
-# %% ../nbs/36_ipu.ipynb #8820ab89
+# %% ../nbs/36_ipu.ipynb #d655de8b
 def mask_rates(
     spec: ModelSpec,  # The network
 ) -> Dict[str, float]:  # Residual block -> probability that its branch is dropped, where above 0
@@ -291,7 +296,7 @@ def draws(
         drawn.update({k: v[micro_batch] for k, v in _mixing(case, seed, update).items()})
     return drawn
 
-# %% ../nbs/36_ipu.ipynb #9b6acd74
+# %% ../nbs/36_ipu.ipynb #377dc4d4
 def element_stream(
     case: Case,  # In the layout to run
     spec: ModelSpec,  # Its network
@@ -323,7 +328,12 @@ def element_stream(
             element["images"] = tf.cast(element["images"], compute_dtype(case))
         return element
 
-    pictures = pictures.unbatch().batch(case.micro_batch_size, drop_remainder=True)
+    def cut(images, labels):  # whole micro-batches: taking single pictures apart costs more
+        side = (case.image_size, case.image_size, 3)
+        images = tf.reshape(images, (mine, case.micro_batch_size, *side))
+        return images, tf.reshape(labels, (mine, case.micro_batch_size))
+
+    pictures = pictures.map(cut).unbatch()
     return pictures.enumerate(first_update * mine).map(add).prefetch(8)
 
 
@@ -350,7 +360,7 @@ def carried(
         needed.append(tuple(names))
     return tuple(needed)
 
-# %% ../nbs/36_ipu.ipynb #98b729dc
+# %% ../nbs/36_ipu.ipynb #c6ae3e86
 class Stages:
     "The computational stages of a training program: functions from tensors to lists of tensors"
 
@@ -426,11 +436,11 @@ def _flat(i, outputs):
             raise TypeError(f"Stage {i} must return tensors in a flat list. Received: {value!r}.")
     return outputs
 
-# %% ../nbs/36_ipu.ipynb #e82f19ec
+# %% ../nbs/36_ipu.ipynb #56ba9150
 _INSTALL = (
     "Install Graphcore's TensorFlow wheel (2.6.3, SDK 2.6 to 3.4, Python 3.8) in the SDK's virtual environment, "
     "source the SDK's enable scripts, then `pip install effnet_repro` there: see the page on installing on a POD. "
-    "Elsewhere use device='cpu' or 'gpu'."
+    "On a CPU or a GPU use device='keras'."
 )
 
 
@@ -438,8 +448,12 @@ def describe_tensorflow() -> str:  # e.g. "TensorFlow 2.21.0, not Graphcore's bu
     "Say which TensorFlow is installed"
     try:
         import tensorflow as tf
-    except ImportError:
-        return "no TensorFlow at all"
+    except ModuleNotFoundError as e:
+        if e.name == "tensorflow":
+            return "no TensorFlow at all"
+        return f"a TensorFlow that lacks {e.name}"
+    except ImportError as e:  # libpoplar.so: the SDK's enable script was not sourced
+        return f"a TensorFlow that cannot be imported ({e})"
     built = "Graphcore's build" if has_graphcore() else "not Graphcore's build"
     return f"TensorFlow {tf.__version__}, {built}"
 
@@ -452,7 +466,7 @@ def has_graphcore() -> bool:  # Whether programs can be built; an IPU may still 
         return False
     return True
 
-# %% ../nbs/36_ipu.ipynb #47f5edbb
+# %% ../nbs/36_ipu.ipynb #fc351600
 class Graphcore:
     "The one place where Graphcore's software is called"
 
@@ -470,7 +484,7 @@ class Graphcore:
                 f"This SDK is too old: it has no IPUConfig, which came with SDK 2.1. Found: "
                 f"{describe_tensorflow()}. {_INSTALL}"
             )
-        self.popdist = self._find_popdist()
+        self.popdist, self.shared = self._find_popdist(), {}
 
     def _find_popdist(self):
         "popdist, when poprun started this process"
@@ -652,7 +666,7 @@ def make_optimizer(
 
     return RecipeOptimizer()
 
-# %% ../nbs/36_ipu.ipynb #830345f2
+# %% ../nbs/36_ipu.ipynb #53200750
 def _mean_over_replicas(graphcore, ops, replicas, gradient):
     "Sum over all replicas of all processes, divided by their number"
     total = graphcore.ipu.cross_replica_ops.cross_replica_sum(gradient)
@@ -693,7 +707,7 @@ def loss_scale(
     "Scale the loss where gradients are 16 bits wide"
     return 1.0 if case.precision == "32.32" else float(case.loss_scale)
 
-# %% ../nbs/36_ipu.ipynb #83167eee
+# %% ../nbs/36_ipu.ipynb #f183ebbb
 class TrainingProgram:
     "The weight update of a case, compiled: made once, run once an update"
 
@@ -744,6 +758,11 @@ class TrainingProgram:
         make = (self.graphcore, self.ops, self.case, self.spec, learning_rate, self.names)
         self.optimizer = make_optimizer(*make)
         return self.optimizer, loss * loss_scale(self.case)
+
+    def close(self):
+        "Give back the queue and its pictures; the next program may configure the machine anew"
+        self.session.run(self.queue.deleter)
+        self.session.close()
 
     def run(self, learning_rate: float):  # (mean loss, accuracy) of each update, (updates, 2)
         "Make `updates_per_run` weight updates"
@@ -809,7 +828,7 @@ def get_state(
     values = program.session.run(wanted)
     return {name: np.asarray(value, "float32") for name, value in values.items()}
 
-# %% ../nbs/36_ipu.ipynb #3cce7edc
+# %% ../nbs/36_ipu.ipynb #bf3c53f1
 class ValidationProgram:
     "A network on every IPU of this process: pictures in, logits out"
 
@@ -817,15 +836,15 @@ class ValidationProgram:
         self,
         graphcore: Graphcore,  # The SDK; the machine is configured for one IPU a replica
         spec: ModelSpec,  # The network, folded
-        dataset,  # Function that makes a dataset of {"images", "labels", "mask"}
-        iterations: int,  # Elements for each replica in one run
+        stream,  # From `validation_stream`
         compute: str = "float16",  # Type of activations
     ):
         self.graphcore, self.variables = graphcore, {}
+        iterations, self.runs, dataset = stream
         self.graph = graphcore.tf.Graph()
         with self.graph.as_default():
             ops, v1 = IPUOps(graphcore), graphcore.v1
-            queue, out = infeed(graphcore, dataset(), "validation"), outfeed(graphcore, "logits")
+            self.queue, out = infeed(graphcore, dataset(), "validation"), outfeed(graphcore, "out")
 
             def body(images, labels, mask):
                 for p in params(spec):
@@ -838,31 +857,40 @@ class ValidationProgram:
                 return out.enqueue([logits, labels, mask])
 
             loop = graphcore.ipu.loops.repeat
-            self.step = graphcore.compile(lambda: loop(iterations, body, [], queue))
+            self.step = graphcore.compile(lambda: loop(iterations, body, [], self.queue))
             self.report = out.dequeue()
             graphcore.ipu.utils.move_variable_initialization_to_cpu()
             self.session = v1.Session(graph=self.graph)
-        self.session.run(queue.initializer)
+        self.session.run(self.queue.initializer)
 
-    def run(self, weights: Dict[str, np.ndarray]):  # logits (n, classes), labels (n,), mask (n,)
-        "Apply weights to all pictures"
+    def run(self, weights: Dict[str, np.ndarray]):  # Yields logits (n, classes), labels, mask (n,)
+        "Apply weights to all pictures, the fillers first"
         assign(self.session, [(v, weights[n]) for n, v in self.variables.items()])
-        self.session.run(self.step)
-        logits, labels, mask = (np.asarray(v) for v in self.session.run(self.report))
-        return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), mask.reshape(-1)
+        for _ in range(self.runs):
+            self.session.run(self.step)
+            logits, labels, mask = (np.asarray(v) for v in self.session.run(self.report))
+            yield logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), mask.reshape(-1)
 
-# %% ../nbs/36_ipu.ipynb #fafc42dc
+    def close(self):
+        "Give back the queue and its pictures"
+        self.session.run(self.queue.deleter)
+        self.session.close()
+
+# %% ../nbs/36_ipu.ipynb #83f8c190
 def validation_stream(
     data: DataSet,  # Its validation pictures are read
     image_size: int,  # Side, pixels
     batch: int,  # Pictures of an element
     replicas: int,  # Of this process
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
-):  # (elements for each replica, function that makes the endless dataset)
-    "Read every validation picture once a round, padded so that every replica gets as many elements"
+    most_runs: int = 8,  # Program runs for the pictures
+):  # (elements for each replica and run, runs with the first, function that makes the dataset)
+    "Read every validation picture once a round, after a run of fillers; all replicas get as many"
     most = -(-data.validation_count // shard[1])
     elements = -(-most // batch)
-    iterations = -(-elements // replicas)
+    each = -(-elements // replicas)  # elements of a replica
+    iterations = -(-each // most_runs)
+    runs = -(-each // iterations)
 
     def dataset():
         import tensorflow as tf
@@ -871,37 +899,48 @@ def validation_stream(
         real = validation_batches(data, image_size, batch, shard=shard)
         fixed = lambda *v: {n: tf.ensure_shape(t, (batch, *t.shape[1:])) for n, t in zip(names, v)}
         real = real.map(fixed)
-        spare = iterations * replicas - elements
-        blank = real.take(1).map(lambda e: {n: tf.zeros_like(t) for n, t in e.items()})
-        return real.concatenate(blank.repeat(spare)).repeat()
+        blank = tf.data.Dataset.from_tensors(
+            {n: np.zeros(s.shape, s.dtype.as_numpy_dtype) for n, s in real.element_spec.items()}
+        )
+        spare = iterations * runs * replicas - elements
+        return (
+            blank.repeat(iterations * replicas)
+            .concatenate(real.concatenate(blank.repeat(spare)))
+            .repeat()
+        )
 
-    return iterations, dataset
+    return iterations, 1 + runs, dataset
 
 
 def evaluate(
     graphcore: Graphcore,  # The SDK
     case: Case,  # Options and precision
     spec: ModelSpec,  # The network
-    weights: Dict[str, np.ndarray],  # Full name -> array
+    weights: Dict[str, Dict[str, np.ndarray]],  # Any name -> weights by full name
     data: DataSet,  # Its validation pictures are used
     image_size: int,  # Side to test at, pixels
     ipus: int = 16,  # IPUs over all processes, each a replica
     batch: int = 8,  # Pictures of an IPU at a time
-) -> Scores:
-    "Measure weights on every validation picture, on every IPU"
+) -> Dict[str, Scores]:  # By the same names
+    "Measure sets of weights on every validation picture, on every IPU"
     index, count = graphcore.instances
-    weights = {n: w for n, w in weights.items() if not n.startswith("slots/")}
-    check_matches(weights, params(spec))
-    if spec.proxy_norm and not spec.folded:
-        spec, weights = replace(spec, folded=True), fold_proxies(weights)
+    folded, sets = replace(spec, folded=True) if spec.proxy_norm else spec, {}
+    for name, arrays in weights.items():
+        own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
+        check_matches(own, params(spec))
+        sets[name] = fold_proxies(own) if folded is not spec and not spec.folded else own
     configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
     stream = validation_stream(data, image_size, batch, ipus // count, (index, count))
-    program = ValidationProgram(graphcore, spec, stream[1], stream[0], compute_dtype(case))
-    parts = gather(graphcore, program.run(weights))
-    found = score(parts, spec.num_classes, image_size, data.root)
-    return found._replace(images_per_s=float("nan"))  # compiling was part of it
+    program = ValidationProgram(graphcore, folded, stream, compute_dtype(case))
+    found = {}
+    for name, arrays in sets.items():
+        every = (gather(graphcore, part) for part in program.run(arrays))
+        joined = ([np.concatenate(a) for a in zip(*parts)] for parts in every)
+        found[name] = score(joined, spec.num_classes, image_size, data.root)
+    program.close()
+    return found
 
-# %% ../nbs/36_ipu.ipynb #4cc60f04
+# %% ../nbs/36_ipu.ipynb #063b7461
 def _host_collectives(graphcore):
     "The module with `broadcast`, for this SDK"
     for name in ("distributed", "horovod"):  # since SDK 3.0, and before
@@ -923,14 +962,26 @@ def broadcast(
     "Give every process the arrays of one of them"
     if graphcore.popdist is None:
         return arrays
-    module, found = _host_collectives(graphcore), {}
-    with graphcore.tf.Graph().as_default(), graphcore.v1.Session() as session:
-        for name in sorted(arrays):  # one at a time: all processes meet in the same order
-            value = np.asarray(arrays[name])
-            hole = graphcore.v1.placeholder(value.dtype, value.shape)
-            shared = module.broadcast(hole, root_rank=root)
-            found[name] = session.run(shared, {hole: value})
+    found = {}
+    for name in sorted(arrays):  # one at a time: all processes meet in the same order
+        value = np.asarray(arrays[name])
+        session, hole, shared = _broadcast_of(graphcore, value.dtype, value.shape, root)
+        found[name] = session.run(shared, {hole: value})
     return found
+
+
+def _broadcast_of(graphcore, dtype, shape, root):
+    "A session, its placeholder and its result: made once for each type, shape and root"
+    key, made = (str(dtype), shape, root), graphcore.shared
+    if not made:
+        graph = graphcore.tf.Graph()
+        made["session"] = graphcore.v1.Session(graph=graph)
+        made["module"] = _host_collectives(graphcore)
+    if key not in made:
+        with made["session"].graph.as_default():
+            hole = graphcore.v1.placeholder(dtype, shape)
+            made[key] = hole, made["module"].broadcast(hole, root_rank=root)
+    return (made["session"], *made[key])
 
 
 def gather(
@@ -1030,7 +1081,7 @@ class _Host:
             flush=True,
         )
 
-# %% ../nbs/36_ipu.ipynb #e7e010ec
+# %% ../nbs/36_ipu.ipynb #bd249de7
 def _fit(host, first):
     "Run the updates from `first` on; returns how many are done"
     sums, since, timed = np.zeros(2), first, (first, time.perf_counter())
@@ -1044,22 +1095,25 @@ def _fit(host, first):
         if update == since:  # the first update of an epoch compiles, or waits for pictures
             timed = update + 1, time.perf_counter()
         sums, done = sums + values, update + 1
-        stop = _anybody_stops(host)
+        stop = _anybody_stops(host, done)
         if done % host.per_epoch and done < host.last and not stop:
             continue
         n, seconds = done - timed[0], time.perf_counter() - timed[1]
         speed = n * host.case.global_batch_size / seconds if n else float("nan")
-        host.end_epoch(done, *(sums / (done - since)), speed)
+        every = gather(host.program.graphcore, [sums])  # a process knows its own replicas' loss
+        host.end_epoch(done, *(np.mean(every, (0, 1)) / (done - since)), speed)
         sums, since = np.zeros(2), done
         if stop and done < host.last:
             return done
     return host.last
 
 
-def _anybody_stops(host):
-    "Whether one of the processes was asked to stop: then all do, after the same update"
-    own = [np.float32(host.stop_requested)]
-    return any(part[0] for part in gather(host.program.graphcore, own))
+def _anybody_stops(host, done):
+    "Whether a process was asked to stop: then all do, after the same update; several ask now and then"
+    graphcore = host.program.graphcore
+    if graphcore.popdist is not None and done % 16:
+        return False
+    return any(part[0] for part in gather(graphcore, [np.float32(host.stop_requested)]))
 
 # %% ../nbs/36_ipu.ipynb #d633a4cf
 def _begin(host, weights):
@@ -1087,11 +1141,20 @@ def _begin(host, weights):
         host.average = average_until(host.folder, host.case, update)
     return update
 
-# %% ../nbs/36_ipu.ipynb #50a0725a
+# %% ../nbs/36_ipu.ipynb #c591a245
 def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
-    "Train `case` in `run_dir`"
+    "Train `case` in `run_dir`, which the first process holds for this run"
+    writes = graphcore.instances[0] == 0 and connection != "PRE_COMPILE"
+    with checkpoints.lock_folder(run_dir) if writes else contextlib.nullcontext():
+        return _execute_alone(
+            graphcore, case, data, run_dir, weights, seed, keep, notes, connection
+        )
+
+
+def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
+    "The run itself, once it has the folder to itself"
     spec = ModelSpec.from_case(case, num_classes=data.num_classes)
-    per_replica = 1 if case.num_stages == 1 else ipus_per_replica(case.num_stages)
+    per_replica = ipus_per_replica(case.num_stages)
     per_epoch, shard = data.train_count // case.global_batch_size, graphcore.instances
     if per_epoch == 0:
         raise ValueError(
@@ -1107,6 +1170,9 @@ def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connect
     local = case.num_replicas // shard[1] * per_replica
     options = machine_options(case, None if graphcore.popdist else local, connection)
     configure(graphcore, options, per_replica)
+    if case.stochastic_rounding:  # 16-bit weights must round alike in every replica
+        alike = dict(experimental_identical_replicas=case.precision == "16.16")
+        graphcore.ipu.utils.reset_ipu_seed(seed, **alike)
 
     def dataset():
         how = dict(seed=seed, first_update=first, area_min=case.crop_area_min, shard=shard)
@@ -1129,6 +1195,7 @@ def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connect
     _describe_run(host, notes)
     with StopSignals(host):
         done = _fit(host, first)
+    program.close()
     average, newest = host.folder / "average.safetensors", checkpoints.latest(host.folder)
     return Run(run_dir, case, done, done >= last, newest, average, {})
 
@@ -1153,7 +1220,7 @@ def _describe_run(host, notes):
     machine = describe_machine("graphcore", f"{ipus} IPUs, {describe_tensorflow()}")
     write_json(host.run_dir / "environment.json", machine)
 
-# %% ../nbs/36_ipu.ipynb #0899c827
+# %% ../nbs/36_ipu.ipynb #60c7afef
 def _with_scores(done, data_dir, how):
     "A run with what `validate` says of it, when it came to its end"
     return done._replace(scores=validate(done.run_dir, data_dir, **how)) if done.finished else done
@@ -1190,7 +1257,7 @@ def train(
     how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
     return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
-# %% ../nbs/36_ipu.ipynb #93caebaf
+# %% ../nbs/36_ipu.ipynb #aa9c0628
 def finetune_layout(
     case: Case,  # From `runs.finetune_case`: on one device
     ipus: int = 16,  # IPUs, each a replica
@@ -1205,7 +1272,10 @@ def finetune_layout(
     own = case.global_batch_size // ipus
     most = min(case.micro_batch_size, own)
     micro = micro_batch_size or max(m for m in range(1, most + 1) if own % m == 0)
-    return override(case, num_replicas=ipus, micro_batch_size=micro)
+    share = tuple(sorted(case.available_memory_proportion)[:1])  # of several: the fullest stage's
+    return override(
+        case, num_replicas=ipus, micro_batch_size=micro, available_memory_proportion=share
+    )
 
 
 def finetune(
@@ -1242,7 +1312,7 @@ def finetune(
     how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
     return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
-# %% ../nbs/36_ipu.ipynb #d0df91a1
+# %% ../nbs/36_ipu.ipynb #c4492955
 def validate(
     source,  # A run folder, a checkpoint file or an average
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -1260,24 +1330,27 @@ def validate(
         open_data(data_dir, data_format, on_corrupt=on_corrupt),
         Path(source),
     )
-    ipus, scores = count_ipus(graphcore, 1, ipus), {}
+    ipus = count_ipus(graphcore, 1, ipus)
     kinds = [weights] if weights != "both" else ["last", "average"]
     if not source.is_dir():
         kinds = ["last"]
     elif weights == "both" and not (source / "checkpoints" / "average.safetensors").exists():
         kinds = ["last"]  # the run ended before its first epoch did
+    sets, paths = {}, {}
     for kind in kinds:
         arrays, metadata, path = checkpoints.load_weights(source, kind)
         case = case_from_dict(metadata["case"])
-        spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
         check_init(path, metadata, data, case)
-        size, name = image_size or case.image_size, kind if source.is_dir() else path.name
-        scores[name] = evaluate(graphcore, case, spec, arrays, data, size, ipus, batch)
-        if graphcore.instances[0] == 0:
-            say_scores(name, scores[name])
-            if source.is_dir():
-                update = checkpoints.read_metadata(path)["update"]
-                write_scores(source, name, scores[name], update, data)
+        name = kind if source.is_dir() else path.name
+        sets[name], paths[name] = arrays, path
+    spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
+    size = image_size or case.image_size
+    scores = evaluate(graphcore, case, spec, sets, data, size, ipus, batch)
+    for name, found in scores.items() if graphcore.instances[0] == 0 else ():
+        say_scores(name, found)
+        if source.is_dir():
+            update = checkpoints.read_metadata(paths[name])["update"]
+            write_scores(source, name, found, update, data)
     return scores
 
 # %% ../nbs/36_ipu.ipynb #a229fbbc
@@ -1309,11 +1382,11 @@ def poprun_command(
     ]
     return " \\\n    ".join(flags)
 
-# %% ../nbs/36_ipu.ipynb #68619617
-def has_ipu() -> bool:  # Whether Graphcore's build and at least one IPU are here
+# %% ../nbs/36_ipu.ipynb #3d0c1dd8
+def has_ipu() -> bool:  # Whether Graphcore's `gc-info` lists at least one
     "Look for an IPU"
     lister = shutil.which("gc-info")
-    if lister is None or not has_graphcore():  # importing TensorFlow comes second: it takes seconds
+    if lister is None:
         return False
     try:
         found = subprocess.run([lister, "-l"], capture_output=True, text=True, timeout=60)
@@ -1330,4 +1403,12 @@ def choose_device(
         raise unknown_name("device", device, ("auto", "ipu", "keras"))
     if device == "ipu":
         Graphcore()  # says what to install
-    return device if device != "auto" else "ipu" if has_ipu() else "keras"
+    if device != "auto" or not has_ipu():
+        return "keras" if device == "auto" else device
+    if has_graphcore():
+        return "ipu"
+    warnings.warn(
+        f"There are IPUs here, but they stay unused. Found: {describe_tensorflow()}. {_INSTALL}",
+        stacklevel=2,
+    )
+    return "keras"

@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -255,6 +256,10 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
     with ipu_standin.install():
         cut = train(tiny, tmp_path / "cut")
         again = train(tiny, tmp_path / "cut")
+        with checkpoint.lock_folder(tmp_path / "cut"), pytest.raises(
+            RuntimeError, match="in use by"
+        ):
+            train(tiny, tmp_path / "cut")
     assert cut.update == whole.update == again.update == 2
     (a, meta), (b, _) = checkpoint.load(whole.checkpoint), checkpoint.load(cut.checkpoint)
     assert set(a) == set(b) and meta["precision"] == "32.32"
@@ -269,7 +274,7 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
         ours = ipu.validate(whole.checkpoint, ipus=3)
     (k,), (o,) = keras.values(), ours.values()
     assert (o.top1, o.top5, o.pictures) == pytest.approx((k.top1, k.top5, k.pictures), abs=1e-6)
-    assert o.loss == pytest.approx(k.loss, rel=1e-4)
+    assert o.loss == pytest.approx(k.loss, rel=1e-4) and o.images_per_s > 0
     np.testing.assert_array_equal(o.confusion.sum(1), k.confusion.sum(1))
 
 
@@ -330,6 +335,12 @@ def test_missing_and_wrong_sdk(monkeypatch):
         ImportError, match=r"Found: TensorFlow 2\.\d+.*not Graphcore's build.*cp|Python 3.8"
     ):
         ipu.Graphcore()
+    broken = ImportError("libpoplar.so: cannot open shared object file")
+    with monkeypatch.context() as m:
+        m.setitem(sys.modules, "tensorflow", None)
+        assert ipu.describe_tensorflow() == "no TensorFlow at all"
+        m.setattr("builtins.__import__", lambda name, *a, **k: (_ for _ in ()).throw(broken))
+        assert "cannot be imported (libpoplar.so" in ipu.describe_tensorflow()
     with ipu_standin.install():
         import tensorflow.python.ipu as module
 
@@ -340,6 +351,10 @@ def test_missing_and_wrong_sdk(monkeypatch):
 
 def test_devices(monkeypatch):
     assert ipu.choose_device("auto") == "keras"
+    monkeypatch.setattr(ipu, "has_ipu", lambda: True)
+    with pytest.warns(UserWarning, match="IPUs here.* unused. Found: .*not Graphcore's build"):
+        assert ipu.choose_device("auto") == "keras"
+    monkeypatch.setattr(ipu, "has_ipu", lambda: False)
     with pytest.raises(ValueError, match="Unknown device 'tpu'"):
         ipu.choose_device("tpu")
     with ipu_standin.install():
@@ -384,7 +399,8 @@ def test_refused_checkpoints(tiny, tmp_path):
         data = open_data()
         wrong = replace(spec, num_classes=data.num_classes, norm="GN")
         with pytest.raises(ValueError, match="not this network's"):
-            ipu.evaluate(ipu.Graphcore(), tiny, wrong, initial_weights(spec), data, 32, 2)
+            sets = {"last": initial_weights(spec)}
+            ipu.evaluate(ipu.Graphcore(), tiny, wrong, sets, data, 32, 2)
 
 
 def test_poprun_lines_of_all_cases():

@@ -22,7 +22,7 @@ class _Infeed:
                     "use `drop_remainder=True`."
                 )
         self._iterator = tf1.data.make_initializable_iterator(dataset)
-        self._element = self._iterator.get_next()
+        self._element, self.deleter = self._iterator.get_next(), tf1.no_op("deleter")
         self._flat, self._initializer_taken, self.dequeued = tf.nest.flatten(spec), False, False
 
     @property

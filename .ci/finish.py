@@ -20,6 +20,9 @@ COLOURS = {
     **dict.fromkeys(("#808080", "#696969", "#666666", "#555555", "#4d4d4d"), "var(--quiet)"),
     "#0072b2": "var(--figure-blue)",
 }
+LONG_WORD = re.compile(r"\S{25,}")
+JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
+LONGEST_OPEN = 30  # lines of source that a page shows unasked
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
 
@@ -77,11 +80,25 @@ def pictures_as_files(soup, folder, page):
 # ---------------------------------------------------------------- tables
 
 
+def break_points(soup, cell):
+    "Let a browser break what has no spaces, such as the name of a test, at its joints."
+    for text in cell.find_all(string=lambda t: LONG_WORD.search(t)):
+        parts = JOINT.split(text)
+        for part in parts[:-1]:
+            text.insert_before(NavigableString(part), soup.new_tag("wbr"))
+        text.replace_with(NavigableString(parts[-1]))
+
+
+def keep_together(text):
+    "Whether a cell reads better on one line: a number with its unit, a shape, the name of a case."
+    return len(text) <= 14 or (len(text) <= 32 and "-" in text and " " not in text)
+
+
 def is_number(cell):
     return bool(NUMBER.match(cell)) or cell.lower() in EMPTY
 
 
-def tidy_table(table):
+def tidy_table(soup, table):
     "One row of headings instead of two, no style of its own, numbers at the right."
     for name in ("border", "style"):
         table.attrs.pop(name, None)
@@ -111,13 +128,51 @@ def tidy_table(table):
             if cell.name == "th":
                 cell["scope"] = "row"
             columns.setdefault(n, []).append(cell)
+            if keep_together(cell.get_text(strip=True)):
+                cell["class"] = [*cell.get("class", []), "whole"]
+            else:
+                break_points(soup, cell)
     last = head.find_all("tr")[-1].find_all(["th", "td"], recursive=False) if head.tr else []
     for n, cells in columns.items():
         texts = [c.get_text(strip=True) for c in cells]
         if all(map(is_number, texts)) and not all(t.lower() in EMPTY for t in texts):
             for cell in cells + ([last[n]] if -n <= len(last) else []):
-                if cell.get("class") != ["num"]:
+                if "num" not in cell.get("class", []):
                     cell["class"] = [*cell.get("class", []), "num"]
+
+
+# ---------------------------------------------------------------- code
+
+
+def sources(soup):
+    """One definition instead of two: where the source of a symbol follows, its signature is in there.
+
+    A long source is folded, and then the signature stays.
+    """
+    for fold in soup.select("main details.code-fold"):
+        summary = fold.find("summary")
+        if summary.get_text(strip=True) != "Exported source":
+            continue
+        code = fold.get_text()
+        lines = code.strip().count("\n")
+        if lines > LONGEST_OPEN:
+            fold.attrs.pop("open", None)
+            summary.string = f"Exported source, {lines} lines"
+            continue
+        for above in fold.find_parent("div", class_="cell").find_previous_siblings():
+            symbol = above.find("h3") if "cell" in above.get("class", []) else None
+            if symbol and re.search(rf"(?m)^(?:def|class) {re.escape(symbol['id'])}\b", code):
+                above.select_one(".code-copy-outer-scaffold").decompose()
+            if symbol or above.name in ("h2", "h3"):
+                break
+
+
+def wrap_sentences(soup):
+    "What was printed wraps when it is long, unless it is laid out in columns."
+    for pre in soup.select("main .cell-output > pre"):
+        text = pre.get_text()
+        if max(map(len, text.splitlines()), default=0) > 80 and not re.search(r"\S {3,}\S", text):
+            pre["class"] = [*pre.get("class", []), "wrap"]
 
 
 # ---------------------------------------------------------------- header, sidebar, landmarks
@@ -217,7 +272,9 @@ def finish_page(path, card=None):
         style.decompose()
     pictures_as_files(soup, path.parent / "figures", path.stem)
     for table in soup.select("main table"):
-        tidy_table(table)
+        tidy_table(soup, table)
+    sources(soup)
+    wrap_sentences(soup)
     one_button_a_section(soup)
     header(soup)
     landmarks(soup)

@@ -39,18 +39,21 @@ train: $(READY)  ## train CASE into runs/CASE (sample pictures unless DATA_DIR i
 	@echo "train: $(CASE) -> $(TRAIN_DIR)"
 	@mkdir -p "$(TRAIN_DIR)"
 	$(PAPERMILL) nbs/40_train.ipynb "$(TRAIN_DIR)/train.ipynb" -p case "$(CASE)" -p run_dir "$(TRAIN_DIR)" $(DATA) $(ARGS)
+	@echo "train: curves, example pictures and confusion matrix are in $(TRAIN_DIR)/train.ipynb"
 
 finetune: $(READY)  ## fine-tune the run in INIT (default runs/CASE) into runs/CASE-finetune
 	@echo "finetune: $(INIT) -> $(FINETUNE_DIR)"
 	@test -d "$(INIT)" || { echo "finetune: there is no training run in $(INIT): run 'make train CASE=$(CASE)' first, or name one with INIT=..." >&2; exit 1; }
 	@mkdir -p "$(FINETUNE_DIR)"
 	$(PAPERMILL) nbs/41_finetune.ipynb "$(FINETUNE_DIR)/finetune.ipynb" -p case "$(CASE)" -p init "$(INIT)" -p run_dir "$(FINETUNE_DIR)" $(DATA) $(ARGS)
+	@echo "finetune: curves, and scores before and after are in $(FINETUNE_DIR)/finetune.ipynb"
 
 validate: $(READY)  ## validate the run in RUN_DIR (default runs/CASE), or the file CHECKPOINT
 	@echo "validate: $(or $(CHECKPOINT),$(VALIDATE_DIR))"
 	@test -d "$(VALIDATE_DIR)" || test -n "$(CHECKPOINT)" || { echo "validate: there is no run in $(VALIDATE_DIR): run 'make train CASE=$(CASE)' first, or name one with RUN_DIR=..." >&2; exit 1; }
 	@mkdir -p "$(VALIDATE_DIR)"
 	$(PAPERMILL) nbs/42_validate.ipynb "$(VALIDATE_DIR)/validate.ipynb" -p case "$(CASE)" -p run_dir "$(VALIDATE_DIR)" $(if $(CHECKPOINT),-p checkpoint "$(CHECKPOINT)") $(DATA) $(ARGS)
+	@echo "validate: confusion matrix and example pictures are in $(VALIDATE_DIR)/validate.ipynb"
 
 test: $(READY)  ## the whole check: library, notebooks, tests, runs, README, site
 	@$(BIN)/python .ci/check $(STEPS)

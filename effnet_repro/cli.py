@@ -7,7 +7,7 @@ __all__ = ['EXIT_STATUSES', 'COMMANDS', 'BACKENDS', 'UsageError', 'Command', 'ca
            'train_command', 'finetune_command', 'validate_command', 'doctor_command', 'convert_command', 'plan_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #c10eace9
+# %% ../nbs/90_cli.ipynb #733040a8
 import argparse
 import contextlib
 import csv
@@ -49,6 +49,7 @@ from effnet_repro.config import (
 )
 from .convert import FORMATS, convert
 from .ipu import choose_device, poprun_command, resolve_for_ipus
+from .runs import quiet_stderr
 from .scaling import SIZE_TABLE, ModelSpec, count, mod32_warning
 
 # %% ../nbs/90_cli.ipynb #8bdeeecf
@@ -745,21 +746,7 @@ def _finetune_on_ipus(args, source):
     run = finetune(source, _data_dir(args), args.run_dir, **how, **given)
     return 0 if args.compile_only else _finish(run)
 
-# %% ../nbs/90_cli.ipynb #0aa2ca3c
-@contextlib.contextmanager
-def _no_stderr():
-    "Drop what libraries write to the process's stderr; exceptions still come through"
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nowhere, 2)
-        yield
-    finally:
-        os.dup2(saved, 2)
-        os.close(saved)
-        os.close(nowhere)
-
-# %% ../nbs/90_cli.ipynb #be8a07c2
+# %% ../nbs/90_cli.ipynb #e544fd16
 def _start_keras(args):
     "Choose Keras' back end before Keras is imported"
     has = lambda package: importlib.util.find_spec(package) is not None
@@ -778,7 +765,7 @@ def _start_keras(args):
     if args.debug:
         return
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with _no_stderr():
+    with quiet_stderr():
         from effnet_repro.training import device_name
 
         device_name()

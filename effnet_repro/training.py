@@ -694,9 +694,8 @@ class _Follow(keras.callbacks.Callback):
             raise FloatingPointError(
                 f"The loss of update {self.update} is {values[0]}. {_last_good(self.folder)}"
             )
-        self.bar.set_postfix(
-            loss=f"{values[0]:.3f}", images_per_s=f"{self.images_per_s:.0f}", refresh=False
-        )
+        speed = {"images_per_s": f"{self.images_per_s:.0f}"} if self.timed else {}
+        self.bar.set_postfix(loss=f"{values[0]:.3f}", **speed, refresh=False)
 
     @property
     def images_per_s(self):

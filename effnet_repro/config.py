@@ -142,7 +142,7 @@ class Case(_Pictures):
     def proxy_norm(self) -> bool:  # Whether the activations are proxy-normalised
         return self.norm.endswith("_PN")
 
-# %% ../nbs/00_config.ipynb #9b5efb1a
+# %% ../nbs/00_config.ipynb #8dff415d
 PUBLISHED_KEYS = {
     "group_dim": "group_size",
     "groups": "norm_groups",
@@ -233,7 +233,7 @@ def validate(
         )
     _validate_rates(case)
 
-# %% ../nbs/00_config.ipynb #737f400d
+# %% ../nbs/00_config.ipynb #f5304a07
 def _validate_rates(case):
     for name, low, high in (
         ("drop_path_rate", 0, 1),

@@ -139,7 +139,7 @@ def _by_group(v, channel, groups):
         out = jnp.where(own == g, jnp.where(own == g, v, 0.0).sum(), out)
     return out
 
-# %% ../nbs/15_fused_norm.ipynb #feed8345
+# %% ../nbs/15_fused_norm.ipynb #6c9bcbe8
 _MOST_CHUNKS = 128  # That one program combines
 
 
@@ -251,7 +251,7 @@ def _sums(x, g, table, activated, gated):
     parts = launch(kernel, t.grid, out, x.reshape(flat), g.reshape(flat), table)
     return parts[:, 0] if t.grid[1] == 1 else parts.sum(1)
 
-# %% ../nbs/15_fused_norm.ipynb #871817cb
+# %% ../nbs/15_fused_norm.ipynb #8decb466
 def _finish(total, table, gamma, mean, scale, extra, pixels, groups, activated):
     "(N, 2, C): what the input gradient adds; and a picture's share in the gradients of the vectors"
     jax, jnp, pl, plt = _jax()

@@ -221,7 +221,7 @@ class GPUOps(JAXOps):
             return _differentiable_stem()(x, kernel, strides)
         return super().conv(x, kernel, strides)
 
-# %% ../nbs/16_gpu_ops.ipynb #3e43b80d
+# %% ../nbs/16_gpu_ops.ipynb #b659083b
 @functools.lru_cache(maxsize=1)
 def jax_ops():  # `GPUOps` on one GPU of CUDA, else `JAXOps`; EFFNET_KERNELS=0 says never
     "Choose the JAX namespace for this machine, and say so once"

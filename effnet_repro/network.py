@@ -6,7 +6,7 @@
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'Param', 'Segment', 'normalise_pictures', 'input_affine', 'features', 'segments',
            'params', 'initial_value', 'initial_weights', 'run', 'check_matches', 'pack', 'unpack', 'fold_proxies']
 
-# %% ../nbs/14_network.ipynb #e947d673
+# %% ../nbs/14_network.ipynb #40a9b009
 import difflib
 from typing import Callable, Dict, NamedTuple, Optional, Tuple
 
@@ -258,7 +258,7 @@ def run(
             outputs[segment.name] = x
     return x
 
-# %% ../nbs/14_network.ipynb #7a70b00a
+# %% ../nbs/14_network.ipynb #0a308a6a
 _OWN_CASE = "Build it from the checkpoint's own case (`read_metadata(path)['case']`)."
 
 

@@ -96,7 +96,7 @@ def num_groups(
         groups -= 1
     return groups
 
-# %% ../nbs/01_scaling.ipynb #9074474b
+# %% ../nbs/01_scaling.ipynb #4dc9c77f
 @dataclass(frozen=True)
 class ModelSpec:
     "A network, at any picture size: what `14_network` builds and `count` counts"
@@ -194,7 +194,7 @@ class ModelSpec:
         )
         return cls(size=size, group_size=group_size, norm=norm, **{**arm, **fields})
 
-# %% ../nbs/01_scaling.ipynb #2cb76d4d
+# %% ../nbs/01_scaling.ipynb #dfe67464
 class Block(NamedTuple):
     "One inverted-residual block with every number resolved"
 
@@ -267,7 +267,7 @@ def _conv(spec, segment, part, kernel_size, per_group, filters, side, norm=True,
     norms = _norm_params(spec, filters, activated=part != "c") if norm else 0
     return Conv(segment, part, kernel + norms + bias * filters, kernel * side**2, filters * side**2)
 
-# %% ../nbs/01_scaling.ipynb #a6461cc4
+# %% ../nbs/01_scaling.ipynb #0dbb3313
 def conv_table(
     spec: ModelSpec,  # The network
     image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'LONG_RUN', 'write_file', 'save', 'load', 'read_metadata', 'epoch_path', 'list_checkpoints',
-           'latest', 'remove_leftovers', 'lock_folder', 'WeightAverage', 'average_files', 'average_weights',
-           'load_metadata', 'load_weights']
+           'latest', 'remove_leftovers', 'lock_folder', 'wait_for_folder', 'WeightAverage', 'average_files',
+           'average_weights', 'load_metadata', 'load_weights']
 
 # %% ../nbs/33_checkpoint.ipynb #196b5aed
 import contextlib
@@ -315,6 +315,27 @@ def lock_folder(
                 file.truncate(0)
 
 # %% ../nbs/33_checkpoint.ipynb #56cd9431
+@contextlib.contextmanager
+def wait_for_folder(
+    folder,  # An existing folder
+):  # A context
+    "Wait until no other process rewrites a file of `folder`; where locks are missing, go on without"
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with _explained(Path(folder)):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 def _try_lock(file, path):
     "Take the system's lock on an open file; False when somebody has it"
     try:

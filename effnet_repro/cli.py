@@ -33,7 +33,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Sequence
 from . import __version__
 from .checkpoint import load_metadata
 from effnet_repro.config import (
-    _CHOICES,
+    CHOICES,
     PUBLISHED_KEYS,
     SIZES,
     Case,
@@ -208,7 +208,8 @@ def _config_arguments(parser):
         "--config-path",
         metavar="FILE",
         default=os.environ.get("CONFIG_PATH") or None,
-        help="file of cases in the form of config.yml; default: $CONFIG_PATH, or the published cases",
+        help="file of cases, in the form of config.yml or of the published repository's own; "
+        "default: $CONFIG_PATH, or the published cases",
     )
 
 
@@ -262,8 +263,8 @@ def _add_field(group, name, kind, about):
         add(spell("no_" + name), nargs=0, const=False)
         return
     read = {int: _whole, float: _real}.get(one, str)
-    if name in _CHOICES:
-        read = _choice(name, _CHOICES[name], _ALIASES.get(name))
+    if name in CHOICES:
+        read = _choice(name, CHOICES[name], _ALIASES.get(name))
     shape = "A" if read is str else "N"
     add(*flags, type=read, nargs="+" if several else None, help=about, metavar=shape)
 
@@ -298,7 +299,7 @@ def _given(args):
     given = {n: getattr(args, n, None) for n in names}
     split = lambda v: [w for part in v for w in part.split(",")] if isinstance(v[0], str) else v
     given = {k: tuple(split(v)) if isinstance(v, list) else v for k, v in given.items()}
-    if getattr(args, "precision", None) in _CHOICES["precision"]:
+    if getattr(args, "precision", None) in CHOICES["precision"]:
         given["precision"] = args.precision
     return {k: v for k, v in given.items() if v is not None}
 
@@ -591,17 +592,12 @@ def plan_training(
     start, given = _named_case(name, args.config_path), _given(args)
     data_given = _data_dir(args) is not None
     try:
-        budget, changes = budget_overrides(args.budget, data_given)
-        if changes != budget_overrides(budget, data_given, args.config_path)[1]:
-            raise UsageError(
-                f"{args.config_path} has its own budget {budget!r}, and commands use the published one. "
-                "Leave the section out, use --budget case, or give its values as flags."
-            )
-        base = resolve(start, budget, data_given)[0]
+        budget = budget_overrides(args.budget, data_given, args.config_path)[0]
+        base = resolve(start, budget, data_given, args.config_path)[0]
         replicas = start.num_replicas if budget == "case" else 1
         batches = _batches(given, base.micro_batch_size, base.global_batch_size, replicas)
         own = {k: v for k, v in given.items() if k not in _LAYOUT}
-        case, changed = resolve(start, budget, data_given, **own, **batches)
+        case, changed = resolve(start, budget, data_given, args.config_path, **own, **batches)
         _check_layout(start, given)
     except ValueError as e:
         raise UsageError(str(e)) from None
@@ -716,7 +712,7 @@ def _warn_of_memory(case):
 def _train_on_ipus(args, start, run_dir):
     "effnet-train with Graphcore's runtime"
     given, data_given = _given(args), _data_dir(args) is not None
-    if args.precision in _CHOICES["precision"]:
+    if args.precision in CHOICES["precision"]:
         given["precision"] = args.precision
     try:
         case = resolve_for_ipus(start, args.ipus or 16, args.budget, data_given, **given)
@@ -812,7 +808,7 @@ def _train_arguments(parser):
     _config_arguments(parser)
     _data_arguments(parser)
     _run_arguments(parser)
-    _machine_arguments(parser, _CHOICES["precision"])
+    _machine_arguments(parser, CHOICES["precision"])
     parser.add_argument(
         "--restore-path", metavar="DIR", help="run folder to go on in; it must exist"
     )
@@ -857,7 +853,7 @@ def train_command(args):
     _start_keras(args)
     from effnet_repro.training import train
 
-    how = {**options, "init": args.init_path}
+    how = {**options, "init": args.init_path, "config_path": args.config_path}
     return _finish(train(plan.start, _data_dir(args), run_dir, **how, **plan.overrides))
 
 # %% ../nbs/90_cli.ipynb #ea87ffa4
@@ -904,19 +900,19 @@ def _finetune_arguments(parser):
         help="published; or clean: gradient descent, no warm-up, no mixing",
     )
     _run_arguments(parser)
-    _machine_arguments(parser, _CHOICES["precision"])
+    _machine_arguments(parser, CHOICES["precision"])
     _ipu_arguments(parser)
     _field_arguments(parser, leave_out=_NETWORK_FIELDS)
 
 
 def _plan_finetuning(args, trained):
     "Work out what a command line will fine-tune"
-    from effnet_repro.training import _BATCHES, finetune_case, finetune_size
+    from effnet_repro.training import BATCH_FIELDS, finetune_case, finetune_size
 
     given = _given(args)
     try:
         budget, changes = budget_overrides(args.budget, _data_dir(args) is not None)
-        batches = {k: v for k, v in changes.items() if k in _BATCHES}
+        batches = {k: v for k, v in changes.items() if k in BATCH_FIELDS}
         m, g = (batches.get(k) for k in ("micro_batch_size", "global_batch_size"))
         batches.update(_batches(given, m or trained.micro_batch_size, g or 512, 1))
         own = {k: v for k, v in given.items() if k not in _LAYOUT}
@@ -1194,7 +1190,7 @@ def _doctor_arguments(parser):
         metavar="NAME",
         help="as in effnet-train",
     )
-    _machine_arguments(parser, _CHOICES["precision"])
+    _machine_arguments(parser, CHOICES["precision"])
     parser.add_argument("--no-trial", action="store_true", help="model the cost only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     _field_arguments(parser)
@@ -1334,7 +1330,7 @@ def _plan_arguments(parser):
     )
     parser.add_argument(
         "--pipeline-schedule",
-        type=_choice("schedule", _CHOICES["pipeline_schedule"]),
+        type=_choice("schedule", CHOICES["pipeline_schedule"]),
         metavar="NAME",
         help="Grouped, Interleaved or Sequential; default: the case's",
     )

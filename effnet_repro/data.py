@@ -632,6 +632,8 @@ def open_data(
         raise unknown_name("data_format", data_format, _OPENERS)
     if on_corrupt not in ("refuse", "skip"):
         raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
+        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
     root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(

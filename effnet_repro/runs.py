@@ -115,7 +115,13 @@ def append_rows(
     keep=lambda row: True,  # Whether an old row, a dictionary of text, stays
 ):
     "Add rows to a CSV file, which is rewritten whole"
-    path, old = Path(path), []
+    path = Path(path)
+    with checkpoints.wait_for_folder(path.parent):
+        _rewrite(path, rows, keep)
+
+
+def _rewrite(path, rows, keep):
+    old = []
     if path.exists():
         try:
             with path.open(newline="") as file:

@@ -478,11 +478,19 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(capsys, tmp_path):
     assert "the same command goes on" in capsys.readouterr().err
 
 
-def test_budgets_of_another_file_are_not_ignored(refused, tmp_path):
+def test_budgets_of_another_file_are_used(tmp_path):
     text = (ROOT / "config.yml").read_text().replace("    epochs: 6\n", "    epochs: 7\n")
     (tmp_path / "mine.yml").write_text(text)
-    line = refused("train", CASE, "--config-path", tmp_path / "mine.yml", "--budget", "demo")
-    assert "has its own budget 'demo'" in line
+    assert plan(CASE, "--config-path", tmp_path / "mine.yml", "--budget", "demo").case.epochs == 7
+
+
+def test_the_published_file_is_read_as_it_is(refused, tmp_path):
+    published = ROOT / "tests" / "data" / "published_cases.json"
+    assert plan(CASE, "--config-path", published) == plan(CASE)
+    other = {CASE: {**json.loads(published.read_text())[CASE], "dataset": "cifar10"}}
+    (tmp_path / "other.yml").write_text(json.dumps(other))
+    line = refused("train", CASE, "--config-path", tmp_path / "other.yml")
+    assert "dataset='cifar10'" in line and "is not supported" in line
 
 
 def test_an_error_that_nobody_foresaw(monkeypatch, capsys):

@@ -294,7 +294,7 @@ def bench_sizes(a):
     """Time and memory of a training picture against multiply-adds and activations."""
     from effnet_repro.scaling import ModelSpec, count
 
-    for size in [0] if a.quick else range(6):
+    for size in [0] if a.quick else a.sizes:
         for arm in ARMS[-1:] if a.quick else ARMS:
             name, batch = f"B{size}-{arm}", 2
             case = _case(name, batch)
@@ -365,6 +365,9 @@ def main(words=None):
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
     p.add_argument("--rounds", type=int, default=7, help="turns of each network (7)")
     p.add_argument("--updates", type=int, default=3, help="timed updates in a turn (3)")
+    p.add_argument(
+        "--sizes", nargs="*", type=int, default=range(6), help="of B0 to B5; all (0 to 5)"
+    )
     p.add_argument("--data", nargs="*", help="data folders for the reader; default: the sample set")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the CSV files are")
     p.add_argument("--torch-python", default=sys.executable, help="a Python that has timm")

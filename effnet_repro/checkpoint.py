@@ -212,15 +212,17 @@ def _read(path, read):
 # %% ../nbs/33_checkpoint.ipynb #acf4f022
 def load(
     path,  # A checkpoint file
-    prefix: str = "",  # Only arrays whose names begin so, e.g. "all/" for weights without slots
+    prefix: str = "",  # Only arrays whose names begin so, e.g. "slots/"
+    without: str = "",  # No arrays whose names begin so; empty = leave none out
 ):  # (arrays, metadata): name -> NumPy array, and the values given to save
-    "Read a checkpoint, or the part of it whose names begin with `prefix`"
+    "Read a checkpoint, or a part of it"
+    wanted = lambda n: n.startswith(prefix) and not (without and n.startswith(without))
 
     def read(file, metadata, sums):
         names = list(file.keys())
         if sums is not None and set(sums) != set(names):
             raise ValueError(_damaged(path, "the list of its arrays"))
-        arrays = {name: file.get_tensor(name) for name in names if name.startswith(prefix)}
+        arrays = {name: file.get_tensor(name) for name in names if wanted(name)}
         for name, value in arrays.items():
             if sums is not None and _sum(value) != sums[name]:
                 raise ValueError(_damaged(path, f"array {name!r}"))
@@ -497,9 +499,8 @@ def load_weights(
         use_average = weights == "average" or (weights == "auto" and long)
         source = last.parent / "average.safetensors" if use_average else last
     metadata = load_metadata(source)
-    arrays = {n: a for n, a in load(source)[0].items() if not n.startswith("slots/")}
+    arrays = load(source, without="slots/")[0]
     if read_metadata(source).get("kind") == "average":
-        own = load(latest(source.parent))[0]  # what the average leaves out: the input norm
-        own = {n: a for n, a in own.items() if not n.startswith("slots/")}
+        own = load(latest(source.parent), without="slots/")[0]  # the average has no input norm
         arrays = {**own, **{n: a.astype("float32") for n, a in arrays.items()}}
     return arrays, metadata, source

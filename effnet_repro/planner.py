@@ -176,7 +176,7 @@ def replicas_on(
         legal = [n for n in range(1, num_ipus + 1) if num_ipus % 2 ** math.ceil(math.log2(n)) == 0]
         raise ValueError(
             f"{num_stages} stages take {taken} IPUs, which do not divide {num_ipus}. "
-            f"Use {', '.join(map(str, legal))} stages, or a multiple of {taken} IPUs."
+            f"Legal numbers of stages: {', '.join(map(str, legal))}. Or take a multiple of {taken} IPUs."
         )
     return num_ipus // taken
 

@@ -116,17 +116,21 @@ def drop_path(
     mask = rng.mask(segment, "drop_path", rate, (ops.shape(x)[0], 1, 1, 1))
     return x * ops.cast(mask, ops.dtype(x))
 
-# %% ../nbs/13_mbconv.ipynb #74c657b6
+# %% ../nbs/13_mbconv.ipynb #affd62e1
 def expand(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
     w: Scope,  # Weights of "all/<block>/a"
     x,  # Thin activations, (N, H, W, C)
     rng=None,  # `Rng` in training
-):  # Wide activations, (N, H, W, expanded)
-    "Widen: 1x1 convolution, norm, swish, proxy"
-    x = group_conv(ops, x, w["conv/conv2d/kernel"])
-    return norm_act(ops, spec, w, x, rng)[0]
+    strides=1,  # Of the convolution; the network's stem has 2
+):  # Wide activations, (N, H', W', expanded); H' = ceil(H / strides)
+    "Widen: convolution, norm, swish, proxy; at once where the namespace can"
+    kernel = w["conv/conv2d/kernel"]
+    if ops.conv_normalise is None or spec.batch_norm:
+        return norm_act(ops, spec, w, group_conv(ops, x, kernel, strides), rng)[0]
+    gamma, beta, proxy = _proxied(ops, spec, w)
+    return ops.conv_normalise(x, kernel, strides, gamma, beta, spec.norm_groups, proxy)
 
 # %% ../nbs/13_mbconv.ipynb #72661217
 def spatial(

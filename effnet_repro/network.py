@@ -123,7 +123,7 @@ def input_affine(
     mean = IMAGENET_MEAN if spec.input_norm == "imagenet_mean" else (0.0, 0.0, 0.0)
     return np.ones(3, "float32"), -np.asarray(mean, "float32")
 
-# %% ../nbs/14_network.ipynb #b762a351
+# %% ../nbs/14_network.ipynb #02518c9f
 def _stem(spec):
     params = _kernel("all/block0", (3, 3, 3, spec.stem_filters))
     params += _norm_params(spec, "all/block0", spec.stem_filters)
@@ -135,8 +135,7 @@ def _stem(spec):
     def apply(ops, weights, x, rng=None):
         w = Scope(weights, "all/block0")
         x = normalise_pictures(ops, spec, weights, x)
-        x = group_conv(ops, x, w["conv/conv2d/kernel"], spec.stem_strides)
-        return norm_act(ops, spec, w, x, rng)[0]
+        return expand(ops, spec, w, x, rng, spec.stem_strides)
 
     return Segment("block0", params, apply)
 
@@ -189,13 +188,20 @@ def _block_segments(spec, b):
     parts = [Segment(b.name, part_a, run_a)] if b.expand else []
     return [*parts, Segment(f"{b.name}/b", part_b, run_b), Segment(f"{b.name}/c", part_c, run_c)]
 
-# %% ../nbs/14_network.ipynb #918bbe14
+# %% ../nbs/14_network.ipynb #693dd30e
+def _told(spec, segment):
+    def apply(ops, weights, x, rng=None):
+        return segment.apply(ops.for_groups(spec.group_size), weights, x, rng)
+
+    return segment._replace(apply=apply)
+
+
 def segments(
     spec: ModelSpec,  # The network
 ) -> Tuple[Segment, ...]:  # In order, from the pictures to the logits
     "List the named segments of a network"
     body = [s for b in blocks(spec) for s in _block_segments(spec, b)]
-    return (_stem(spec), *body, _top(spec))
+    return tuple(_told(spec, s) for s in (_stem(spec), *body, _top(spec)))
 
 # %% ../nbs/14_network.ipynb #59e98031
 def params(

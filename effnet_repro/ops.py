@@ -12,11 +12,16 @@ import numpy as np
 
 from .config import unknown_name
 
-# %% ../nbs/02_ops.ipynb #e345273d
+# %% ../nbs/02_ops.ipynb #6e688605
 class _Composed:
     "Steps of the network that follow from the rest; a namespace may know a faster way"
 
     normalise_gate = normalise_add = None  # Hooks: with squeeze and excitation, with a shortcut
+    conv_normalise = None  # Hook: convolution, norm, swish and proxy at once
+    proxy_statistics = None  # Hook: what 12_proxy_norm computes, in one step
+
+    def for_groups(self, group_size):  # The namespace for convolutions in groups of that size
+        return self
 
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))

@@ -61,7 +61,11 @@ def plain_norm(v, groups, activated):
 def own_norm(v, groups, activated):
     gate = tuple(v[k] for k in ("k1", "b1", "k2", "b2")) if "k1" in v else None
     vectors = (v["gamma"], v.get("beta"), v.get("mean"), v.get("inv_std"))
-    return fused.fused_norm(v["x"], *vectors, gate, v.get("shortcut"), None, groups, activated)
+    x = fused.by_groups(v["x"]) if gate is not None else v["x"]
+    grouped = x.shape[-1] % 16 == 0 and gate is None and "shortcut" not in v
+    more = (gate, v.get("shortcut"), None, groups, activated, grouped)
+    y = fused.fused_norm(x, *vectors, *more)
+    return fused.by_pixels(y) if grouped else y
 
 
 def draw_norm(shape, parts, seed):
@@ -79,12 +83,14 @@ NORMS = [
     ((1, 9, 9, 40), 4, True, ("beta",), "bfloat16"),
     ((2, 5, 7, 48), 1, True, GATE, "float32"),
     ((1, 33, 33, 16), 1, False, ("shortcut",), "bfloat16"),
+    ((2, 7, 8, 32), 2, True, ("beta", "mean", "inv_std"), "float32"),
 ]
 
 
 @pytest.mark.parametrize("shape, groups, activated, parts, kind", NORMS)
 def test_norm_equals_plain_operations(shape, groups, activated, parts, kind, monkeypatch):
-    monkeypatch.setattr(fused, "_REDUCE", (256, 2))  # several chunks, the last one not full
+    for name in ("_REDUCE", "_SUMS"):  # several chunks, the last one not full
+        monkeypatch.setattr(fused, name, (256, 2, 32))
     monkeypatch.setattr(fused, "_MOST_CHUNKS", 2)
     arrays = draw_norm(shape, parts, seed=shape[1])
     own = lambda v: own_norm(v, groups, activated)
@@ -103,28 +109,21 @@ def test_a_dropped_branch_leaves_the_shortcut():
     np.testing.assert_allclose(y[1:], shortcut[1:] + 1.25 * branch, rtol=1e-5, atol=1e-5)
 
 
-CONVS = [((2, 9, 9, 48), 5, 1, "bfloat16"), ((1, 9, 8, 112), 3, 2, "float32")]
+CONVS = [
+    ((2, 9, 7, 48), 5, 1, "bfloat16"),
+    ((1, 9, 8, 16), 3, 2, "float32"),
+    ((1, 12, 7, 16), 5, 2, "float32"),
+]
 
 
 @pytest.mark.parametrize("shape, size, strides, kind", CONVS)
 def test_group_convolution_equals_plain_one(shape, size, strides, kind):
     rng, c = np.random.default_rng(2), shape[-1]
     arrays = {"x": rng.normal(size=shape), "kernel": rng.normal(size=(size, size, 16, c)) / 20}
-    own = lambda v: gpu_ops.grouped_conv(v["x"], v["kernel"], strides)
+    conv = lambda v: gpu_ops.grouped_conv(fused.by_groups(v["x"]), v["kernel"], strides)
+    own = lambda v: fused.by_pixels(conv(v))
     plain = lambda v: get_ops("jax").conv(v["x"], v["kernel"], strides)
     compare(own, plain, arrays, kind, ("x", "kernel"))
-
-
-@pytest.mark.parametrize("size", [7, 12])
-def test_input_gradient_at_stride_two(size):
-    import jax.numpy as jnp
-
-    rng = np.random.default_rng(size)
-    kernel = jnp.asarray(rng.normal(size=(5, 5, 16, 32)), "float32")
-    dy = jnp.asarray(rng.normal(size=(1, -(-size // 2), -(-size // 2), 32)), "float32")
-    conv = lambda x: get_ops("jax").conv(x, kernel, 2)
-    expected = jax.vjp(conv, jnp.zeros((1, size, size, 32)))[1](dy)[0]
-    assert relative_error(gpu_ops.spread(dy, kernel, (size, size)), expected) < 1e-5
 
 
 def test_norm_groups_must_divide():
@@ -151,3 +150,18 @@ def test_a_block_is_the_same_through_the_hooks(norm, training):
         mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
     )
     assert relative_error(own, plain) < 1e-5
+
+
+PRODUCTS = [((1, 9, 33, 24), 96, 3, "bfloat16"), ((2, 5, 7, 16), 32, 1, "float32")]
+
+
+@pytest.mark.parametrize("shape, channels, groups, kind", PRODUCTS)
+def test_norm_of_a_product_equals_plain_operations(shape, channels, groups, kind):
+    arrays = draw_norm((*shape[:3], channels), ("beta", "mean", "inv_std"), seed=3)
+    rng, names = np.random.default_rng(4), ("gamma", "beta", "mean", "inv_std")
+    arrays["x"], arrays["w"] = rng.normal(size=shape), rng.normal(size=(shape[-1], channels)) / 4
+    vectors = lambda v: [v[k] for k in names]
+    how = dict(norm_groups=groups, grouped=True)
+    product = lambda v: fused.fused_product_norm(v["x"], v["w"], *vectors(v), **how)
+    plain = lambda v: plain_norm({**v, "x": v["x"] @ v["w"]}, groups, True)
+    compare(lambda v: fused.by_pixels(product(v)), plain, arrays, kind, ("x", "w"))

@@ -1,0 +1,193 @@
+"""Measure the GPU's kernels alone: the part `kernels` of bench_gpu.py.
+
+Each kernel is a small program of its own, traced by the profiler: times are those of the device. Shapes are those of
+B0-G16-LN_PN at 224 pixels, 256 pictures. Writes gpu_kernels.csv and gpu_convs.csv into the folder that is named.
+
+    python tests/bench_kernels.py results
+"""
+
+import csv
+import datetime
+import glob
+import gzip
+import json
+import os
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import version
+from pathlib import Path
+from statistics import median
+
+import jax
+import jax.numpy as jnp
+
+from effnet_repro import fused_norm as norm
+from effnet_repro import gpu_ops
+from effnet_repro.ops import get_ops
+
+PICTURES, CALLS, REPEATS = 256, 5, 3
+WIDE = [(112, 32), (112, 64), (56, 96), (28, 160), (14, 448), (7, 768)]  # height, channels
+THIN = [(112, 32, 32), (112, 16, 64), (56, 24, 96)]  # height, thin, channels
+CONVS = [  # channels, height, kernel size, strides
+    (32, 112, 3, 1),
+    (64, 112, 3, 2),
+    (96, 56, 3, 1),
+    (96, 56, 5, 2),
+    (160, 28, 5, 1),
+    (160, 28, 3, 2),
+    (320, 14, 3, 1),
+    (320, 14, 5, 1),
+    (448, 14, 5, 1),
+    (448, 14, 5, 2),
+    (768, 7, 5, 1),
+    (768, 7, 3, 1),
+]
+
+
+def draw(i, *shape, kind="float32"):
+    return jax.random.normal(jax.random.key(i), shape, kind)
+
+
+def size(*arrays):
+    return sum(a.size * a.dtype.itemsize for a in arrays)
+
+
+def norm_jobs():
+    "(row, function, arguments, bytes)"
+    for h, c in WIDE:
+        x, g = (draw(i, PICTURES, h, h, c, kind="bfloat16") for i in (0, 1))
+        xg, gg = norm.by_groups(x), norm.by_groups(g)
+        table, v, s = draw(2, PICTURES, 5, c), draw(3, c), draw(4, PICTURES, c)
+        ks, m, at = draw(5, PICTURES, 2, c), size(x), dict(height=h, channels=c)
+        before, after = dict(at, place="expansion"), dict(at, place="convolution")
+        one = lambda *a: norm._moments(*a)[0]
+        to_groups = lambda *a: norm._apply(*a, True, None, True)
+        to_pixels = lambda *a: norm._apply(*a, True)
+        sums, gated = (lambda *a, on=on: norm._sums(*a, True, on) for on in (False, True))
+        back = lambda *a: norm._input_gradient(*a, True)
+        back_gated = lambda *a: norm._input_gradient(*a[:-1], True, a[-1])
+        yield dict(before, kernel="moments"), one, (x,), m
+        yield dict(before, kernel="apply"), to_groups, (x, table, v, s), 2 * m
+        yield dict(before, kernel="sums (gradient)"), sums, (x, gg, table), 2 * m
+        yield dict(before, kernel="input gradient"), back, (x, gg, table, s, ks), 3 * m
+        yield dict(after, kernel="moments"), one, (xg,), m
+        yield dict(after, kernel="pool"), norm._pool, (xg, table), m
+        yield dict(after, kernel="apply"), to_pixels, (xg, table, v, s), 2 * m
+        yield dict(after, kernel="sums (gradient)"), gated, (xg, g, table), 2 * m
+        yield dict(after, kernel="input gradient"), back_gated, (xg, g, table, s, ks, s), 3 * m
+    x = draw(0, PICTURES, 224, 224, 3, kind="bfloat16")
+    y = PICTURES * 112 * 112 * 32 * 2
+    about = dict(kernel="patches", height=224, channels=3, place="stem")
+    yield about, lambda x: gpu_ops.patches(x, 3, 2), (x,), size(x) + y
+
+
+def product_jobs():
+    for h, thin, c in THIN:
+        x, g = (draw(i, PICTURES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
+        w, gg = draw(2, thin, c, kind="bfloat16"), norm.by_groups(g)
+        table, v, ks = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, 2, c)
+        at = dict(height=h, channels=c, place=f"product of {thin}")
+        one = lambda *a: norm._product_moments(*a)[0]
+        apply = lambda *a: norm._product_apply(*a, True)
+        yield dict(at, kernel="moments"), one, (x, w), size(x)
+        yield dict(at, kernel="apply"), apply, (x, w, table, v, v), size(x, g)
+        yield dict(at, kernel="sums (gradient)"), norm._product_sums, (x, w, gg, table), size(x, g)
+        ins = (x, w, gg, table, v, ks)
+        yield dict(at, kernel="both gradients"), norm._product_gradients, ins, size(x, x, g)
+
+
+def conv_jobs():
+    plain = get_ops("jax").conv
+    for c, h, k, strides in CONVS:
+        x, kernel = draw(0, PICTURES, h, h, c, kind="bfloat16"), draw(1, k, k, 16, c) / 10
+        kernel, out = kernel.astype("bfloat16"), -(-h // strides)
+        dy = draw(2, PICTURES, out, out, c, kind="bfloat16")
+        library = lambda x, w, s=strides: plain(x, w, s)
+        own = lambda x, w, s=strides: gpu_ops.grouped_conv(x, w, s)
+        about = dict(channels=c, image_size=h, kernel_size=k, strides=strides)
+        about["macs"] = dy.size * 16 * k * k
+        for way, f, turn in (("library", library, lambda v: v), ("strips", own, norm.by_groups)):
+            ins = (turn(x), kernel, turn(dy))
+            forward = lambda x, w, dy, f=f: f(x, w)
+            to_x = lambda x, w, dy, f=f: jax.vjp(lambda x: f(x, w), x)[1](dy)[0]
+            to_w = lambda x, w, dy, f=f: jax.vjp(lambda w: f(x, w), w)[1](dy)[0]
+            products = (("output", forward), ("input gradient", to_x), ("weight gradient", to_w))
+            for product, g in products:
+                yield dict(about, product=product, way=way), g, ins, size(x, dy)
+
+
+def peak_jobs():
+    x = draw(0, PICTURES, 112, 112, 64, kind="bfloat16")
+    yield dict(kernel="copy", height=112, channels=64, place=""), lambda x: x * 2, (x,), 2 * size(x)
+    a = draw(1, 8192, 8192, kind="bfloat16")
+    yield dict(kernel="matrix product", height=8192, channels=8192, place=""), jnp.dot, (a, a), 0
+
+
+def device_ms(programs):
+    "Name of a program -> milliseconds on the device in this trace; each has run CALLS times"
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, create_perfetto_trace=True):
+            for f, args in programs:
+                jax.block_until_ready([f(*args) for _ in range(CALLS)])
+        (file,) = glob.glob(f"{folder}/**/perfetto_trace.json.gz", recursive=True)
+        with gzip.open(file) as trace:
+            events = json.load(trace)
+    events = events if isinstance(events, list) else events["traceEvents"]
+    found = {}
+    for e in events:
+        module = (e.get("args") or {}).get("hlo_module", "")
+        if e.get("ph") == "X" and module.startswith("jit_job"):
+            name = module.split("(")[0]
+            found[name] = found.get(name, 0.0) + e["dur"] / 1e3 / CALLS
+    return found
+
+
+def named(i, f):
+    def job(*args):
+        return f(*args)
+
+    job.__name__ = f"job{i}x"
+    return jax.jit(job)
+
+
+def main(folder):
+    if jax.default_backend() != "gpu":
+        print("bench-gpu kernels: there is no GPU here, so there is nothing to measure")
+        return
+    jobs = [*peak_jobs(), *norm_jobs(), *product_jobs(), *conv_jobs()]
+    lowered = [named(i, f).lower(*args) for i, (_, f, args, _) in enumerate(jobs)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        programs = [(f, job[2]) for f, job in zip(pool.map(lambda f: f.compile(), lowered), jobs)]
+    jax.block_until_ready([f(*args) for f, args in programs][-1])
+    traces = [device_ms(programs) for _ in range(REPEATS)]
+    device = jax.devices()[0].device_kind
+    about = dict(device=device, versions=f"jax {version('jax')}")
+    about["date"] = datetime.date.today().isoformat()
+    rows = []
+    for i, (row, _, _, moved) in enumerate(jobs):
+        ms = [t[f"jit_job{i}x"] for t in traces]
+        times = dict(ms=median(ms), lowest=min(ms), highest=max(ms), runs=len(ms) * CALLS)
+        times = {k: round(v, 5) for k, v in times.items()}
+        rows.append({**row, "batch": PICTURES, **times, "tb_per_s": moved / median(ms) / 1e9})
+    copy, peak = rows[0]["tb_per_s"], 2 * 8192**3 / rows[1]["ms"] / 1e9  # TB/s, TFLOP/s
+    for row, (_, _, _, moved) in zip(rows, jobs):
+        floor = max(moved / copy / 1e9, 2 * row.get("macs", 0) / peak / 1e9)
+        row.update(
+            of_floor=round(floor / row["ms"], 3), tb_per_s=round(row["tb_per_s"], 3), **about
+        )
+    rows[1].update(tflop_per_s=round(peak, 1), of_floor=1.0)
+    rows[0]["tflop_per_s"] = ""
+    split = {"gpu_kernels.csv": "kernel", "gpu_convs.csv": "product"}
+    for name, key in split.items():
+        mine = [r for r in rows if key in r]
+        with open(Path(folder) / name, "w", newline="") as file:
+            writer = csv.DictWriter(file, list(mine[0]), lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(mine)
+        for r in mine:
+            print(*(f"{k}={r[k]}" for k in list(r)[:11] if r[k] != ""), r["of_floor"], flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

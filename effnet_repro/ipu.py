@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['plot_pod', 'ipus_per_replica', 'for_ipus', 'machine_options', 'Plan', 'plan_stages', 'pipeline_options', 'mask_rates',
            'draw_masks', 'FedMasks', 'draws', 'element_stream', 'compute_dtype', 'carried', 'Stages',
-           'describe_tensorflow', 'has_graphcore', 'Graphcore', 'configure', 'infeed', 'outfeed', 'pipeline', 'IPUOps',
-           'make_optimizer', 'step_variable', 'loss_scale', 'TrainingProgram', 'read_report', 'set_state', 'assign',
-           'get_state', 'ValidationProgram', 'validation_stream', 'evaluate', 'broadcast', 'gather', 'resolve_for_ipus',
-           'count_ipus', 'train', 'finetune_layout', 'finetune', 'validate', 'poprun_command', 'has_ipu',
-           'choose_device']
+           'describe_tensorflow', 'has_graphcore_wheel', 'has_graphcore', 'Graphcore', 'configure', 'infeed', 'outfeed',
+           'pipeline', 'IPUOps', 'make_optimizer', 'step_variable', 'loss_scale', 'TrainingProgram', 'read_report',
+           'set_state', 'assign', 'get_state', 'ValidationProgram', 'validation_stream', 'evaluate', 'broadcast',
+           'gather', 'resolve_for_ipus', 'count_ipus', 'train', 'finetune_layout', 'finetune', 'validate',
+           'poprun_command', 'has_ipu', 'choose_device']
 
-# %% ../nbs/36_ipu.ipynb #acb28ebd
+# %% ../nbs/36_ipu.ipynb #49fad59a
 import contextlib
 import functools
 import importlib
@@ -22,6 +22,7 @@ import sys
 import time
 import warnings
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
@@ -436,7 +437,7 @@ def _flat(i, outputs):
             raise TypeError(f"Stage {i} must return tensors in a flat list. Received: {value!r}.")
     return outputs
 
-# %% ../nbs/36_ipu.ipynb #56ba9150
+# %% ../nbs/36_ipu.ipynb #abd3be6d
 _INSTALL = (
     "Install Graphcore's TensorFlow wheel (2.6.3, SDK 2.6 to 3.4, Python 3.8) in the SDK's virtual environment, "
     "source the SDK's enable scripts, then `pip install effnet_repro` there: see the page on installing on a POD. "
@@ -456,6 +457,14 @@ def describe_tensorflow() -> str:  # e.g. "TensorFlow 2.21.0, not Graphcore's bu
         return f"a TensorFlow that cannot be imported ({e})"
     built = "Graphcore's build" if has_graphcore() else "not Graphcore's build"
     return f"TensorFlow {tf.__version__}, {built}"
+
+
+def has_graphcore_wheel() -> bool:  # Without importing it, which takes seconds
+    "Tell whether the installed TensorFlow names itself Graphcore's"
+    try:
+        return "+gc" in version("tensorflow")
+    except PackageNotFoundError:
+        return False
 
 
 def has_graphcore() -> bool:  # Whether programs can be built; an IPU may still be missing
@@ -1220,10 +1229,15 @@ def _describe_run(host, notes):
     machine = describe_machine("graphcore", f"{ipus} IPUs, {describe_tensorflow()}")
     write_json(host.run_dir / "environment.json", machine)
 
-# %% ../nbs/36_ipu.ipynb #60c7afef
+# %% ../nbs/36_ipu.ipynb #cea57e87
 def _with_scores(done, data_dir, how):
     "A run with what `validate` says of it, when it came to its end"
-    return done._replace(scores=validate(done.run_dir, data_dir, **how)) if done.finished else done
+    if not done.finished:
+        return done
+    scores = validate(done.run_dir, data_dir, **how)
+    for name, found in scores.items():
+        say_scores(name, found)
+    return done._replace(scores=scores)
 
 
 def train(
@@ -1312,7 +1326,7 @@ def finetune(
     how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
     return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
-# %% ../nbs/36_ipu.ipynb #c4492955
+# %% ../nbs/36_ipu.ipynb #6ff1b99a
 def validate(
     source,  # A run folder, a checkpoint file or an average
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -1346,9 +1360,8 @@ def validate(
     spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
     size = image_size or case.image_size
     scores = evaluate(graphcore, case, spec, sets, data, size, ipus, batch)
-    for name, found in scores.items() if graphcore.instances[0] == 0 else ():
-        say_scores(name, found)
-        if source.is_dir():
+    for name, found in scores.items() if source.is_dir() else ():
+        if graphcore.instances[0] == 0:
             update = checkpoints.read_metadata(paths[name])["update"]
             write_scores(source, name, found, update, data)
     return scores

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['PRECISIONS', 'BATCH_FIELDS', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_loss', 'use_devices',
            'TrainingModel', 'updates', 'predictor', 'evaluate', 'device_name', 'environment', 'estimate',
-           'choose_precision', 'train', 'finetune', 'validate', 'read_case', 'find_run', 'record', 'plot_predictions',
-           'plot_confusion']
+           'choose_precision', 'train', 'finetune', 'validate', 'record', 'plot_predictions']
 
-# %% ../nbs/38_training.ipynb #39bfc3d4
+# %% ../nbs/38_training.ipynb #72d015f8
 import contextlib
 import csv
 import functools
@@ -26,14 +25,12 @@ import numpy as np
 
 from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
-from .checkpoint import load_metadata, load_weights
+from .checkpoint import load_weights
 from effnet_repro.config import (
     Case,
     budget_overrides,
     case_from_dict,
     case_to_dict,
-    differing_fields,
-    get_case,
     resolve,
     unknown_name,
 )
@@ -70,7 +67,6 @@ from effnet_repro.recipe import (
     trained_segments,
 )
 from effnet_repro.runs import (
-    NETWORK_FIELDS,
     Run,
     Scores,
     StopSignals,
@@ -80,7 +76,6 @@ from effnet_repro.runs import (
     describe_machine,
     finetune_case,
     finetune_size,
-    list_fields,
     read_metrics,
     refuse_other_case,
     refuse_other_data,
@@ -294,7 +289,7 @@ def _jax_gradients(program, names, weights, batch, first=0):
     (sums, moving), _ = jax.lax.scan(one, state, micros)
     return sums[:-2], sums[-2], sums[-1], moving
 
-# %% ../nbs/38_training.ipynb #e1fb5e57
+# %% ../nbs/38_training.ipynb #d57781c3
 class _Replicas(keras.distribution.DataParallel):
     "Keras' data parallelism, with numbers (the learning rate) whole on every device"
 
@@ -1193,40 +1188,6 @@ def _is_measured(run_dir, name, update, image_size, data):
             for r in csv.DictReader(file)
         )
 
-# %% ../nbs/38_training.ipynb #2e8d5912
-def read_case(
-    source,  # A run folder or a checkpoint
-    expected: Union[str, Case, None] = None,  # The case it must be, or its name; None = any
-) -> Case:
-    "Read which case trained weights belong to"
-    case = case_from_dict(load_metadata(source)["case"])
-    if expected in (None, case.name):
-        return case
-    expected = get_case(expected) if isinstance(expected, str) else expected
-    fields = differing_fields(case, expected, ("name", *NETWORK_FIELDS))
-    if fields:
-        raise ValueError(f"{source} holds another case ({list_fields(fields)}). Leave `case` out.")
-    return case
-
-
-def find_run(
-    source=None,  # A run folder or a checkpoint; None = the default folder of the case
-    case: Optional[str] = None,  # A published name; None = the demo's
-    data_dir=None,  # Used in a smoke test only
-    runs="runs",  # Folder of runs
-):  # The run folder
-    "Find the run to go on with; a smoke test, which has none, makes one of two updates"
-    if source is not None:
-        return source
-    folder = Path(runs) / (case or "B1-G16-LN_PN-Half_16IPU_4x4")
-    if not (folder / "checkpoints").is_dir():
-        if budget_overrides("auto", data_dir is not None)[0] != "smoke":
-            raise FileNotFoundError(
-                f"No run in {folder}. Train first (`40_train`), or say where it is."
-            )
-        train(folder.name, data_dir, folder, budget="smoke", progress=False)
-    return folder
-
 # %% ../nbs/38_training.ipynb #44a901eb
 def record(
     path,  # A CSV file of results; a row is added, or replaced when `what` is there already
@@ -1283,35 +1244,3 @@ def plot_predictions(
         for b, y, row in zip(best, labels, p)
     ]
     return plot_pictures(pictures, titles, columns=min(8, len(pictures)), side=1.2)
-
-# %% ../nbs/38_training.ipynb #56c2e9c5
-def plot_confusion(
-    scores: Scores,  # From `evaluate`
-    class_names: Sequence[str],  # By label
-    most: int = 30,  # Show only the classes that are confused most, when there are more
-    ax=None,  # Matplotlib axes; None = new ones
-):  # The axes
-    "Draw which classes are taken for which"
-    import matplotlib.pyplot as plt
-
-    c = scores.confusion
-    mistakes = c.sum(0) + c.sum(1) - 2 * np.diag(c)
-    shown = np.sort(np.argsort(-mistakes, kind="stable")[:most])
-    c, names = c[np.ix_(shown, shown)], [class_names[i][:16] for i in shown]
-    if ax is None:
-        side = 2.2 + 0.22 * len(names)
-        _, ax = plt.subplots(figsize=(side, side), layout="constrained")
-    ax.imshow(c / np.maximum(c.sum(1, keepdims=True), 1), cmap="Blues", vmin=0, vmax=1)
-    for i, j in zip(*np.nonzero(c)):
-        dark = c[i, j] > 0.6 * c[i].sum()
-        ax.text(
-            j, i, c[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black"
-        )
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
-    ax.set(
-        xlabel="guess",
-        ylabel="truth",
-        title=f"Which classes are confused? (top-1 {scores.top1:.1%})",
-    )
-    return ax

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ tf = pytest.importorskip("tensorflow")
 import ipu_standin  # noqa: E402
 from ipu_reference import fresh_slots, make_pictures, reference_update  # noqa: E402
 
-from effnet_repro import checkpoint, ipu, scaling  # noqa: E402
+from effnet_repro import checkpoint, config, ipu, scaling  # noqa: E402
 from effnet_repro.config import get_case, override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
@@ -292,6 +293,38 @@ def test_a_keras_run_goes_on_to_ipus(tiny, tmp_path):
     assert moved and all(n.startswith("all/Top/") for n in moved)
     assert tuned.run_dir == run.run_dir / "finetune-32" and set(tuned.scores) == {"last", "average"}
     assert (tuned.run_dir / "validation.csv").exists()
+
+
+def run_page(name, **values):
+    "Execute a run notebook with these parameters; returns its variables"
+    page, space = Path(__file__).parent.parent / "nbs" / f"{name}.ipynb", {}
+    for cell in json.loads(page.read_text(encoding="utf-8"))["cells"]:
+        if cell["cell_type"] == "code":
+            exec("".join(cell["source"]), space)
+        if "parameters" in cell["metadata"].get("tags", ()):
+            assert set(values) <= set(space)
+            space.update(values)
+    return space
+
+
+def test_run_notebooks_on_ipus_without_keras(tiny, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib").use("Agg")
+    pytest.importorskip("pandas")
+    monkeypatch.setattr(config, "load_cases", lambda *path: {NAME: tiny})
+    for name in ("keras", "effnet_repro.training"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
+    how = dict(device="ipu", ipus=4)
+    with pytest.raises(ImportError, match="not Graphcore's build. Install"):
+        run_page("42_validate", run_dir=tmp_path, **how)
+    run_dir = str(tmp_path / "run")
+    with ipu_standin.install():
+        page = run_page("40_train", case=NAME, run_dir=run_dir, budget="case", max_steps=1, **how)
+        assert page["resolved"].num_replicas == 2 and set(page["run"].scores) == {"last"}
+        small = dict(image_size=32, max_steps=1, global_batch_size=16, warmup_epochs=0)
+        tuned = run_page("41_finetune", init=run_dir, **small, **how)["run"]
+        scores = run_page("42_validate", run_dir=str(tuned.run_dir), **how)["scores"]
+    assert scores["last"].top1 == tuned.scores["last"].top1
+    assert (tuned.run_dir / "curves.png").exists()
 
 
 def test_fine_tuning_is_sequential_on_one_ipu(short):

@@ -18,14 +18,13 @@ from tiny import EPOCHS_OF_THREE, PYTHON, SMOKE, TINY, small_network  # noqa: F4
 from effnet_repro import checkpoint
 from effnet_repro.config import for_one_device, get_case, override
 from effnet_repro.data import open_data
-from effnet_repro.runs import read_metrics
+from effnet_repro.runs import read_case, read_metrics
 from effnet_repro.testing import relative_error, test_allclose
 from effnet_repro.training import (
     evaluate,
     finetune,
     finetune_case,
     load_weights,
-    read_case,
     train,
     validate,
 )

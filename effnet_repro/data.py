@@ -414,6 +414,17 @@ class DataSet:
     splits: Dict[str, Split] = field(repr=False, compare=False)
     damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
 
+    @property
+    def fingerprint(
+        self,
+    ) -> str:  # Changes when a training picture is added, moved, resized or relabelled
+        "Sum up names, places, bytes and labels of the training pictures"
+        split = self.splits["train"]
+        digest = hashlib.sha256("\n".join(map(os.path.basename, split.files)).encode())
+        for numbers in (split.file, split.offset, split.length, split.label):
+            digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
     def describe(self) -> str:  # One line
         "Say what was found, and where"
         place = "built-in sample set" if self.builtin else self.root

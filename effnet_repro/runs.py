@@ -367,15 +367,21 @@ def refuse_other_case(
 def refuse_other_data(
     path,  # The checkpoint
     metadata: dict,  # What it says
-    classes: int,  # Classes of the data to go on with
-    pictures: int,  # Training pictures of the data to go on with
+    data,  # `DataSet` to go on with
 ):  # None; raises ValueError
-    "Going on needs the pictures that the run began with: another number is another order"
-    there = metadata.get("num_classes"), metadata.get("pictures", pictures)
-    if there != (classes, pictures):
+    "Going on needs the pictures that the run began with: others come in another order"
+    there = metadata.get("num_classes"), metadata.get("pictures", data.train_count)
+    if there != (data.num_classes, data.train_count):
         raise ValueError(
             f"{path} belongs to a run on {there[1]} training pictures of {there[0]} classes. Received: "
-            f"{pictures} pictures of {classes} classes. Give the same data, or use another run_dir."
+            f"{data.train_count} pictures of {data.num_classes} classes. "
+            "Give the same data, or use another run_dir."
+        )
+    if metadata.get("data_fingerprint") not in (None, data.fingerprint):
+        place = "the built-in sample set" if data.builtin else data.root
+        raise ValueError(
+            f"{path} belongs to a run on other training pictures: as many as in {place}, but with other "
+            "names, bytes or labels. Give the same data, or use another run_dir."
         )
 
 

@@ -609,10 +609,10 @@ def _last_good(folder):
     return f"{good} Try a smaller base_learning_rate_exponent, or precision='float32'."
 
 
-def _restore_state(path, model, pictures):
+def _restore_state(path, model, data):
     "Read what `_save_state` wrote into a training model; returns the metadata"
     arrays, metadata = checkpoints.load(path)
-    refuse_other_data(path, metadata, model.program.spec.num_classes, pictures)
+    refuse_other_data(path, metadata, data)
     refuse_other_case(path, case_from_dict(metadata["case"]), model.program.case)
     if metadata["seed"] != model.program.seed:
         raise ValueError(
@@ -931,13 +931,13 @@ def _execute_alone(
     if weights is not None:
         set_weights(network, weights)
     model = TrainingModel(network, program)
-    first = _begin(run_dir, model, data.train_count)
+    first = _begin(run_dir, model, data)
     if first < last:
         _describe_run(run_dir, program, data, notes)
         _say_estimate(case, data)
     average = average_until(folder, case, first)
     extra = {"class_names": list(data.class_names), "precision": program.precision}
-    extra["pictures"] = data.train_count
+    extra.update(pictures=data.train_count, data_fingerprint=data.fingerprint)
     state = dict(program=program, run_dir=run_dir, updates_per_epoch=per_epoch, last_update=last)
     state["follow"] = _Follow(folder, first, last, case.global_batch_size, progress)
     state["save"] = _saver(model, folder, average, per_epoch, keep, extra)
@@ -961,7 +961,7 @@ def _execute_alone(
     )
 
 # %% ../nbs/38_training.ipynb #5a0708f4
-def _begin(run_dir, model, pictures):
+def _begin(run_dir, model, data):
     "Restore the newest checkpoint, if there is one; returns the update to begin with"
     folder, metrics = run_dir / "checkpoints", run_dir / "metrics.csv"
     for place in (run_dir, folder):
@@ -969,7 +969,7 @@ def _begin(run_dir, model, pictures):
     newest = checkpoints.latest(folder)
     if newest is None:
         return 0
-    metadata = _restore_state(newest, model, pictures)
+    metadata = _restore_state(newest, model, data)
     update, row = metadata["update"], metadata.get("row")
     print(f"going on from {newest.name}, update {update}", flush=True)
     known = read_metrics(run_dir) if metrics.exists() else {"update": []}

@@ -364,6 +364,7 @@ def _no_slot(arrays, metadata):
         (_no_slot, "the slot momentum of all/Top/logits/dense/bias has shape None"),
         (lambda a, m: m.update(pictures=7), "on 7 training pictures of 10 classes"),
         (lambda a, m: m.update(num_classes=7), "training pictures of 7 classes"),
+        (lambda a, m: m.update(data_fingerprint="0"), "with other names, bytes or labels"),
         (lambda a, m: m["case"].update(norm="LN"), "norm: LN there, LN_PN here"),
         (lambda a, m: m["case"].update(nrom="LN"), "Unknown key 'nrom'.*Did you mean 'norm'"),
     ],

@@ -1152,7 +1152,7 @@ def _train_inputs(dataset, plan, area_min, update, begin, end, known_sizes=None)
     crops = draw_crops(np.array(sizes), boxes, plan.seed, places, area_min)
     return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
 
-# %% ../nbs/30_data.ipynb #9b5bd935
+# %% ../nbs/30_data.ipynb #ef74a030
 def training_batches(
     dataset: DataSet,  # From `open_data`
     image_size: int,  # Side of the pictures, S, pixels
@@ -1379,30 +1379,37 @@ def load_arrays(
         list(pool.map(place, range(len(labels))))
     return images, labels
 
-# %% ../nbs/30_data.ipynb #32716790
-class _Decoded(NamedTuple):
-    "Training pictures on JAX' device"
+# %% ../nbs/30_data.ipynb #4c5b9c3c
+class _Pixels(NamedTuple):
+    "Pictures on JAX' device, one after the other"
 
-    pixels: Any  # All pictures one after the other, (pixels, 3) uint8
+    pixels: Any  # (P, 3) uint8
     begin: np.ndarray  # First pixel of each picture, (n,)
     sizes: np.ndarray  # Height and width, (n, 2)
 
 
-def _decode_all(dataset):
+def _lay_out(pictures, most=None):
+    "Bring pictures (H, W, 3) to the device; filled up to `most` pixels, so that few programs are compiled"
     import jax.numpy as jnp
 
+    sizes = np.array([p.shape[:2] for p in pictures], np.int32)
+    ends = np.cumsum(sizes.prod(1))
+    pixels = np.empty((most or ends[-1], 3), np.uint8)
+    np.concatenate([p.reshape(-1, 3) for p in pictures], out=pixels[: ends[-1]])
+    return _Pixels(jnp.asarray(pixels), (ends - sizes.prod(1)).astype(np.int32), sizes)
+
+
+def _decode_all(dataset):
     def picture(i):
         encoded, _ = _read(dataset, "train", i)
         with _located(dataset, "train", i):
             return _decode(encoded)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        pictures = list(pool.map(picture, range(dataset.train_count)))
-    sizes = np.array([p.shape[:2] for p in pictures], np.int32)
-    ends = np.cumsum(sizes.prod(1))
-    pixels = jnp.asarray(np.concatenate([p.reshape(-1, 3) for p in pictures]))
-    print(f"{len(sizes):,} decoded pictures, {pixels.nbytes / 2**20:,.0f} MiB, on the device")
-    return _Decoded(pixels, (ends - sizes.prod(1)).astype(np.int32), sizes)
+        found = _lay_out(list(pool.map(picture, range(dataset.train_count))))
+    size = found.pixels.nbytes / 2**20
+    print(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
+    return found
 
 
 _kept = {}  # the training split of one data set -> its pictures
@@ -1415,17 +1422,15 @@ def _on_device(dataset):
         _kept.update(split=split, decoded=_decode_all(dataset))
     return _kept["decoded"]
 
-# %% ../nbs/30_data.ipynb #becf2f9e
+# %% ../nbs/30_data.ipynb #260b4225
 def fits_device(
     dataset: DataSet,  # From `open_data`
     share: float = 0.125,  # Of the device's memory that the decoded pictures may take
-) -> bool:  # False without a GPU
+) -> bool:
     "Say whether the training pictures of a data set fit on JAX' device"
     import jax
 
-    if jax.default_backend() == "cpu":
-        return False
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
     limit = min(share * memory, 2**32)  # pixels are counted in 31 bits
     if dataset.splits["train"].length.sum() > limit:
         return False
@@ -1463,7 +1468,7 @@ def _cutter():
 
     return jax.jit(cut, static_argnums=7)
 
-# %% ../nbs/30_data.ipynb #58c2b753
+# %% ../nbs/30_data.ipynb #d8b42418
 def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard
@@ -1474,14 +1479,60 @@ def device_batches(
 
 def _device_arrays(dataset, plan, inputs, image_size, random, first_update):
     "The stream of `training_batches` on the device"
-    decoded, cut, square = _on_device(dataset), _cutter(), (image_size, image_size)
-    for update in itertools.count(first_update):
-        pictures, part, flips, labels = inputs(update, 0, plan.local, decoded.sizes)
-        begin, sizes = decoded.begin[pictures], decoded.sizes[pictures]
+    source = _resident if fits_device(dataset) else _streamed
+    square, cut = (image_size, image_size), _cutter()
+    for at, begin, whole, part, flips, labels in source(
+        dataset, plan, inputs, random, first_update
+    ):
         new, corner = np.tile(square, (len(part), 1)), np.zeros((len(part), 2))
         if not random:
-            windows = np.array([validation_window(*size, image_size) for size in sizes])
+            windows = np.array([validation_window(*size, image_size) for size in whole])
             new, corner = windows[:, 0], windows[:, 1]
-            part, flips = np.concatenate([0 * sizes, sizes], 1), np.zeros(len(part), bool)
+            flips = np.zeros(len(part), bool)
         how = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
-        yield cut(decoded.pixels, begin, sizes[:, 1], part, *how, image_size), labels
+        yield cut(at, begin, whole[:, 1], part, *how, image_size), labels
+
+
+def _whole(sizes):
+    return np.concatenate([0 * sizes, sizes], 1)
+
+
+def _resident(dataset, plan, inputs, random, first_update):
+    "Pictures that stay: pixels, first pixels, sizes, rectangles, flips, labels"
+    kept = _on_device(dataset)
+    for update in itertools.count(first_update):
+        pictures, part, flips, labels = inputs(update, 0, plan.local, kept.sizes)
+        sizes = kept.sizes[pictures]
+        part = part if random else _whole(sizes)
+        yield kept.pixels, kept.begin[pictures], sizes, part, flips, labels
+
+# %% ../nbs/30_data.ipynb #b5decf70
+def _streamed(dataset, plan, inputs, random, first_update):
+    "The same of pictures that are decoded for each update; of a picture only the rectangle is sent"
+
+    def part(update, begin):
+        end = min(begin + 8, plan.local)
+        encoded, crops, flips, labels = inputs(update, begin, end)
+        images = []
+        for i, data, crop in zip(plan.take(update, begin, end)[0], encoded, crops):
+            with _located(dataset, "train", i):
+                top, left, height, width = crop if random else (0, 0, None, None)
+                image = _decode(data)
+                images.append(image[top:, left:][:height, :width])
+        return images, flips, labels
+
+    def assemble(pieces):
+        images, flips, labels = zip(*(piece.result() for piece in pieces))
+        images = sum(images, [])
+        pixels = sum(image.shape[0] * image.shape[1] for image in images)
+        step = 2 ** max(pixels.bit_length() - 3, 0)
+        sent = _lay_out(images, -(-pixels // step) * step)
+        return (*sent, _whole(sent.sizes), np.concatenate(flips), np.concatenate(labels))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as assembler:
+        ahead = deque()
+        for update in itertools.count(first_update):
+            pieces = [pool.submit(part, update, i) for i in range(0, plan.local, 8)]
+            ahead.append(assembler.submit(assemble, pieces))
+            if len(ahead) > 2:  # two batches are made while one is used
+                yield ahead.popleft().result()

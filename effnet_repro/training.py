@@ -37,7 +37,6 @@ from effnet_repro.config import (
 from effnet_repro.data import (
     DataSet,
     find_damaged,
-    fits_device,
     open_data,
     plot_pictures,
     training_batches,
@@ -439,6 +438,14 @@ def _controls(case, update, updates_per_epoch, seed):
     return {"update": np.int32(update), "learning_rate": rate, **draws}
 
 
+def _has_jax_gpu():
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.default_backend() == "gpu"
+
+
 def updates(
     case: Case,  # Laid out for one device
     data: DataSet,  # Pictures
@@ -453,8 +460,7 @@ def updates(
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
     how["preprocessing"] = case.train_preprocessing
     if keras.backend.backend() != "tensorflow":
-        reader = "jax" if keras.backend.backend() == "jax" and fits_device(data) else "numpy"
-        stream = training_batches(*args, reader=reader, **how)
+        stream = training_batches(*args, reader="jax" if _has_jax_gpu() else "numpy", **how)
         return (
             (
                 {"images": images, "labels": labels, **controls(first_update + i)},
@@ -815,10 +821,12 @@ PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 def choose_precision(
     precision: str = "auto",  # "float32", "bfloat16", "float16", or "auto"
 ) -> str:  # Type to compute in; weights and statistics are float32 in any case
-    "Choose the type to compute in; `auto` is float32 on every device"
+    "Choose the type to compute in; `auto` is bfloat16 on a GPU under JAX, else float32"
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
-    return "float32" if precision == "auto" else precision
+    if precision != "auto":
+        return precision
+    return "bfloat16" if _has_jax_gpu() else "float32"
 
 
 def _program(case, data, precision, seed):

@@ -3,10 +3,10 @@
 Every contender is a process of its own. All of a wave compile first; then they take turns, one round each, so that
 the machine's state is the same for all. Results go to files in results/ as they come. Without a GPU: a message.
 
-    python tests/bench_gpu.py [speed] [memory] [reader] [devices] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
+    python tests/bench_gpu.py [speed] [reader] [devices] [--waves 1,2,3,4,5] [--only REGEX] [--data FOLDER ...]
 
-speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 = the other arms, 3 = other peers, plain operations
-memory   gpu_memory.csv: the largest micro-batch that trains, by compiled memory analysis and one trial
+speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 and 3 = the other arms of B0 and B4, 4 = other peers,
+         5 = plain operations; with two GPUs two waves at a time, each on a GPU of its own
 reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 """
@@ -14,6 +14,7 @@ devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and 
 import argparse
 import csv
 import datetime
+import itertools
 import json
 import os
 import re
@@ -28,8 +29,11 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--xla_gpu_enable_triton_gemm=false"  # compiles in half the time; the products use cuBLAS
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
-PARTS = ("speed", "memory", "reader", "devices")
+PARTS = ("speed", "reader", "devices")
 MODES = ("train", "infer")
+ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
+REPLICAS = (("B0-G16-LN_PN-Half", 160, 192), ("B4-G16-LN_PN-Half", 252, 64))  # side, micro-batch
+GLOBAL_BATCH = 768
 
 
 # ---- what is measured
@@ -48,21 +52,21 @@ def contenders():
                 many = batch * (2 if (size, part) == ("B4", "Half") else 1)
                 published = part if arm != "G1-GN" else "Native"  # no half of it was published
                 one = dict(model=f"{size}-{arm}-{published}", size=side, batch=many)
-                wave = 1 if arm == "G16-LN_PN" else 2
+                wave = 1 if arm == "G16-LN_PN" else 2 if size == "B0" else 3
                 rows += [(f"{size}-{arm}-{part}", "ours", {**one, "mode": m}, wave) for m in MODES]
         plain = dict(model=f"{size}-G16-LN_PN-Native", size=native, batch=batch)
         plain["env"] = {"EFFNET_KERNELS": "0"}
         name = f"{plain['model']}, plain operations"
-        rows += [(name, "ours", {**plain, "mode": m}, 3) for m in MODES]
+        rows += [(name, "ours", {**plain, "mode": m}, 5) for m in MODES]
     keras = dict(model="EfficientNetB0", size=224, batch=256, env={"XLA_FLAGS": ""})
-    rows += [("keras.applications EfficientNetB0", "keras", {**keras, "mode": m}, 3) for m in MODES]
+    rows += [("keras.applications EfficientNetB0", "keras", {**keras, "mode": m}, 4) for m in MODES]
     for model, sizes, batch in (
         ("tf_efficientnetv2_s", (300, 384), 128),
         ("resnet50", (224, 224), 256),
     ):
         for mode, side in zip(MODES, sizes):
             settings = dict(model=model, size=side, batch=batch, mode=mode)
-            rows.append((f"timm {model}, compiled", "torch", settings, 3))
+            rows.append((f"timm {model}, compiled", "torch", settings, 4))
     return rows
 
 
@@ -147,6 +151,7 @@ def ours(model, size, batch, mode, **_):
                 count[0] += 1
             assert np.isfinite(float(loss)), f"the loss after {count[0]} updates is {float(loss)}"
 
+        updates.notes = {"largest_micro_batch": _largest(step, size, batch)}
         return updates
     from dataclasses import replace
 
@@ -193,11 +198,9 @@ def keras_peer(model, size, batch, mode, **_):
         return steps
     optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
     net.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(), jit_compile=True)
-    net.optimizer.build(net.trainable_variables)
+    net._symbolic_build(data_batch=(images, labels))
     state = [net._get_jax_state(*[True] * 4, purge_model_variables=True)]
     net.make_train_function()
-    import itertools
-
     resident = itertools.repeat((images, labels))
 
     def updates(n):
@@ -286,34 +289,18 @@ def runtime(model, size, batch, micro, losses, **_):
         fit(resident(), n)
         assert np.isfinite(float(seen[-1]["loss"]))
 
-    steps.losses = curve
+    steps.notes = {"losses": curve}
     return steps
 
 
-def largest(model, size, batch, **_):
-    "The largest micro-batch whose update runs: predicted from a compiled one, then tried"
+def _largest(step, size, batch):
+    "The largest micro-batch that a compiled update leaves room for, in steps of 16"
     import jax
-    import jax.numpy as jnp
 
-    step, state = _training_step(model, size, batch)
-    one, limit = step.memory_analysis(), jax.devices()[0].memory_stats()["bytes_limit"]
-    fixed = one.argument_size_in_bytes - batch * size * size * 3
-    per_picture = one.temp_size_in_bytes / batch + size * size * 3
-    most = int((limit - fixed) / per_picture)
-    most -= most % 16
-    print(json.dumps({"gib_a_picture": per_picture / 2**30, "predicted": most}), flush=True)
-    sys.stdin.readline()  # until the GPU is free
-    while most > batch:
-        try:
-            step, state = _training_step(model, size, most)
-            state, loss = step(state, *_pictures(most, size), jnp.int32(0))
-            float(loss)
-            break
-        except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            most = int(most * 0.9) // 16 * 16
-    print(json.dumps({"largest": most, "peak_gib": _peak_gib(), "limit_gib": limit / 2**30}))
+    one, limit = step.memory_analysis(), jax.local_devices()[0].memory_stats()["bytes_limit"]
+    pictures = batch * size * size * 3
+    a_picture = (one.temp_size_in_bytes + pictures) / batch
+    return int((limit - one.argument_size_in_bytes + pictures) / a_picture) // 16 * 16
 
 
 def _peak_gib():
@@ -322,6 +309,11 @@ def _peak_gib():
     import jax
 
     return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+
+
+def say(value):
+    "Answer the process that started this one"
+    print(ANSWER + json.dumps(value), flush=True)
 
 
 def _settle(kind):
@@ -342,14 +334,12 @@ def worker(kind, settings):
     "Compile, say so, then run a round for every line that comes in; the first one is not timed"
     os.environ.setdefault("KERAS_BACKEND", "jax")
     begin = time.perf_counter()
-    if kind == "largest":
-        return largest(**settings)
     make = {"ours": ours, "torch": torch_peer, "keras": keras_peer, "runtime": runtime}[kind]
     steps = make(**settings)
     steps(2)
     _rest()
     about = {"compile_s": round(time.perf_counter() - begin, 1)}
-    print(json.dumps({**about, "losses": getattr(steps, "losses", [])}), flush=True)
+    say({**about, **getattr(steps, "notes", {})})
     n = 0
     for _ in sys.stdin:
         if not n:
@@ -358,11 +348,11 @@ def worker(kind, settings):
             begin = time.perf_counter()
             steps(5)
             n = max(5, int(0.4 / ((time.perf_counter() - begin) / 5)))
-            print(json.dumps({"steps": n, "peak_gib": _peak_gib()}), flush=True)
+            say({"steps": n, "peak_gib": _peak_gib()})
         else:
             begin = time.perf_counter()
             steps(n)
-            print(json.dumps((time.perf_counter() - begin) / n), flush=True)
+            say((time.perf_counter() - begin) / n)
         _rest()
     return None
 
@@ -394,6 +384,7 @@ def start(kind, settings, log):
         **os.environ,
         "XLA_FLAGS": FLAGS,
         "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95",
         "TORCHINDUCTOR_COMPILE_THREADS": "4",
         **settings.get("env", {}),
     }
@@ -406,8 +397,8 @@ def start(kind, settings, log):
 def answer(process, key=None):
     "The next line of JSON that a worker prints (with `key` in it), or None when it has ended"
     for line in process.stdout:
-        if line[:1] in "{0123456789":
-            value = json.loads(line)
+        if line.startswith(ANSWER):
+            value = json.loads(line[len(ANSWER) :])
             if key is None or (isinstance(value, dict) and key in value):
                 return value
     return None
@@ -446,9 +437,10 @@ def together(rows, deadline, log, key="compile_s"):
     return found
 
 
-def measure(wave, deadline, rounds, log, write):
+def measure(wave, deadline, rounds, log, write, wait=lambda: None):
     "Compile a wave's contenders side by side, then let them take turns"
     running, times = together(wave, deadline, log), {}
+    wait()
     for i, (row, process, about) in enumerate(running):
         alone = ask(process)
         if alone is None:
@@ -475,18 +467,20 @@ class Table:
 
     def __init__(self, path, keys, about):
         self.path, self.keys, self.about, self.rows = Path(path), keys, about, []
+        self.lock = threading.Lock()
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
     def add(self, row):
         same = lambda old: all(str(old.get(k)) == str(row[k]) for k in self.keys)
-        self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
-        names = list(self.rows[-1])
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, names, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        with self.lock:
+            self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
+            names = list(self.rows[-1])
+            with self.path.open("w", newline="") as file:
+                writer = csv.DictWriter(file, names, extrasaction="ignore")
+                writer.writeheader()
+                writer.writerows(self.rows)
 
 
 def spread(values, name):
@@ -511,6 +505,7 @@ def bench_speed(a, about, log):
         first = dict(name=name, mode=s["mode"], image_size=s["size"], batch=s["batch"])
         more = dict(steps=ready["steps"], compile_s=ready["compile_s"])
         more.update(peak_gib=round(ready["peak_gib"], 2), wave=wave, call=a.call)
+        more["largest_micro_batch"] = ready.get("largest_micro_batch", "")
         table.add({**first, **speed, **more})
         print(
             f"{name:45} {s['mode']:6} {s['size']:4} px {speed['images_per_s']:10,.0f} images/s "
@@ -518,54 +513,58 @@ def bench_speed(a, about, log):
             flush=True,
         )
 
-    for wave in a.waves.split(","):
-        fits = lambda r: re.search(a.only, f"{r[0]}, {r[2]['mode']}")
-        chosen = [r for r in contenders() if r[3] == int(wave) and fits(r)]
+    def one(wave, device):
+        fits = lambda r: r[3] == wave and re.search(a.only, f"{r[0]}, {r[2]['mode']}")
+        chosen = [r for r in contenders() if fits(r)]
+        for _, _, settings, _ in chosen:
+            settings["env"] = {**settings.get("env", {}), "CUDA_VISIBLE_DEVICES": str(device)}
         if chosen and time.time() - begin < a.seconds:
             measure(chosen, time.time() + a.compile_seconds, a.rounds, log, write)
 
-
-def bench_memory(a, about, log):
-    table, rows = Table(a.folder / "gpu_memory.csv", ("name",), about), []
-    for size, (native, half, batch) in SIZES.items():
-        for part, side in (("Native", native), ("Half", half)):
-            name = f"{size}-G16-LN_PN-{part}"
-            settings = dict(model=name, size=side, batch=batch, env={})
-            settings["env"] = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.95"}
-            if re.search(a.only, f"{name}, memory"):
-                rows.append((name, "largest", settings, 0))
-    running = together(rows, time.time() + a.compile_seconds, log, "predicted")
-    for (name, _, s, _), process, predicted in running:
-        found = ask(process)
-        if found is not None:
-            first = dict(name=name, image_size=s["size"], mode="train", batch=s["batch"])
-            table.add({**first, **predicted, **found})
-            print(f"{name:45} largest micro-batch {found['largest']}, {found['peak_gib']:.1f} GiB")
-        process.kill()
+    waves, many = [int(w) for w in a.waves.split(",")], min(2, len(gpus()))
+    for at in range(0, len(waves), many):
+        if at + many >= len(waves):
+            a.last_waves.set()
+        jobs = [
+            threading.Thread(target=one, args=(w, d)) for d, w in enumerate(waves[at : at + many])
+        ]
+        for job in jobs:
+            job.start()
+        for job in jobs:
+            job.join()
+    a.speed_done.set()
 
 
 def bench_reader(a, about, log):
     os.environ.update(KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     sys.path.insert(0, str(ROOT))
-    from effnet_repro.data import array_batches, device_batches, open_data
+    from effnet_repro import data as pages
 
+    fits = pages.fits_device
     keys = ("reader", "data", "image_size")
     table = Table(a.folder / "gpu_reader.csv", keys, {**about, "cores": os.cpu_count()})
+    ways = (
+        ("resized on the host", pages.array_batches, fits, 256),
+        ("resized on the device", pages.device_batches, lambda dataset: False, 1024),
+        ("kept on the device", pages.device_batches, fits, 4096),
+    )
     for folder in a.data or [None]:
-        data = open_data(folder, verbose=False)
+        data = pages.open_data(folder, verbose=False)
         batch = min(256, data.train_count)
-        for size in (96, 160, 224, 252, 380):
-            for name, make, n in (("host", array_batches, 512), ("device", device_batches, 4096)):
-                stream, speeds = make(data, size, batch), []
-                for i in range(6):
-                    begin, steps = time.perf_counter(), max(2, n // batch)
+        for size in (160, 224, 380):
+            for name, make, pages.fits_device, n in ways:
+                stream, speeds, steps = make(data, size, batch), [], max(2, n // batch)
+                for _ in range(6):
+                    begin = time.perf_counter()
                     for _ in range(steps):
                         images, _ = next(stream)
                     getattr(images, "block_until_ready", lambda: None)()
                     speeds.append(steps * batch / (time.perf_counter() - begin))
                 row = {"reader": name, "data": Path(data.root).name, "image_size": size}
                 table.add({**row, "batch": batch, **spread(speeds[1:], "pictures_per_s")})
-                print(row, table.rows[-1]["pictures_per_s"], flush=True)
+                print(*row.values(), table.rows[-1]["pictures_per_s"], flush=True)
+                stream.close()
+    pages.fits_device = fits
 
 
 def bench_devices(a, about, log):
@@ -576,9 +575,11 @@ def bench_devices(a, about, log):
     speed = Table(a.folder / "gpu_devices.csv", keys, about)
     curves = Table(a.folder / "gpu_devices_loss.csv", (*keys, "update"), about)
     rows = []
-    for model, size, micro in (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128)):
+    for model, size, micro in REPLICAS:
         for n in (1, 2):
-            settings = dict(model=model, size=size, batch=768, micro=micro, losses=a.losses)
+            settings = dict(
+                model=model, size=size, batch=GLOBAL_BATCH, micro=micro, losses=a.losses
+            )
             settings.update(mode="train", env={"CUDA_VISIBLE_DEVICES": "0,1"[: 2 * n - 1]})
             rows.append((f"{model} on {n}", "runtime", settings, n))
 
@@ -591,7 +592,8 @@ def bench_devices(a, about, log):
             curves.add({"name": s["model"], "devices": n, "update": update, "loss": loss})
         print(f"{row[0]:30} {found['images_per_s']:10,.0f} images/s", flush=True)
 
-    measure(rows, time.time() + a.compile_seconds, a.rounds, log, write)
+    a.last_waves.wait()  # compiles beside them, and measures when they are through
+    measure(rows, time.time() + a.compile_seconds, a.rounds, log, write, a.speed_done.wait)
 
 
 def main():
@@ -600,7 +602,7 @@ def main():
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--only", default="", help="regular expression over 'name, mode'")
-    parser.add_argument("--waves", default="1,2,3")
+    parser.add_argument("--waves", default="1,2,3,4,5")
     parser.add_argument(
         "--seconds", type=float, default=1800, help="stop starting waves after this long"
     )
@@ -625,10 +627,20 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
-    parts = dict(zip(PARTS, (bench_speed, bench_memory, bench_reader, bench_devices)))
+    parts = dict(zip(PARTS, (bench_speed, bench_reader)))
+    chosen = a.parts or list(PARTS)
+    a.last_waves, a.speed_done = threading.Event(), threading.Event()
+    if "speed" not in chosen:
+        a.last_waves.set(), a.speed_done.set()
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
-        for name in a.parts or PARTS:
-            parts[name](a, about, log)
+        beside = threading.Thread(target=bench_devices, args=(a, about, log))
+        if "devices" in chosen:
+            beside.start()
+        for name in chosen:
+            if name != "devices":
+                parts[name](a, about, log)
+        if "devices" in chosen:
+            beside.join()
     return None
 
 

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+import types
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +22,7 @@ from effnet_repro.data import open_data
 from effnet_repro.runs import read_case, read_metrics
 from effnet_repro.testing import relative_error, test_allclose
 from effnet_repro.training import (
+    choose_precision,
     evaluate,
     finetune,
     finetune_case,
@@ -284,6 +286,18 @@ def test_one_update_on_both_back_ends(tmp_path):
             assert np.linalg.norm(value - theirs[name]) <= scale * np.linalg.norm(value) + 1e-6, (
                 name
             )
+
+
+@pytest.mark.parametrize(
+    "backend, device, chosen",
+    [("jax", "gpu", "bfloat16"), ("jax", "cpu", "float32"), ("tensorflow", "gpu", "float32")],
+)
+def test_auto_is_bfloat16_on_a_gpu_under_jax(monkeypatch, backend, device, chosen):
+    jax = types.SimpleNamespace(default_backend=lambda: device)
+    monkeypatch.setitem(sys.modules, "jax", jax)
+    monkeypatch.setattr("keras.backend.backend", lambda: backend)
+    assert choose_precision("auto") == chosen
+    assert choose_precision("float32") == "float32"
 
 
 def test_measuring_counts_every_picture_once(whole):

@@ -22,6 +22,7 @@ COLOURS = {
 }
 LONG_WORD = re.compile(r"\S{25,}")
 JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
+LONGEST_TABLE = 8000  # characters of a section's tables that can be searched for
 LONGEST_OPEN = 30  # lines of source that a page shows unasked
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
@@ -265,8 +266,18 @@ def social_card(soup, image):
 # ---------------------------------------------------------------- a page, the site
 
 
+def tables_by_section(soup):
+    "What the tables of each section say: the index of the search has code and prose only."
+    found = {}
+    for table in soup.select("main .cell-output table"):
+        section = table.find_parent("section")
+        place = section.get("id", "") if section else ""
+        found[place] = found.get(place, "") + " " + table.get_text(" ", strip=True)
+    return found
+
+
 def finish_page(path, card=None):
-    "Finish one page in place."
+    "Finish one page in place; returns what its tables say, by section."
     soup = BeautifulSoup(draw_in_place(path.read_text()), "html.parser")
     for style in soup.select("div.cell-output style[scoped]"):
         style.decompose()
@@ -281,13 +292,17 @@ def finish_page(path, card=None):
     if card:
         social_card(soup, card)
     path.write_text(str(soup))
+    return tables_by_section(soup)
 
 
 def finish(out, card=None):
     "Finish every page at the top of the site, and bring the search index as a script, too."
-    for path in sorted(out.glob("*.html")):
-        finish_page(path, card)
+    tables = {path.name: finish_page(path, card) for path in sorted(out.glob("*.html"))}
     index = out / "search.json"
     if index.exists():  # a page opened as a file may load a script, but not fetch
         entries = json.loads(index.read_text())
+        for entry in entries:
+            page, _, place = entry["href"].removeprefix("./").partition("#")
+            entry["text"] += tables.get(page, {}).get(place, "")[:LONGEST_TABLE]
+        index.write_text(json.dumps(entries))
         (out / "search.js").write_text(f"window.searchIndex = {json.dumps(entries)};\n")

@@ -242,7 +242,7 @@ def test_the_pages_on_a_phone(visit):
     [
         ("proxy norm", "proxy_norm.html"),
         ("mod-32", "scaling.html"),
-        ("CutMix", "augment.html"),
+        ("Unknown case 'B9-G1-GN'. Did you mean", "errors.html"),
         ("build_model", "efficientnet.html#build_model"),
         ("resume after an interruption", ""),
     ],

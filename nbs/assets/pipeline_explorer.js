@@ -107,6 +107,7 @@
     }
     svg.append(draw("text", { x: LEFT, y: TOP + n * ROW + 30 }, "clock"));
     grid.replaceChildren(svg);
+    window.dispatchEvent(new Event("resize"));  // it may scroll now
   };
 
   const show = () => {

@@ -19,17 +19,18 @@
 
   // Search by words: each counts by how rare it is and where it stands. What no word finds is
   // left to the fuzzy search, which forgives a slip of the finger.
-  const Fuzzy = window.Fuse;
+  const Fuzzy = window.Fuse, BETWEEN = /[\s,;:()]+/;
   class WordSearch {
     constructor(entries, options) {
       this.options = options;
       this.entries = entries.map((item) => ({
         item,
         fields: [[12, item.title], [10, item.section], [1, item.text]].map(([w, s]) => [w, (s || "").toLowerCase()]),
+        words: ` ${[item.title, item.section, item.text].join(" ").toLowerCase().split(BETWEEN).join(" ")} `,
       }));
     }
     search(query, { limit }) {
-      const words = query.toLowerCase().split(/[\s,;:()]+/).filter((w) => w.length > 1);
+      const all = query.toLowerCase().split(BETWEEN).filter(Boolean), words = all.filter((w) => w.length > 1);
       const found = new Map();
       for (const word of words) {
         const begin = new RegExp("(?<![a-z0-9])" + word.replace(/[.*+?^${}()|[\]\\]/g, "\\$&"));
@@ -44,6 +45,12 @@
           }
           found.set(entry, (found.get(entry) || 0) + rarity * (20 + place));
         }
+      }
+      // Two words that stand side by side, as in a message that was pasted, say more than two words.
+      for (let i = 1; i < all.length; i++) {
+        const pair = ` ${all[i - 1]} ${all[i]} `, hits = this.entries.filter((entry) => entry.words.includes(pair));
+        const rarity = Math.log(1 + this.entries.length / (1 + hits.length));
+        for (const entry of hits) found.set(entry, (found.get(entry) || 0) + 12 * rarity);
       }
       if (!found.size && Fuzzy) return new Fuzzy(this.entries.map((e) => e.item), this.options).search(query, { limit });
       return [...found].sort((a, b) => b[1] - a[1]).slice(0, limit).map(([{ item }]) => ({ item }));

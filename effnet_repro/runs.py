@@ -109,7 +109,13 @@ def plot_confusion(
     for i, j in zip(*np.nonzero(c)):
         dark = c[i, j] > 0.6 * c[i].sum()
         ax.text(
-            j, i, c[i, j], ha="center", va="center", fontsize=6, color="#fefefe" if dark else "#111111"
+            j,
+            i,
+            c[i, j],
+            ha="center",
+            va="center",
+            fontsize=6,
+            color="#fefefe" if dark else "#111111",
         )
     ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
     ax.set_yticks(range(len(names)), names, fontsize=7)

@@ -821,8 +821,8 @@ def _start_keras(args):
     missing = [package for package in ("keras", chosen) if not has(package)]
     if missing:
         raise ImportError(
-            f"{' and '.join(missing)} not found. Run: pip install 'effnet_repro[keras]'"
-            + (" 'effnet_repro[jax]'" if chosen == "jax" else "")
+            f"{' and '.join(missing)} not found. In the project's folder, run: pip install -e "
+            + ("'.[keras,jax]'" if chosen == "jax" else "'.[keras]'")
             + (
                 ", in a virtual environment of their own: this one has Graphcore's TensorFlow, which they "
                 "would replace. On IPUs use --device ipu"
@@ -1165,7 +1165,7 @@ def _back_ends(problems):
             found[name] = f"does not work: {_one_line(e)}"
             problems.append(f"{name} {found[name]}")
     if all(v == "not installed" for v in found.values()):
-        problems.append("no back end. Run: pip install 'effnet_repro[keras]'")
+        problems.append("no back end. In the project's folder, run: pip install -e '.[keras]'")
     return found
 
 

@@ -126,7 +126,7 @@ class _Found(NamedTuple):
 def _needed(
     package,  # To import
     what,  # What asks for it, e.g. "A Keras file"
-    way_out="Run: pip install 'effnet_repro[keras]'.",
+    way_out="In the project's folder, run: pip install -e '.[keras]'.",
 ):
     "Import a package that only some formats need"
     try:

@@ -740,8 +740,11 @@ def _bmp(pixels):
 # %% ../nbs/30_data.ipynb #0dc91ea5
 def _decode(data):
     "A picture as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
-    from PIL import Image
-
+    try:
+        from PIL import Image
+    except ImportError:
+        kinds = "Only gray and RGB JPEGs can be read without Pillow. Run: pip install pillow."
+        raise ImportError(kinds) from None
     try:
         if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not

@@ -161,7 +161,7 @@ class Plan(NamedTuple):
         shared = {n: getattr(case, n) for n in names}
         return cls(tuple(case.pipeline_splits), offloaded=case.offload_fp32_weight_copy, **shared)
 
-# %% ../nbs/37_planner.ipynb #76911464
+# %% ../nbs/37_planner.ipynb #dbdf2cd9
 def replicas_on(
     num_ipus: int,  # IPUs in all
     num_stages: int,  # Stages of a pipeline

@@ -220,7 +220,7 @@ def describe_machine(
         "uncommitted_changes": bool(_git("status", "--porcelain")),
     }
 
-# %% ../nbs/34_runs.ipynb #44e4e9c6
+# %% ../nbs/34_runs.ipynb #1d2ef432
 def read_metrics(
     run_dir,  # A run folder
 ):  # A pandas DataFrame with a row per epoch
@@ -259,11 +259,12 @@ def plot_run(
 
 def save_curves(
     run_dir: Path,  # A run folder
-):  # None; writes curves.png, where Matplotlib is installed
+):  # None; writes curves.png, where Matplotlib and pandas are installed
     "Draw the curves of a run into its folder"
     try:
         import matplotlib.pyplot as plt
-    except ImportError:
+        import pandas  # noqa: F401
+    except ImportError:  # a POD's virtual environment has neither
         return
     figure = plot_run(run_dir)[0].figure
     try:

@@ -2,7 +2,7 @@
 
 Writes results/ipu_standin.csv: the difference to the written-out recipe (tests/ipu_reference.py), relative
 to the largest value of each array. Two networks make a second update, too. Minutes a network, ROWS at most
-a call: tests/test_ipu.py runs one of them, and short ones. With TensorFlow 2.6.3 on Python 3.8, which
+a call, which is why tests/test_ipu.py runs short ones. With TensorFlow 2.6.3 on Python 3.8, which
 Graphcore's build is made from, the networks without group convolutions run as well.
 """
 

@@ -95,11 +95,6 @@ def check_updates(case, updates=1, updates_per_run=1, **how):
 # ---------------------------------------------------------------- numbers
 
 
-def test_one_update_of_a_whole_network():
-    "All eighteen: results/ipu_standin.csv, made by tests/ipu_matrix.py"
-    check_updates(small(), check_divergence=False)
-
-
 def test_two_updates_with_mixing(short):
     machine, _ = check_updates(short(mixup_alpha=0.2, cutmix_lambda=0.9, micro_batch_size=4), 2)
     norms = machine.calls["group_norm"]
@@ -114,26 +109,22 @@ def test_two_updates_in_one_run_of_four_stages(short):
     check_updates(case, 2, updates_per_run=2)
 
 
-def test_gradient_descent_and_group_norm(short):
-    check_updates(short("B1-G1-GN-Native_16IPU_4x4", num_stages=2, optimizer="sgd"))
+def test_gradient_descent_and_group_norm_on_the_oldest_sdk(short):
+    case = short("B1-G1-GN-Native_16IPU_4x4", num_stages=2, optimizer="sgd")
+    machine, _ = check_updates(case, sdk="2.1")
+    (config,) = machine.calls["configure_ipu_system"]
+    assert config["floating_point_behaviour.esr"] is False  # a bool there
 
 
-def test_every_sdk_builds_the_same_program(short):
-    case, states = short(num_replicas=1, global_batch_size=8), {}
+def test_every_sdk_builds_the_program(short):
+    case = short(num_replicas=1, global_batch_size=8, stochastic_rounding=True)
     images, labels = make_pictures(case, CLASSES)
-    weights = initial_weights(ModelSpec.from_case(case, num_classes=CLASSES))
-    for sdk in ("2.1", "2.4", "2.5", "3.4"):
-        runs = sdk in ("2.1", "3.4")
-        with ipu_standin.install(sdk, shallow=not runs) as machine:
-            p = program(case, images, labels)
-            if runs:
-                ipu.set_state(p, weights)
-                p.run(0.01)
-                states[sdk] = ipu.get_state(p)
+    for sdk in ("2.4", "2.5", "3.4"):
+        with ipu_standin.install(sdk, shallow=True) as machine:
+            program(case, images, labels)
             (config,) = machine.calls["configure_ipu_system"]
-            assert bool(getattr(config["floating_point_behaviour.esr"], "value", False)) is False
-    for name, value in states["2.1"].items():
-        np.testing.assert_array_equal(value, states["3.4"][name])
+            assert config["floating_point_behaviour.esr"].name == "ON"
+            assert config["compilation_poplar_options"]["target.deterministicWorkers"] == "portable"
 
 
 def test_mistakes_that_ours_does_not_make(short, monkeypatch):

@@ -705,7 +705,7 @@ def test_infeed_is_initialised_once(graph):
 def test_dictionaries_become_keywords(graph):
     with install():
         configure(2)
-        data = tf.data.Dataset.from_tensors({"b": ONE * 3, "a": ONE * 2}).repeat()
+        data = tf.data.Dataset.from_tensors({"b": np.float32(3), "a": np.float32(2)}).repeat()
         queue = ipu().ipu_infeed_queue.IPUInfeedQueue(data)
         toy = Toy((lambda a, b: first(a - b), last), infeed_queue=queue)
         with tf1.Session() as s:

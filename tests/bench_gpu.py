@@ -3,12 +3,13 @@
 Every contender is a process of its own. All of a wave compile first; then they take turns, one round each, so that
 the machine's state is the same for all. Results go to files in results/ as they come. Without a GPU: a message.
 
-    python tests/bench_gpu.py [speed] [reader] [devices] [--waves 1,2,3,4,5] [--only REGEX] [--data FOLDER ...]
+    python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3,4,5] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 and 3 = the other arms of B0 and B4, 4 = other peers,
          5 = plain operations; with two GPUs wave 1 has the first one and others, at the same time, the second
 reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
+kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
 """
 
 import argparse
@@ -29,7 +30,7 @@ from statistics import median
 ROOT = Path(__file__).resolve().parent.parent
 FLAGS = "--xla_gpu_enable_triton_gemm=false"  # compiles in half the time; the products use cuBLAS
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
-PARTS = ("speed", "reader", "devices")
+PARTS = ("speed", "reader", "devices", "kernels")
 MODES = ("train", "infer")
 ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 192), ("B4-G16-LN_PN-Half", 252, 64))  # side, micro-batch
@@ -621,6 +622,14 @@ def bench_devices(a, about, log):
     measure(rows, time.time() + a.compile_seconds, 3, log, write, wait)
 
 
+def bench_kernels(a, about, log):
+    "Each kernel alone, in a process of its own"
+    environment = dict(os.environ, XLA_FLAGS=FLAGS, XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    environment["PYTHONPATH"] = f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, str(ROOT / "tests" / "bench_kernels.py"), str(a.folder)]
+    subprocess.run(command, env=environment, stderr=log, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -652,7 +661,7 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
-    parts = dict(zip(PARTS, (bench_speed, bench_reader)))
+    parts = dict(speed=bench_speed, reader=bench_reader, kernels=bench_kernels)
     chosen = a.parts or list(PARTS)
     a.speed_done, waves = threading.Event(), {int(w) for w in a.waves.split(",")}
     groups = 2 if len(found) > 1 and waves > {1} else 1  # that compile side by side

@@ -3,7 +3,7 @@
 Every contender is a process of its own. All of a wave compile first; then they take turns, one round each, so that
 the machine's state is the same for all. Results go to files in results/ as they come. Without a GPU: a message.
 
-    python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3,4,5] [--only REGEX] [--data FOLDER ...]
+    python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 and 3 = the other arms of B0 and B4, 4 = other peers,
          5 = plain operations; with two GPUs wave 1 has the first one and others, at the same time, the second
@@ -661,7 +661,7 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
-    parts = dict(speed=bench_speed, reader=bench_reader, kernels=bench_kernels)
+    parts = dict(speed=bench_speed, reader=bench_reader)
     chosen = a.parts or list(PARTS)
     a.speed_done, waves = threading.Event(), {int(w) for w in a.waves.split(",")}
     groups = 2 if len(found) > 1 and waves > {1} else 1  # that compile side by side
@@ -674,10 +674,12 @@ def main():
         if "devices" in chosen:
             beside.start()
         for name in chosen:
-            if name != "devices":
+            if name not in ("devices", "kernels"):
                 parts[name](a, about, log)
         if "devices" in chosen:
             beside.join()
+        if "kernels" in chosen:  # alone
+            bench_kernels(a, about, log)
     return None
 
 

@@ -437,10 +437,10 @@ def _flat(i, outputs):
             raise TypeError(f"Stage {i} must return tensors in a flat list. Received: {value!r}.")
     return outputs
 
-# %% ../nbs/36_ipu.ipynb #abd3be6d
+# %% ../nbs/36_ipu.ipynb #2ed12a2f
 _INSTALL = (
     "Install Graphcore's TensorFlow wheel (2.6.3, SDK 2.6 to 3.4, Python 3.8) in the SDK's virtual environment, "
-    "source the SDK's enable scripts, then `pip install effnet_repro` there: see the page on installing on a POD. "
+    "source the SDK's enable scripts, then `pip install .` in this project's folder: see the page on a POD16. "
     "On a CPU or a GPU use device='keras'."
 )
 
@@ -885,7 +885,7 @@ class ValidationProgram:
         self.session.run(self.queue.deleter)
         self.session.close()
 
-# %% ../nbs/36_ipu.ipynb #83f8c190
+# %% ../nbs/36_ipu.ipynb #cb51e849
 def validation_stream(
     data: DataSet,  # Its validation pictures are read
     image_size: int,  # Side, pixels

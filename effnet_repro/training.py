@@ -17,6 +17,7 @@ import re
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Sequence, Union
 
@@ -52,6 +53,7 @@ from effnet_repro.efficientnet import (
     weights_by_name,
     xla_pays,
 )
+from .gpu_ops import add_xla_flags
 from .network import fold_proxies, params, run, segments
 from .ops import Rng
 from effnet_repro.recipe import (
@@ -88,7 +90,10 @@ from effnet_repro.runs import (
 from .scaling import ModelSpec, count, mod32_warning
 
 # %% ../nbs/38_training.ipynb #cdb95eb3
+_CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+if keras.backend.backend() == "jax" and any(map(find_spec, _CUDA_PLUGINS)):
+    os.environ["XLA_FLAGS"] = add_xla_flags(os.environ.get("XLA_FLAGS", ""))
 
 # %% ../nbs/38_training.ipynb #f3f73a23
 @keras.saving.register_keras_serializable(package="effnet_repro")

@@ -28,7 +28,10 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
-FLAGS = "--xla_gpu_enable_triton_gemm=false"  # compiles in half the time; the products use cuBLAS
+sys.path.insert(0, str(ROOT))
+
+from effnet_repro.gpu_ops import XLA_FLAGS as FLAGS  # noqa: E402
+
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
 PARTS = ("speed", "reader", "devices", "kernels")
 MODES = ("train", "infer")
@@ -559,7 +562,6 @@ def bench_speed(a, about, log):
 
 def bench_reader(a, about, log):
     os.environ.update(KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false")
-    sys.path.insert(0, str(ROOT))
     from effnet_repro import data as pages
 
     fits = pages.fits_device

@@ -178,8 +178,9 @@ class Worker:
         self.first, self.rounds = self._read(), []
 
     def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
+        lines = iter(self.process.stdout.readline, "")
+        line = next((n for n in lines if n.startswith("{")), None)  # libraries print, too
+        if line is None:
             raise RuntimeError(f"{self.label} ended:\n{self.process.stderr.read()[-2000:]}")
         return json.loads(line)
 

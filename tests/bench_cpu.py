@@ -215,7 +215,8 @@ def circumstances():
     own = {k: machine[k] for k in ("device", "date", "python", "revision", "uncommitted_changes")}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else ""
     folders = lambda w: f"$DATA/{Path(w).name}" if Path(w).is_absolute() else w
-    words = ["python", "tests/bench_cpu.py", *map(folders, sys.argv[1:])]
+    python = lambda before, w: "$PYTHON_WITH_TIMM" if before == "--torch-python" else folders(w)
+    words = ["python", "tests/bench_cpu.py", *map(python, sys.argv, sys.argv[1:])]
     return {
         **own,
         "load": load,

@@ -663,7 +663,6 @@ def main():
     a.folder.mkdir(parents=True, exist_ok=True)
     today = datetime.date.today().isoformat()
     about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
-    parts = dict(speed=bench_speed, reader=bench_reader)
     chosen = a.parts or list(PARTS)
     a.speed_done, waves = threading.Event(), {int(w) for w in a.waves.split(",")}
     groups = 2 if len(found) > 1 and waves > {1} else 1  # that compile side by side
@@ -675,13 +674,13 @@ def main():
         beside = threading.Thread(target=bench_devices, args=(a, about, log))
         if "devices" in chosen:
             beside.start()
-        for name in chosen:
-            if name not in ("devices", "kernels"):
-                parts[name](a, about, log)
+        if "speed" in chosen:
+            bench_speed(a, about, log)
         if "devices" in chosen:
             beside.join()
-        if "kernels" in chosen:  # alone
-            bench_kernels(a, about, log)
+        for name, part in (("reader", bench_reader), ("kernels", bench_kernels)):  # alone
+            if name in chosen:
+                part(a, about, log)
     return None
 
 

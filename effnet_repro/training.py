@@ -38,6 +38,7 @@ from effnet_repro.config import (
 from effnet_repro.data import (
     DataSet,
     find_damaged,
+    fits_device,
     open_data,
     plot_pictures,
     training_batches,
@@ -465,7 +466,8 @@ def updates(
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
     how["preprocessing"] = case.train_preprocessing
     if keras.backend.backend() != "tensorflow":
-        stream = training_batches(*args, reader="jax" if _has_jax_gpu() else "numpy", **how)
+        stays = _has_jax_gpu() and fits_device(data)
+        stream = training_batches(*args, reader="jax" if stays else "numpy", **how)
         return (
             (
                 {"images": images, "labels": labels, **controls(first_update + i)},

@@ -125,9 +125,11 @@ def one_stream(outputs):
     return joined
 
 
-def named_fields(name):
-    "The fields of a NamedTuple of the package with their comments, as a signature; None for others."
-    for path in sorted((tree.ROOT / "effnet_repro").glob("*.py")):
+def named_fields(name, module):
+    "The fields of a page's NamedTuple with their comments, as a signature; None for others."
+    package = tree.ROOT / "effnet_repro"
+    own = package / f"{module}.py"  # two pages may have a class of one name
+    for path in [own] if own.exists() else sorted(package.glob("*.py")):
         text = path.read_text()
         if f"class {name}(NamedTuple):" not in text:
             continue
@@ -142,9 +144,9 @@ def named_fields(name):
     return None
 
 
-def real_signature(match):
+def real_signature(module, match):
     "nbdev knows the fields of a NamedTuple only as `*args, **kwargs`."
-    return named_fields(match[1]) or match[0]
+    return named_fields(match[1], module) or match[0]
 
 
 def lay_out(proc, site, linked):
@@ -177,7 +179,7 @@ def lay_out(proc, site, linked):
                 if "text/markdown" in data:
                     text = "".join(data["text/markdown"])
                     # nbdev links names in the comments of a signature, where a link is shown as typed
-                    text = ANY_ARGUMENTS.sub(real_signature, text)
+                    text = ANY_ARGUMENTS.sub(lambda m: real_signature(target.stem, m), text)
                     text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
                     data["text/markdown"] = plain_links(text, linked)
         target.write_text(json.dumps(nb))

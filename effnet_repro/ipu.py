@@ -564,11 +564,20 @@ def _named(make, name, *args, **kwargs):
     return make(*args, **kwargs)
 
 
-def infeed(graphcore, dataset, name="infeed"):  # IPUInfeedQueue
+def infeed(
+    graphcore,  # `Graphcore`
+    dataset,  # `tf.data.Dataset` of micro-batches
+    name="infeed",  # Of the queue, where the SDK takes one
+):  # IPUInfeedQueue
+    "Make the queue that feeds a program"
     return _named(graphcore.ipu.ipu_infeed_queue.IPUInfeedQueue, name, dataset)
 
 
-def outfeed(graphcore, name="outfeed"):  # IPUOutfeedQueue that keeps all it is given
+def outfeed(
+    graphcore,  # `Graphcore`
+    name="outfeed",  # Of the queue, where the SDK takes one
+):  # IPUOutfeedQueue that keeps all it is given
+    "Make the queue that a program answers in"
     return _named(graphcore.ipu.ipu_outfeed_queue.IPUOutfeedQueue, name)
 
 

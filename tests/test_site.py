@@ -156,8 +156,9 @@ def test_signatures_of_named_tuples_name_their_fields(tmp_path, monkeypatch):
     (tmp_path / "effnet_repro").mkdir()
     text = "class Work(NamedTuple):\n    'W'\n    clock: int  # When\n    what: str = (\n        'a'  # Which\n    )\n"
     (tmp_path / "effnet_repro" / "a.py").write_text(text)
+    (tmp_path / "effnet_repro" / "b.py").write_text(text.replace("clock", "other"))
     shown = build_docs.ANY_ARGUMENTS.sub(
-        build_docs.real_signature,
+        lambda match: build_docs.real_signature("a", match),
         "def Work(\n    *args, **kwargs\n): def F(\n  *args, **kwargs\n):",
     )
     assert shown.startswith("def Work(\n    clock: int,  # When\n    what: str = 'a',  # Which\n):")

@@ -8,6 +8,7 @@ files, what `finish` does to every page, and checks. Any problem ends it with a 
 
 import argparse
 import ast
+import functools
 import html
 import json
 import posixpath
@@ -179,7 +180,7 @@ def lay_out(proc, site, linked):
                 if "text/markdown" in data:
                     text = "".join(data["text/markdown"])
                     # nbdev links names in the comments of a signature, where a link is shown as typed
-                    text = ANY_ARGUMENTS.sub(lambda m: real_signature(target.stem, m), text)
+                    text = ANY_ARGUMENTS.sub(functools.partial(real_signature, target.stem), text)
                     text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
                     data["text/markdown"] = plain_links(text, linked)
         target.write_text(json.dumps(nb))

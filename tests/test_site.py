@@ -1,6 +1,7 @@
 """The site's and the README's own checks: each is shown what it must find, and what it must let pass."""
 
 import base64
+import functools
 import json
 import sys
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_signatures_of_named_tuples_name_their_fields(tmp_path, monkeypatch):
     (tmp_path / "effnet_repro" / "a.py").write_text(text)
     (tmp_path / "effnet_repro" / "b.py").write_text(text.replace("clock", "other"))
     shown = build_docs.ANY_ARGUMENTS.sub(
-        lambda match: build_docs.real_signature("a", match),
+        functools.partial(build_docs.real_signature, "a"),
         "def Work(\n    *args, **kwargs\n): def F(\n  *args, **kwargs\n):",
     )
     assert shown.startswith("def Work(\n    clock: int,  # When\n    what: str = 'a',  # Which\n):")

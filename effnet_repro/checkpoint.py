@@ -149,7 +149,17 @@ def save(
 ) -> Path:  # `path`, which is now the new file or, after an exception, what it was before
     "Write named `arrays` and `metadata` to one file, atomically"
     arrays = _in_order(arrays)
-    return write_file(path, serialize(arrays, metadata=_header(metadata or {}, arrays)))
+    content = serialize(arrays, metadata=_header(metadata or {}, arrays))
+    return write_file(path, _in_one_order(content))
+
+
+def _in_one_order(content):
+    "A safetensors file with its metadata in alphabetical order; the library's order is random"
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    return content[:8] + text.ljust(end - 8) + content[end:]
 
 # %% ../nbs/33_checkpoint.ipynb #c7c0cc13
 def _decode(path, header):

@@ -195,11 +195,11 @@ def test_the_pages_follow_each_other(visit):
         onward = page.locator(".nav-page-next a")
         if not onward.count():
             break
-        onward.click()
-        page.wait_for_load_state()
+        with page.expect_navigation():
+            onward.click()
     assert sorted(seen) == sorted(PAGES) and seen[0] == "index.html"
-    page.locator(".nav-page-previous a").click()
-    page.wait_for_load_state()
+    with page.expect_navigation():
+        page.locator(".nav-page-previous a").click()
     assert page.url.endswith(seen[-2])
 
 

@@ -3,10 +3,12 @@ landmarks, buttons where something is pressed, figures as files or in the page's
 tables whose numbers line up. `finish` does it; `build_docs` calls it."""
 
 import base64
+import io
 import json
 import re
 
 from bs4 import BeautifulSoup, NavigableString
+from PIL import Image
 
 ENDINGS = {"png": "png", "jpeg": "jpg", "gif": "gif", "svg+xml": "svg", "webp": "webp"}
 DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
@@ -74,8 +76,8 @@ def pictures_as_files(soup, folder, page):
         (folder / name).write_bytes(data)
         img["src"] = f"{folder.name}/{name}"
         img["loading"] = "lazy"
-        if kind == "png":  # the room it takes, so that nothing jumps when it arrives
-            img["width"], img["height"] = (int.from_bytes(data[n : n + 4], "big") for n in (16, 20))
+        if "svg" not in kind:  # the room it takes, so that nothing jumps when it arrives
+            img["width"], img["height"] = Image.open(io.BytesIO(data)).size
 
 
 # ---------------------------------------------------------------- tables

@@ -247,12 +247,11 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
         train(tiny, tmp_path / "cut", max_steps=1)
     with ipu_standin.install():
         cut = train(tiny, tmp_path / "cut")
-        again = train(tiny, tmp_path / "cut")
         with checkpoint.lock_folder(tmp_path / "cut"), pytest.raises(
             RuntimeError, match="in use by"
         ):
             train(tiny, tmp_path / "cut")
-    assert cut.update == whole.update == again.update == 2
+    assert cut.update == whole.update == 2
     (a, meta), (b, _) = checkpoint.load(whole.checkpoint), checkpoint.load(cut.checkpoint)
     assert set(a) == set(b) and meta["precision"] == "32.32"
     for name, value in a.items():

@@ -2,6 +2,7 @@
 
 import base64
 import functools
+import io
 import json
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import build_readme  # noqa: E402
 import finish  # noqa: E402
 import tree  # noqa: E402
 from bs4 import BeautifulSoup  # noqa: E402
+from PIL import Image  # noqa: E402
 
 GOOD = """<html><head><link rel="stylesheet" href="a.css"></head><body><h2 id="part">Part</h2>
 <a href="#part">up</a> <a href="other.html#there">other</a> <a href="https://arxiv.org/abs/1">paper</a>
@@ -130,14 +132,16 @@ def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
     assert "#1f77b4" in str(one) and "<?xml" not in text and "metadata" not in text
 
 
-def test_finish_writes_pictures_to_files(tmp_path):
-    size = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR" + (640).to_bytes(4, "big") + (480).to_bytes(4, "big")
-    uri = "data:image/png;base64," + base64.b64encode(size).decode()
+@pytest.mark.parametrize("kind, ending", [("png", "png"), ("jpeg", "jpg")])
+def test_finish_writes_pictures_to_files(tmp_path, kind, ending):
+    file = io.BytesIO()
+    Image.new("RGB", (640, 480)).save(file, kind)
+    uri = f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
     (tmp_path / "page.html").write_text(f'<body><img alt="x" src="{uri}"></body>')
     finish.finish_page(tmp_path / "page.html")
     img = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser").img
-    assert (img["src"], img["width"], img["height"]) == ("figures/page-1.png", "640", "480")
-    assert (tmp_path / "figures" / "page-1.png").read_bytes() == size
+    assert (img["src"], img["width"], img["height"]) == (f"figures/page-1.{ending}", "640", "480")
+    assert (tmp_path / "figures" / f"page-1.{ending}").read_bytes() == file.getvalue()
 
 
 def test_printed_lines_are_one_block_and_comments_show_no_links():

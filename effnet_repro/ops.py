@@ -294,7 +294,9 @@ class TFCPUOps(TFOps):
             line = v["scale"], v["shift"], activation
 
             def gradient(dy):
-                dz = self._fused(self._before, x, dy, v["inv_std"], *line)
+                dz = dy
+                if activation is not None or v["inv_std"] is not None:
+                    dz = self._fused(self._before, x, dy, v["inv_std"], *line)
                 over_all = lambda t: self.tf.reduce_sum(self._sum(t), [0, 1, 2])
                 found = dict(
                     scale=lambda: self._sum(dz * x),

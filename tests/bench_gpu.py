@@ -1,12 +1,13 @@
 """Measure training and inference on a GPU beside the networks that one would pick instead.
 
-Every contender is a process of its own. All of a wave compile first; then they take turns, one round each, so that
-the machine's state is the same for all. Results go to files in results/ as they come. Without a GPU: a message.
+Every contender is a process of its own. Some compile side by side; then they are measured: those of wave 1 take turns,
+one round each, so that the machine's state is the same for all, the others one after the other. Results go to files in
+results/ as they come. Without a GPU: a message.
 
     python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 and 3 = the other arms of B0 and B4, 4 = other peers,
-         5 = plain operations; with two GPUs wave 1 has the first one and others, at the same time, the second
+         5 = plain operations
 reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
@@ -394,8 +395,7 @@ def start(kind, settings, log):
         **settings.get("env", {}),
     }
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
-    nice = ["nice", "-n", env.pop("NICE", "0")]  # wave 1 compiles first
-    command = [*nice, sys.executable, __file__, "--worker", kind, json.dumps(settings)]
+    command = [sys.executable, __file__, "--worker", kind, json.dumps(settings)]
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True)
     return subprocess.Popen(command, env=env, cwd=str(ROOT), **pipes)
 
@@ -429,8 +429,11 @@ def together(rows, deadline, log, key="compile_s"):
     ]
     for t in threads:
         t.start()
-    while time.time() < deadline and any(t.is_alive() for t in threads):
+    at_work = lambda t, one: t.is_alive() and one[1].poll() is None
+    while time.time() < deadline and any(map(at_work, threads, running)):
         time.sleep(0.2)
+    for t, (_, process) in zip(threads, running):  # children of one that failed keep its pipe open
+        t.join(1 if process.poll() is not None else 0)
     found = []
     for i, (row, process) in enumerate(running):
         if ready.get(i):
@@ -443,10 +446,9 @@ def together(rows, deadline, log, key="compile_s"):
     return found
 
 
-def measure(wave, deadline, rounds, log, write, wait):
-    "Compile a wave's contenders side by side, then let them take turns"
-    running, times = together(wave, deadline, log), {}
-    wait()
+def in_turns(rows, deadline, rounds, log, write):
+    "Compile side by side, then measure a round of each, again and again"
+    running, times = together(rows, deadline, log), {}
     for i, one in enumerate(running):
         if _settled(*one):
             times[i] = []
@@ -472,11 +474,9 @@ def _settled(row, process, about):
     return alone is not None
 
 
-def one_by_one(wave, deadline, rounds, log, write, wait):
-    "Compile a wave's contenders side by side, then measure one after the other: only one needs memory"
-    running = together(wave, deadline, log)
-    wait()
-    for row, process, about in running:
+def one_by_one(rows, deadline, rounds, log, write):
+    "Compile side by side, then measure one after the other: only one needs memory"
+    for row, process, about in together(rows, deadline, log):
         seconds = [ask(process) for _ in range(rounds)] if _settled(row, process, about) else [None]
         if None not in seconds:
             write(row, about, seconds)
@@ -489,20 +489,17 @@ class Table:
 
     def __init__(self, path, keys, about):
         self.path, self.keys, self.about, self.rows = Path(path), keys, about, []
-        self.lock = threading.Lock()
         if self.path.exists():
             with self.path.open(newline="") as file:
                 self.rows = list(csv.DictReader(file))
 
     def add(self, row):
         same = lambda old: all(str(old.get(k)) == str(row[k]) for k in self.keys)
-        with self.lock:
-            self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
-            names = list(self.rows[-1])
-            with self.path.open("w", newline="") as file:
-                writer = csv.DictWriter(file, names, extrasaction="ignore")
-                writer.writeheader()
-                writer.writerows(self.rows)
+        self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
+        with self.path.open("w", newline="") as file:
+            writer = csv.DictWriter(file, list(self.rows[-1]), extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(self.rows)
 
 
 def spread(values, name):
@@ -535,29 +532,17 @@ def bench_speed(a, about, log):
             flush=True,
         )
 
-    def some(waves, device, how, rounds):
-        fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}")
-        chosen = sorted(filter(fits, contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3]))
-        for _, _, settings, wave in chosen:
-            device_env = {"CUDA_VISIBLE_DEVICES": str(device), "NICE": "0" if wave == 1 else "10"}
-            settings["env"] = {**settings.get("env", {}), **device_env}
-        if chosen and time.time() - begin < a.seconds:
-            how(chosen, time.time() + a.compile_seconds, rounds, log, write, a.barrier.wait)
-        else:
-            a.barrier.wait()
-
     waves = {int(w) for w in a.waves.split(",")}
-    jobs = [({1} & waves, 0, measure, a.rounds), (waves - {1}, 1, one_by_one, 3)]
-    if len(gpus()) > 1:
-        jobs = [threading.Thread(target=some, args=job) for job in jobs if job[0]]
-        for job in jobs:
-            job.start()
-        for job in jobs:
-            job.join()
-    else:
-        for wave in sorted(waves):
-            some({wave}, 0, *((measure, a.rounds) if wave == 1 else (one_by_one, 3)))
-    a.speed_done.set()
+    fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}")
+    chosen = sorted(filter(fits, contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3]))
+    for _, _, settings, _ in chosen:
+        settings["env"] = {"CUDA_VISIBLE_DEVICES": "0", **settings.get("env", {})}
+    first = [r for r in chosen if r[3] == 1]
+    others = [r for r in chosen if r[3] > 1]
+    some = [others[i : i + a.at_once] for i in range(0, len(others), a.at_once)]
+    for how, rounds, rows in ((in_turns, a.rounds, first), *((one_by_one, 3, r) for r in some)):
+        if rows and time.time() - begin < a.seconds:
+            how(rows, time.time() + a.compile_seconds, rounds, log, write)
 
 
 def bench_reader(a, about, log):
@@ -605,7 +590,6 @@ def bench_devices(a, about, log):
                 model=model, size=size, batch=GLOBAL_BATCH, micro=micro, losses=a.losses
             )
             settings.update(mode="train", env={"CUDA_VISIBLE_DEVICES": ("1", "0,1")[n - 1]})
-            settings["env"]["NICE"] = "10"
             rows.append((f"{model} on {n}", "runtime", settings, n))
 
     def write(row, ready, seconds):
@@ -617,11 +601,7 @@ def bench_devices(a, about, log):
             curves.add({"name": s["model"], "devices": n, "update": update, "loss": loss})
         print(f"{row[0]:30} {found['images_per_s']:10,.0f} images/s", flush=True)
 
-    def wait():  # they compile beside the others, and are measured when those are through
-        a.barrier.wait()
-        a.speed_done.wait()
-
-    measure(rows, time.time() + a.compile_seconds, 3, log, write, wait)
+    in_turns(rows, time.time() + a.compile_seconds, 5, log, write)
 
 
 def bench_kernels(a, about, log):
@@ -642,7 +622,8 @@ def main():
     parser.add_argument(
         "--seconds", type=float, default=1800, help="stop starting waves after this long"
     )
-    parser.add_argument("--compile-seconds", type=float, default=400, help="for one wave")
+    parser.add_argument("--compile-seconds", type=float, default=400, help="for some side by side")
+    parser.add_argument("--at-once", type=int, default=8, help="so many compile side by side")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--losses", type=int, default=24, help="updates of the loss curves")
     parser.add_argument("--data", nargs="*", help="folders for the reader; default: the sample set")
@@ -664,23 +645,12 @@ def main():
     today = datetime.date.today().isoformat()
     about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
     chosen = a.parts or list(PARTS)
-    a.speed_done, waves = threading.Event(), {int(w) for w in a.waves.split(",")}
-    groups = 2 if len(found) > 1 and waves > {1} else 1  # that compile side by side
-    if "speed" not in chosen:
-        a.speed_done.set()
-        groups = 0
-    a.barrier = threading.Barrier(max(1, groups + (len(found) > 1 and "devices" in chosen)))
+    parts = dict(
+        speed=bench_speed, devices=bench_devices, reader=bench_reader, kernels=bench_kernels
+    )
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
-        beside = threading.Thread(target=bench_devices, args=(a, about, log))
-        if "devices" in chosen:
-            beside.start()
-        if "speed" in chosen:
-            bench_speed(a, about, log)
-        if "devices" in chosen:
-            beside.join()
-        for name, part in (("reader", bench_reader), ("kernels", bench_kernels)):  # alone
-            if name in chosen:
-                part(a, about, log)
+        for name in chosen:
+            parts[name](a, about, log)
     return None
 
 

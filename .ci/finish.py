@@ -15,12 +15,13 @@ DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
 NUMBER = re.compile(
     r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?%?$"
 )
-# What a figure was drawn in, and what it is in the page: ink, ground, notes, and a blue for both themes.
+# What a figure was drawn in, and what it is in the page: ink, ground, notes, and two blues for both themes.
 COLOURS = {
     "#000000": "currentColor",
     "#ffffff": "var(--page)",
     **dict.fromkeys(("#808080", "#696969", "#666666", "#555555", "#4d4d4d"), "var(--quiet)"),
     "#0072b2": "var(--figure-blue)",
+    "#56b4e9": "var(--figure-sky)",
 }
 LONG_WORD = re.compile(r"\S{25,}")
 JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
@@ -171,11 +172,25 @@ def sources(soup):
 
 
 def wrap_sentences(soup):
-    "What was printed wraps when it is long, unless it is laid out in columns."
+    "What was printed wraps when it is long (`flow`: for a phone), unless it is laid out in columns."
     for pre in soup.select("main .cell-output > pre"):
         text = pre.get_text()
-        if max(map(len, text.splitlines()), default=0) > 80 and not re.search(r"\S {3,}\S", text):
+        longest = max(map(len, text.splitlines()), default=0)
+        if longest > 80 and not re.search(r"\S {3,}\S", text):
             pre["class"] = [*pre.get("class", []), "wrap"]
+        elif longest > 40 and not re.search(r"\S {2,}\S", text):
+            pre["class"] = [*pre.get("class", []), "flow"]
+
+
+def command_lines(soup):
+    "The lines of a shell block as elements, so that one that wraps on a phone is seen to go on."
+    for code in soup.select("main pre.sh code"):
+        html = re.sub(r"(\n+)</span>", r"</span>\1", code.decode_contents())
+        lines = html.splitlines(keepends=True)
+        if all(line.count("<span") == line.count("</span") for line in lines):
+            marked = "".join(f'<span class="line">{line}</span>' for line in lines)
+            code.clear()
+            code.append(BeautifulSoup(marked, "html.parser"))
 
 
 # ---------------------------------------------------------------- header, sidebar, landmarks
@@ -288,6 +303,7 @@ def finish_page(path, card=None):
         tidy_table(soup, table)
     sources(soup)
     wrap_sentences(soup)
+    command_lines(soup)
     one_button_a_section(soup)
     header(soup)
     landmarks(soup)

@@ -92,18 +92,19 @@ def plot_pod(
 
     spec, n, replicas = ModelSpec.from_case(case), case.num_stages, case.num_replicas
     if ax is None:
-        _, ax = plt.subplots(figsize=(1.9 + 1.75 * n, 1.0 + 0.36 * replicas), layout="constrained")
+        size = max(4.2, 0.8 + 1.15 * n), 1.2 + 0.42 * replicas
+        _, ax = plt.subplots(figsize=size, layout="constrained")
     costs = count(spec, case.image_size).segments
     colours = plt.get_cmap("viridis")(np.linspace(0.55, 0.95, n))
     for i, stage in enumerate(split_segments(spec, case.pipeline_splits, n)):
         for r in range(replicas):
             ax.barh(r, 0.94, left=i, height=0.86, color=colours[i])
-            text = dict(ha="center", va="center", fontsize=7)
-            ax.text(i + 0.47, r, f"{stage[0].name} to {stage[-1].name}", **text)
+            text = dict(ha="center", va="center", fontsize=8, linespacing=1)
+            name = f"{stage[0].name} to\n{stage[-1].name}"
+            ax.text(i + 0.47, r, name, color="#111111", **text)
         macs, parameters = (sum(costs[s.name][k] for s in stage) for k in (1, 0))
-        ax.text(
-            i + 0.47, -0.95, f"{macs / 1e6:,.0f} M MACs, {parameters / 1e6:.1f} M weights", **text
-        )
+        costs_of_it = f"{macs / 1e6:,.0f} M MACs,\n{parameters / 1e6:.1f} M weights"
+        ax.text(i + 0.47, -1, costs_of_it, **text)
     ax.set(xlim=(-0.02, n), ylim=(replicas - 0.4, -1.5), xlabel="pipeline stage", ylabel="replica")
     ax.set_xticks(np.arange(n) + 0.47, range(n))
     ax.set_yticks(range(replicas), range(replicas))

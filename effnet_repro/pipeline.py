@@ -110,7 +110,7 @@ def plot_pipeline(
 
     table = schedule(pipeline_schedule, num_stages, micro_batches)
     if ax is None:
-        _, ax = plt.subplots(figsize=(8, 0.35 + 0.45 * num_stages), layout="constrained")
+        _, ax = plt.subplots(figsize=(6, 0.35 + 0.45 * num_stages), layout="constrained")
     small = 8 if max(w.clock for w in table) < 30 else 5
     for w in table:
         forward = w.kind == "forward"

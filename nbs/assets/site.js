@@ -92,6 +92,44 @@
       });
     }
 
+    // A figure that was made smaller to fit can be had in full, by its button or by a tap on it.
+    const full = document.createElement("dialog"), close = document.createElement("button");
+    let home = null;  // what stands where the figure was
+    full.className = "enlarged";
+    close.textContent = "Close";
+    close.addEventListener("click", () => full.close());
+    full.append(close);
+    full.addEventListener("close", () => {
+      home.replaceWith(full.lastChild);
+      home = null;
+    });
+    const figures = [...document.querySelectorAll("main .cell-output-display :is(svg.figure, img)")].map((figure) => {
+      const button = document.createElement("button"), name = figure.getAttribute("aria-label") || figure.alt;
+      button.className = "enlarge";
+      button.type = "button";
+      button.textContent = "\u2922";
+      button.setAttribute("aria-label", `Enlarge the figure: ${name.split(/[.:]/)[0]}`);
+      figure.after(button);
+      const own = () => (figure.viewBox ? (figure.viewBox.baseVal.width * 4) / 3 : figure.naturalWidth || figure.width);
+      const enlarge = () => {
+        if (home || button.hidden) return;
+        figure.replaceWith((home = document.createElement("span")));
+        figure.style.width = `${1.1 * own()}px`;
+        full.append(figure);
+        full.setAttribute("aria-label", name);
+        full.showModal();
+      };
+      full.addEventListener("close", () => (figure.style.width = ""));
+      button.addEventListener("click", enlarge);
+      figure.addEventListener("click", enlarge);
+      return () => home || (button.hidden = figure.getBoundingClientRect().width > 0.85 * own());
+    });
+    if (figures.length) document.body.append(full);
+    const fit = () => figures.forEach((one) => one());
+    fit();
+    window.addEventListener("load", fit);
+    window.addEventListener("resize", fit);
+
     // What scrolls sideways can be reached and scrolled with the keys.
     const boxes = document.querySelectorAll("main pre, .cell-output-display, .sd-table, .math.display, .katex-display, .play-scroll, .sortable, .highlight pre");
     const reach = () => boxes.forEach((box) => {

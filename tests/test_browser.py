@@ -427,6 +427,23 @@ def test_what_scrolls_sideways_can_be_reached_by_keyboard(visit):
     assert page.locator("main pre[tabindex='0']").count() > 0
 
 
+def test_a_figure_fits_a_phone_and_opens_in_full(visit):
+    page = visit("planner.html", PHONE)
+    figure = page.locator("main svg.figure").last
+    width = "(e) => e.getBoundingClientRect().width"
+    small = figure.evaluate(width)
+    assert small < PHONE["width"]
+    page.get_by_role("button", name="Enlarge the figure").last.focus()
+    page.keyboard.press("Enter")
+    full = page.locator("dialog svg.figure")
+    assert full.evaluate(width) > 1.5 * small and barriers(page) == []
+    page.keyboard.press("Escape")
+    full.wait_for(state="detached")
+    assert figure.evaluate(width) == small
+    page.set_viewport_size(DESK)
+    page.get_by_role("button", name="Enlarge the figure").last.wait_for(state="hidden")
+
+
 def test_the_checks_see_mistakes(visit):
     page = visit("testing.html", PHONE)
     page.evaluate(

@@ -1175,6 +1175,7 @@ def _settings():
         "KERAS_BACKEND": "the first back end that is installed",
         "TF_ENABLE_ONEDNN_OPTS": "oneDNN on (x86 Linux)",
         "TF_NUM_INTEROP_THREADS": "set to 1 by effnet_repro: runs repeat to the bit",
+        "TF_OVERRIDE_GLOBAL_THREADPOOL": "set to 1 by effnet_repro: each core classifies its part",
         "OMP_NUM_THREADS": "all cores",
         "XLA_FLAGS": "none",
         "DATA_DIR": "the built-in sample set",

@@ -7,7 +7,7 @@ __all__ = ['PRECISIONS', 'BATCH_FIELDS', 'RecipeOptimizer', 'make_optimizer', 'P
            'TrainingModel', 'updates', 'predictor', 'evaluate', 'device_name', 'environment', 'estimate',
            'choose_precision', 'train', 'finetune', 'validate', 'record', 'plot_predictions']
 
-# %% ../nbs/38_training.ipynb #72d015f8
+# %% ../nbs/38_training.ipynb #3787450e
 import contextlib
 import csv
 import functools
@@ -16,6 +16,7 @@ import os
 import re
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -56,7 +57,7 @@ from effnet_repro.efficientnet import (
 )
 from .gpu_ops import add_xla_flags
 from .network import fold_proxies, params, run, segments
-from .ops import Rng
+from .ops import Rng, TFCPUOps
 from effnet_repro.recipe import (
     add_weight_decay,
     cross_entropy,
@@ -90,9 +91,10 @@ from effnet_repro.runs import (
 )
 from .scaling import ModelSpec, count, mod32_warning
 
-# %% ../nbs/38_training.ipynb #cdb95eb3
+# %% ../nbs/38_training.ipynb #96ac7a9c
 _CUDA_PLUGINS = ("jax_cuda12_plugin", "jax_cuda13_plugin")
 os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
+os.environ.setdefault("TF_OVERRIDE_GLOBAL_THREADPOOL", "1")
 if keras.backend.backend() == "jax" and any(map(find_spec, _CUDA_PLUGINS)):
     os.environ["XLA_FLAGS"] = add_xla_flags(os.environ.get("XLA_FLAGS", ""))
 
@@ -355,7 +357,7 @@ def _mean_gradients(program, names, weights, sums):
     rates = [case.weight_decay if decays[n] else 0.0 for n in names]
     return [add_weight_decay(g, weights[n], r) for g, n, r in zip(mean, names, rates)]
 
-# %% ../nbs/38_training.ipynb #59f07b67
+# %% ../nbs/38_training.ipynb #6589b8b9
 class _Callbacks(keras.callbacks.CallbackList):
     "Keras' list, less its wait for the device after every update"
 
@@ -444,7 +446,7 @@ class TrainingModel(keras.Model):
         other = [moving.get(ids.get(id(v)), t) for v, t in zip(self.non_trainable_variables, other)]
         return self._logs(loss, correct), (trained, other, slots, metrics)
 
-# %% ../nbs/38_training.ipynb #2f01e6b1
+# %% ../nbs/38_training.ipynb #40d76e82
 def _controls(case, update, updates_per_epoch, seed):
     "Everything of an update that is not a picture"
     draws = draw_mixing(
@@ -506,7 +508,7 @@ def _tf_updates(stream, controls, first_update):
 
     return stream.enumerate(first_update).map(add).prefetch(2)
 
-# %% ../nbs/38_training.ipynb #69271495
+# %% ../nbs/38_training.ipynb #e15f646f
 @functools.lru_cache(maxsize=8)
 def _forward(spec, precision):
     "A compiled function of (weights, images), the same one for every epoch of a run"
@@ -516,6 +518,30 @@ def _forward(spec, precision):
         return ops.jax.jit(forward)
     return ops.tf.function(forward, autograph=False, jit_compile=xla_pays())
 
+# %% ../nbs/38_training.ipynb #8b46ebdd
+@functools.lru_cache(maxsize=8)
+def _forward_on_one_core(spec, precision, shape, dtype):
+    "A compiled function of pictures of that shape and the weights, in the thread that calls it"
+    ops, graph = current_ops(), current_ops().tf.Graph()
+    v1 = ops.tf.compat.v1
+    with graph.as_default():
+        weights = {p.name: v1.placeholder("float32", p.shape) for p in params(spec)}
+        images = v1.placeholder(dtype, shape)
+        logits = run(ops, spec, weights, ops.cast(images, precision))
+    here = v1.ConfigProto(inter_op_parallelism_threads=-1, intra_op_parallelism_threads=1)
+    session = v1.Session(graph=graph, config=here)
+    return session.make_callable(logits, [images, *weights.values()])
+
+
+def _num_cores():
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
+def _num_parts(n, cores):
+    "The most equal parts of `n` pictures, one or more each, that `cores` can take at once"
+    return max((k for k in range(1, min(n, cores) + 1) if n % k == 0), default=1)
+
 
 def predictor(
     spec: ModelSpec,  # The network
@@ -523,11 +549,25 @@ def predictor(
     precision: str = "float32",  # Type to compute in
 ):  # A function from pictures (N, S, S, 3) uint8 to logits (N, classes), NumPy
     "Make a fast function that applies a trained network"
-    ops = current_ops()
+    ops, cores = current_ops(), _num_cores()
     if spec.proxy_norm and not spec.folded:
         spec, weights = replace(spec, folded=True), fold_proxies(weights)
     step, tensors = _forward(spec, precision), {n: ops.asarray(w) for n, w in weights.items()}
-    return lambda images: np.asarray(step(tensors, ops.asarray(images)))
+    whole = lambda images: np.asarray(step(tensors, ops.asarray(images)))
+    if not isinstance(ops, TFCPUOps):
+        return whole
+    arrays = [tensors[p.name].numpy() for p in params(spec)]
+    threads = ThreadPoolExecutor(cores)
+
+    def core_by_core(images):
+        images = np.asarray(images)
+        parts = np.split(images, _num_parts(len(images), cores))
+        if len(parts) == 1:
+            return whole(images)
+        step = _forward_on_one_core(spec, precision, parts[0].shape, images.dtype.name)
+        return np.concatenate(list(threads.map(lambda part: step(part, *arrays), parts)))
+
+    return core_by_core
 
 # %% ../nbs/38_training.ipynb #6d62d221
 def evaluate(
@@ -602,7 +642,7 @@ def environment() -> dict:  # What `environment.json` holds
     "Describe where a number was made"
     return describe_machine(keras.backend.backend(), device_name())
 
-# %% ../nbs/38_training.ipynb #85084765
+# %% ../nbs/38_training.ipynb #5089199a
 def _save_state(path, model, update, epoch, extra):
     "Write weights and slots of a training model"
     arrays = get_weights(model.network)
@@ -662,7 +702,7 @@ def _restore_state(path, model, data):
     model.optimizer.iterations.assign(metadata["update"])
     return metadata
 
-# %% ../nbs/38_training.ipynb #f2aedfd6
+# %% ../nbs/38_training.ipynb #dc854c59
 class _Stop(Exception):
     "Raised after a finished update when somebody asked to stop"
 
@@ -836,7 +876,7 @@ def _say_estimate(case, data):
         flush=True,
     )
 
-# %% ../nbs/38_training.ipynb #589cfa74
+# %% ../nbs/38_training.ipynb #6e289826
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -948,7 +988,7 @@ def _check_options(seed, validate_every, keep):
                 f"`{name}` must be a whole number from {lowest} to 2**31 - 1. Received: {name}={value!r}."
             )
 
-# %% ../nbs/38_training.ipynb #a061386d
+# %% ../nbs/38_training.ipynb #54bc5cd4
 def _execute_alone(
     program, data, run_dir, weights, per_epoch, validate_every, keep, progress, notes
 ):
@@ -990,7 +1030,7 @@ def _execute_alone(
         scores,
     )
 
-# %% ../nbs/38_training.ipynb #5a0708f4
+# %% ../nbs/38_training.ipynb #fb50d3f7
 def _begin(run_dir, model, data):
     "Restore the newest checkpoint, if there is one; returns the update to begin with"
     folder, metrics = run_dir / "checkpoints", run_dir / "metrics.csv"
@@ -1039,7 +1079,7 @@ def _final_scores(state, average, network):
         write_scores(run_dir, kind, s, at[kind], state["data"])
     return scores
 
-# %% ../nbs/38_training.ipynb #0def7a31
+# %% ../nbs/38_training.ipynb #a97b0eaf
 def _check_backend(backend):
     if backend is not None and backend != keras.backend.backend():
         raise ValueError(
@@ -1094,10 +1134,10 @@ def train(
 def _listed(value):
     return list(value) if isinstance(value, tuple) else value
 
-# %% ../nbs/38_training.ipynb #55be2aee
+# %% ../nbs/38_training.ipynb #92066175
 BATCH_FIELDS = ("global_batch_size", "micro_batch_size", "max_steps")  # What a budget says of them
 
-# %% ../nbs/38_training.ipynb #b21f7cf0
+# %% ../nbs/38_training.ipynb #54eeac4d
 def finetune(
     init,  # A run folder or a checkpoint to begin from
     data_dir=None,  # Folder of pictures; None = the built-in sample set

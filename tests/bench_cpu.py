@@ -14,6 +14,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,8 @@ SPEED = (
     ("inference", "B0-G16-LN_PN-Half", 160),
 )
 ARMS = ("G1-GN-Native", "G16-LN_PN-Native", "G16-LN_PN-Half")
-PART_NAMES = ("speed", "sizes", "reader", "timm")
+PART_NAMES = ("speed", "operations", "sizes", "reader", "timm")
+OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "other operations"))
 
 
 # ---- the processes that are measured
@@ -131,6 +133,38 @@ def inference(name, size, batch):
     return lambda k: _timed(lambda: predict(images), k)
 
 
+def operations(name, size, batch):
+    """A function that gives milliseconds of each kind of operation in a pass over a whole batch, from k passes."""
+    import tensorflow as tf
+    from tensorflow.tsl.profiler.protobuf import xplane_pb2
+
+    from effnet_repro import training
+
+    training._num_cores = lambda: 1  # ours with the batch in one piece
+    run = inference(name, size, batch)
+
+    def profile(k):
+        with tempfile.TemporaryDirectory() as folder:
+            tf.profiler.experimental.start(folder)
+            wall = run(k)[:, 0].mean()  # of k passes after a first one that is profiled, too
+            tf.profiler.experimental.stop()
+            space = xplane_pb2.XSpace()
+            space.ParseFromString(next(Path(folder).rglob("*.xplane.pb")).read_bytes())
+        ms = dict.fromkeys([*(kind for _, kind in OPERATIONS), "XLA's loops"], 0.0)
+        for plane in (p for p in space.planes if "CPU" in p.name):
+            names = {k: v.name for k, v in plane.event_metadata.items()}
+            for event in (e for line in plane.lines for e in line.events):
+                _, _, op = names[event.metadata_id].partition(":")  # "name:Type"; "::" is a method
+                if names[event.metadata_id].startswith("CpuExecutable::Execute"):
+                    ms["XLA's loops"] += event.duration_ps / 1e9 / (k + 1)
+                elif op and not op.startswith((":", " ")):
+                    kind = next(kind for part, kind in OPERATIONS if part in op)
+                    ms[kind] += event.duration_ps / 1e9 / (k + 1)
+        return {**ms, "between operations": 1e3 * wall - sum(ms.values()), "all": 1e3 * wall}
+
+    return profile
+
+
 def timm(name, size, batch):
     """timm's EfficientNet-B0 in PyTorch: training or inference, as `name` says."""
     import timm as zoo
@@ -155,11 +189,15 @@ def timm(name, size, batch):
 
 def work(kind, name, size, batch):
     """Answer each number of updates on a line of standard input with what they took."""
-    run = {"training": training, "inference": inference, "timm": timm}[kind](name, size, batch)
+    kinds = {"training": training, "inference": inference, "operations": operations, "timm": timm}
+    run = kinds[kind](name, size, batch)
     run(1)
     first = {"first_s": time.perf_counter() - STARTED, "first_cpu_s": time.process_time()}
     print(json.dumps(first), flush=True)
     for line in sys.stdin:
+        if kind == "operations":
+            print(json.dumps(run(int(line))), flush=True)
+            continue
         wall, cpu = run(int(line)).T
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB
         answer = {"wall_s": statistics.median(wall), "cpu_s": float(np.mean(cpu))}
@@ -169,10 +207,10 @@ def work(kind, name, size, batch):
 class Worker:
     """One such process."""
 
-    def __init__(self, kind, name, size, batch, python=sys.executable):
+    def __init__(self, kind, name, size, batch, python=sys.executable, **env):
         self.label = dict(kind=kind, network=name, image_size=size, micro_batch=batch)
         words = [python, __file__, "--worker", kind, name, size, batch]
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3"}
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "TF_CPP_MIN_LOG_LEVEL": "3", **env}
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.process = subprocess.Popen([str(w) for w in words], env=env, text=True, **pipe)
         self.first, self.rounds = self._read(), []
@@ -292,6 +330,28 @@ def bench_speed(a):
             worker.close()
 
 
+def bench_operations(a):
+    """Where a forward pass spends its time, and what a second core does for each kind of operation."""
+    if a.quick:
+        print("operations: skipped, they take minutes", flush=True)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    for _, name, size in (arm for arm in SPEED if arm[0] == "inference"):
+        arm = ("operations", name, size, 16)
+        env = dict(TF_NUM_INTEROP_THREADS="1")  # one operation at a time: their times add up
+        pair = [Worker(*arm, TF_NUM_INTRAOP_THREADS=str(n), **env) for n in (1, cores)]
+        take_turns(pair, a.rounds, a.updates)
+        rows, together = [], circumstances()
+        for kind in pair[0].rounds[0]:
+            one, all_ = (statistics.median(r[kind] for r in w.rounds) for w in pair)
+            row = {"operation": kind, "network": name, "image_size": size, "micro_batch": 16}
+            row.update(ms_one_thread=round(one, 2), ms_all_threads=round(all_, 2), threads=cores)
+            rows.append({**row, "rounds": a.rounds, **together})
+        write(a.results, "cpu_operations.csv", rows, ("operation", *LABEL[1:]))
+        for worker in pair:
+            worker.close()
+
+
 def bench_sizes(a):
     """Time and memory of a training picture against multiply-adds and activations."""
     from effnet_repro.scaling import ModelSpec, count
@@ -359,7 +419,9 @@ def bench_timm(a):
             worker.close()
 
 
-PARTS = dict(zip(PART_NAMES, (bench_speed, bench_sizes, bench_reader, bench_timm)))
+PARTS = dict(
+    zip(PART_NAMES, (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm))
+)
 
 
 def main(words=None):

@@ -24,6 +24,7 @@ COLOURS = {
     "#56b4e9": "var(--figure-sky)",
 }
 LONG_WORD = re.compile(r"\S{25,}")
+BLOCKS = re.compile(r"\(?block\w+(?:/\w)?(?:,? block\w+(?:/\w)?){1,3}\)?")
 JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
 LONGEST_TABLE = 8000  # characters of a section's tables that can be searched for
 LONGEST_OPEN = 30  # lines of source that a page shows unasked
@@ -94,12 +95,28 @@ def break_points(soup, cell):
 
 
 def keep_together(text):
-    "Whether a cell reads better on one line: a number with its unit, a shape, the name of a case."
-    return len(text) <= 14 or (len(text) <= 32 and "-" in text and " " not in text)
+    "Whether a cell reads better on one line: a number, a shape, the name of a case, a list of blocks."
+    named = "-" in text and " " not in text
+    return len(text) <= 14 or (len(text) <= 32 and named) or bool(BLOCKS.fullmatch(text))
 
 
 def is_number(cell):
     return bool(NUMBER.match(cell)) or cell.lower() in EMPTY
+
+
+def as_cards(table, columns, names):
+    "Mark a table of sentences: on a phone each of its rows becomes a card, its cells one below the other."
+    wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
+    if len(columns) < 3 or sum(wordy) < 2 or table.find_parent(class_="sortable"):
+        return
+    table["class"] = [*table.get("class", []), "cards"]
+    table["role"] = "table"
+    for row in table.find_all("tr"):
+        row["role"] = "row"
+    for cells, name in zip(columns, names):
+        for cell in cells:
+            cell["role"] = "rowheader" if cell.name == "th" else "cell"
+            cell["data-label"] = name
 
 
 def tidy_table(soup, table):
@@ -143,6 +160,8 @@ def tidy_table(soup, table):
             for cell in cells + ([last[n]] if -n <= len(last) else []):
                 if "num" not in cell.get("class", []):
                     cell["class"] = [*cell.get("class", []), "num"]
+    if len(last) == len(columns):
+        as_cards(table, [columns[n] for n in sorted(columns)], [c.get_text(strip=True) for c in last])
 
 
 # ---------------------------------------------------------------- code

@@ -1384,7 +1384,7 @@ def load_arrays(
 
 # %% ../nbs/30_data.ipynb #4c5b9c3c
 class _Pixels(NamedTuple):
-    "Pictures on JAX' device, one after the other"
+    "Pictures on the device of JAX, one after the other"
 
     pixels: Any  # (P, 3) uint8
     begin: np.ndarray  # First pixel of each picture, (n,)
@@ -1430,7 +1430,7 @@ def fits_device(
     dataset: DataSet,  # From `open_data`
     share: float = 0.125,  # Of the device's memory that the decoded pictures may take
 ) -> bool:
-    "Say whether the training pictures of a data set fit on JAX' device"
+    "Say whether the training pictures of a data set fit on the device of JAX"
     import jax
 
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
@@ -1476,7 +1476,7 @@ def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard
 ) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
-    "Stream the batches of `training_batches` from pictures on JAX' device"
+    "Stream the batches of `training_batches` from pictures on the device of JAX"
     return training_batches(*request, reader="jax", **options)
 
 

@@ -107,7 +107,8 @@ def is_number(cell):
 def as_cards(table, columns, names):
     "Mark a table of sentences: on a phone each of its rows becomes a card, its cells one below the other."
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
-    if len(columns) < 3 or sum(wordy) < 2 or table.find_parent(class_="sortable"):
+    merged = table.select_one("tbody [rowspan]:not([rowspan='1'])")
+    if len(columns) < 3 or sum(wordy) < 2 or merged or table.find_parent(class_="sortable"):
         return
     table["class"] = [*table.get("class", []), "cards"]
     table["role"] = "table"
@@ -161,7 +162,9 @@ def tidy_table(soup, table):
                 if "num" not in cell.get("class", []):
                     cell["class"] = [*cell.get("class", []), "num"]
     if len(last) == len(columns):
-        as_cards(table, [columns[n] for n in sorted(columns)], [c.get_text(strip=True) for c in last])
+        as_cards(
+            table, [columns[n] for n in sorted(columns)], [c.get_text(strip=True) for c in last]
+        )
 
 
 # ---------------------------------------------------------------- code

@@ -118,6 +118,31 @@ def test_words_are_not_numbers(text):
     assert not finish.is_number(text)
 
 
+def test_tables_of_sentences_become_cards_unless_cells_are_merged(tmp_path):
+    said = ["one of the longer sentences of a table", "what is to be done about that, then"]
+    rows = [["a", *said], ["b", *said]]
+    body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
+    head = "<thead><tr><th>name</th><th>message</th><th>way out</th></tr></thead>"
+    table = f"<main><table>{head}<tbody>{body}</tbody></table></main>"
+    for text, found in ((table, 1), (table.replace("<td>a", "<td rowspan='2'>a"), 0)):
+        (tmp_path / "page.html").write_text(f"<body>{text}</body>")
+        finish.finish_page(tmp_path / "page.html")
+        page = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser")
+        assert len(page.select("table.cards")) == found
+        assert len(page.select("td[data-label='way out'][role=cell]")) == 2 * found
+
+
+def test_lines_of_commands_are_told_apart():
+    spans = '<span class="c"># all\n</span>make test <span class="se">\\\n</span>  -q\n'
+    soup = BeautifulSoup(f'<main><pre class="sh"><code>{spans}</code></pre></main>', "html.parser")
+    finish.command_lines(soup)
+    assert [line.get_text() for line in soup.select(".line")] == [
+        "# all\n",
+        "make test \\\n",
+        "  -q\n",
+    ]
+
+
 def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
     drawn = RENDERED.replace("</main>", MATPLOTLIB * 2 + "</main>")
     (tmp_path / "index.html").write_text(drawn)

@@ -812,9 +812,11 @@ class _Record(keras.callbacks.Callback):
 
 def _say_epoch(row, case, path):
     valid = f", validation top-1 {row['validation_top1']:.1%}" if "validation_top1" in row else ""
+    timed = row["images_per_s"] == row["images_per_s"]  # an epoch of one update is not
+    speed = f", {row['images_per_s']:.0f} images/s" if timed else ""
     print(
         f"epoch {row['epoch']:g}/{case.epochs:g}: loss {row['loss']:.3f}, training accuracy "
-        f"{row['accuracy']:.1%}{valid}, {row['images_per_s']:.0f} images/s -> {path.name}",
+        f"{row['accuracy']:.1%}{valid}{speed} -> {path.name}",
         flush=True,
     )
 

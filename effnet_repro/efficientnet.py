@@ -52,7 +52,7 @@ def xla_pays() -> bool:  # True on JAX, and on TensorFlow with a GPU
 
     return bool(tf.config.list_physical_devices("GPU"))
 
-# %% ../nbs/20_efficientnet.ipynb #e1b255f2
+# %% ../nbs/20_efficientnet.ipynb #8b8c8e56
 class ParamLayer(keras.layers.Layer):
     "A Keras layer over declared parameters and a pure function; subclasses say which"
 
@@ -97,7 +97,7 @@ class ParamLayer(keras.layers.Layer):
     def get_config(self):
         return {**super().get_config(), "seed": self.seed}
 
-# %% ../nbs/20_efficientnet.ipynb #fc3735aa
+# %% ../nbs/20_efficientnet.ipynb #9630f391
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class SegmentLayer(ParamLayer):
     "One segment of a network as a Keras layer"
@@ -118,6 +118,14 @@ class SegmentLayer(ParamLayer):
 
     def compute(self, ops, weights, x, rng):
         return self.segment.apply(ops, weights, x, rng)
+
+    def compute_output_shape(self, input_shape):
+        return self.segment.shape_after(input_shape)
+
+    def compute_output_spec(self, x, training=False):  # else Keras runs the layer to find out
+        shape = self.compute_output_shape(x.shape)
+        kind = "float32" if len(shape) == 2 else self.compute_dtype
+        return keras.KerasTensor(shape, kind)
 
     def get_config(self):
         own = {"spec": asdict(self.spec), "segment": self.segment.name}

@@ -19,7 +19,7 @@ from .ops import NumpyOps
 from .proxy_norm import proxy_statistics
 from .scaling import ModelSpec, blocks
 
-# %% ../nbs/14_network.ipynb #5fff2b19
+# %% ../nbs/14_network.ipynb #f96618fe
 class Param(NamedTuple):
     "One array that a segment owns"
 
@@ -38,6 +38,14 @@ class Segment(NamedTuple):
     name: str  # "block0", "block1a/b", "block2b", ..., "Top"
     params: Tuple[Param, ...]
     apply: Callable  # apply(ops, weights, x, rng) -> x; rng is None at inference
+    filters: int  # Channels of its output
+    strides: Optional[int] = 1  # Of its convolution; None where height and width are pooled away
+
+    def shape_after(self, shape):  # Of the input (N, H, W, C), None where unknown -> of the output
+        n, *sides, _ = shape
+        if self.strides is None:
+            return n, self.filters
+        return (n, *(None if s is None else -(-s // self.strides) for s in sides), self.filters)
 
 # %% ../nbs/14_network.ipynb #2dc4a40b
 def _norm_params(spec, prefix, channels, activated=True):
@@ -123,7 +131,7 @@ def input_affine(
     mean = IMAGENET_MEAN if spec.input_norm == "imagenet_mean" else (0.0, 0.0, 0.0)
     return np.ones(3, "float32"), -np.asarray(mean, "float32")
 
-# %% ../nbs/14_network.ipynb #02518c9f
+# %% ../nbs/14_network.ipynb #12789c2d
 def _stem(spec):
     params = _kernel("all/block0", (3, 3, 3, spec.stem_filters))
     params += _norm_params(spec, "all/block0", spec.stem_filters)
@@ -137,9 +145,9 @@ def _stem(spec):
         x = normalise_pictures(ops, spec, weights, x)
         return expand(ops, spec, w, x, rng, spec.stem_strides)
 
-    return Segment("block0", params, apply)
+    return Segment("block0", params, apply, spec.stem_filters, spec.stem_strides)
 
-# %% ../nbs/14_network.ipynb #8cda3504
+# %% ../nbs/14_network.ipynb #818172a7
 def features(
     ops,  # Tensor operations
     spec,  # `ModelSpec`
@@ -158,7 +166,7 @@ def _top(spec):
     params += _norm_params(spec, "all/Top", spec.head_filters)
     if not spec.num_classes:
         headless = lambda ops, weights, x, rng=None: features(ops, spec, weights, x, rng)
-        return Segment("Top", params, headless)
+        return Segment("Top", params, headless, spec.head_filters)
     shape = (spec.head_filters, spec.num_classes)
     params += (
         Param("all/Top/logits/dense/kernel", shape, "glorot_uniform", decay=True),
@@ -173,20 +181,21 @@ def _top(spec):
         w = Scope(weights, "all/Top/logits/dense")
         return ops.matmul(x, ops.cast(w["kernel"], "float32")) + ops.cast(w["bias"], "float32")
 
-    return Segment("Top", params, apply)
+    return Segment("Top", params, apply, spec.num_classes, None)
 
-# %% ../nbs/14_network.ipynb #d337b4c0
+# %% ../nbs/14_network.ipynb #33c9ff76
 def _block_segments(spec, b):
     part_a, part_b, part_c = _block_params(spec, b)
     at = lambda weights, part: Scope(weights, f"all/{b.name}/{part}")
     if b.residual:
         whole = lambda ops, w, x, rng=None: mbconv(ops, spec, b, w, x, rng)
-        return [Segment(b.name, part_a + part_b + part_c, whole)]
+        return [Segment(b.name, part_a + part_b + part_c, whole, b.filters_out)]
     run_a = lambda ops, w, x, rng=None: expand(ops, spec, at(w, "a"), x, rng)
     run_b = lambda ops, w, x, rng=None: spatial(ops, spec, b, at(w, "b"), at(w, "SE"), x, rng)
     run_c = lambda ops, w, x, rng=None: project(ops, spec, at(w, "c"), x, rng)
-    parts = [Segment(b.name, part_a, run_a)] if b.expand else []
-    return [*parts, Segment(f"{b.name}/b", part_b, run_b), Segment(f"{b.name}/c", part_c, run_c)]
+    parts = [Segment(b.name, part_a, run_a, b.expanded)] if b.expand else []
+    parts.append(Segment(f"{b.name}/b", part_b, run_b, b.expanded, b.strides))
+    return [*parts, Segment(f"{b.name}/c", part_c, run_c, b.filters_out)]
 
 # %% ../nbs/14_network.ipynb #693dd30e
 def _told(spec, segment):

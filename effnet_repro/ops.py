@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['FUSED_FROM', 'NumpyOps', 'TFOps', 'TFCPUOps', 'JAXOps', 'get_ops', 'Rng']
 
-# %% ../nbs/02_ops.ipynb #6da2aa66
+# %% ../nbs/02_ops.ipynb #aa4ac6db
+import functools
 import zlib
 
 import numpy as np
@@ -225,7 +226,7 @@ class TFOps(_Composed):
 # %% ../nbs/02_ops.ipynb #d08596f0
 FUSED_FROM = 2**15  # Numbers in a picture's tensor above which XLA makes one loop of a step
 
-# %% ../nbs/02_ops.ipynb #05bd8f01
+# %% ../nbs/02_ops.ipynb #3f4fa45b
 class TFCPUOps(TFOps):
     "TensorFlow where the CPU computes: float32 steps with gradients of their own"
 
@@ -237,9 +238,11 @@ class TFCPUOps(TFOps):
         sides = x.shape.as_list()[1:]
         if None in sides or np.prod(sides) <= FUSED_FROM:
             return step(x, *more)
-        if step.__name__ not in self._loops:
-            self._loops[step.__name__] = self.tf.function(step, autograph=False, jit_compile=True)
-        return self._loops[step.__name__](x, *more)
+        key = (step.__name__, *x.shape.as_list())
+        if key not in self._loops:  # one a size: TensorFlow warns of functions that it traces often
+            own = functools.partial(step)  # it tells functions apart by their code; this has none
+            self._loops[key] = self.tf.function(own, autograph=False, jit_compile=True)
+        return self._loops[key](x, *more)
 
     def _sum(self, x):  # Over the pixels, (N, 1, 1, C)
         n, h, w, c = self.shape(x)

@@ -398,7 +398,7 @@ class Split(NamedTuple):
     boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
     box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
 
-# %% ../nbs/30_data.ipynb #3427050b
+# %% ../nbs/30_data.ipynb #ac18862c
 @dataclass(frozen=True)
 class DataSet:
     "Where the pictures of a data set lie, and what they show"
@@ -629,7 +629,7 @@ def _recognise(root):
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}."
     )
 
-# %% ../nbs/30_data.ipynb #177b2ff7
+# %% ../nbs/30_data.ipynb #f8081aaa
 def open_data(
     data_dir=None,  # Folder of the data set; None = the built-in sample set
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
@@ -737,7 +737,7 @@ def _bmp(pixels):
     sizes = (54 + body.size, 0, 0, 54, 40, w, h, 1, 24, 0, body.size, 0, 0, 0, 0)
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
 
-# %% ../nbs/30_data.ipynb #0dc91ea5
+# %% ../nbs/30_data.ipynb #8ba51532
 def _decode(data):
     "A picture as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
     try:
@@ -1425,7 +1425,20 @@ def _on_device(dataset):
         _kept.update(split=split, decoded=_decode_all(dataset))
     return _kept["decoded"]
 
-# %% ../nbs/30_data.ipynb #260b4225
+# %% ../nbs/30_data.ipynb #fab70ba2
+_sampled = {}  # the training split of one data set -> the mean number of pixels of its pictures
+
+
+def _mean_pixels(dataset):
+    "The mean over 64 pictures, which are looked at once"
+    split = dataset.splits["train"]
+    if _sampled.get("split") is not split:
+        some = np.linspace(0, dataset.train_count - 1, min(dataset.train_count, 64)).astype(int)
+        sizes = np.array([_read(dataset, "train", i)[1] for i in some])
+        _sampled.update(split=split, pixels=sizes.prod(1).mean())
+    return _sampled["pixels"]
+
+
 def fits_device(
     dataset: DataSet,  # From `open_data`
     share: float = 0.125,  # Of the device's memory that the decoded pictures may take
@@ -1437,9 +1450,7 @@ def fits_device(
     limit = min(share * memory, 2**32)  # pixels are counted in 31 bits
     if dataset.splits["train"].length.sum() > limit:
         return False
-    some = np.linspace(0, dataset.train_count - 1, min(dataset.train_count, 64)).astype(int)
-    sizes = np.array([_read(dataset, "train", i)[1] for i in some])
-    return bool(3 * sizes.prod(1).mean() * dataset.train_count < limit)
+    return bool(3 * _mean_pixels(dataset) * dataset.train_count < limit)
 
 # %% ../nbs/30_data.ipynb #f4632972
 @functools.lru_cache(maxsize=1)
@@ -1471,7 +1482,7 @@ def _cutter():
 
     return jax.jit(cut, static_argnums=7)
 
-# %% ../nbs/30_data.ipynb #d8b42418
+# %% ../nbs/30_data.ipynb #492c58da
 def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard

@@ -7,7 +7,7 @@ __all__ = ['EXIT_STATUSES', 'COMMANDS', 'BACKENDS', 'UsageError', 'Command', 'ca
            'train_command', 'finetune_command', 'validate_command', 'doctor_command', 'convert_command', 'plan_command',
            'main']
 
-# %% ../nbs/90_cli.ipynb #1e0c05c2
+# %% ../nbs/90_cli.ipynb #f135fd66
 import argparse
 import contextlib
 import csv
@@ -57,7 +57,13 @@ from effnet_repro.ipu import (
     poprun_command,
     resolve_for_ipus,
 )
-from .runs import finetune_case, finetune_size, quiet_stderr, read_case
+from effnet_repro.runs import (
+    finetune_budget,
+    finetune_case,
+    finetune_size,
+    quiet_stderr,
+    read_case,
+)
 from .scaling import SIZE_TABLE, ModelSpec, count, mod32_warning
 
 # %% ../nbs/90_cli.ipynb #8bdeeecf
@@ -810,7 +816,7 @@ def _finetune_on_ipus(args, source, trained):
     run = finetune(source, _data_dir(args), args.run_dir, **how, **given)
     return 0 if args.compile_only else _finish(run)
 
-# %% ../nbs/90_cli.ipynb #f2d7c217
+# %% ../nbs/90_cli.ipynb #69814a1d
 def _start_keras(args):
     "Choose Keras' back end before Keras is imported"
     has = lambda package: importlib.util.find_spec(package) is not None
@@ -960,7 +966,7 @@ def _source(args, **more):
     except ValueError as e:
         raise UsageError(str(e).replace("`case`", "--config")) from None
 
-# %% ../nbs/90_cli.ipynb #9f5201d7
+# %% ../nbs/90_cli.ipynb #ea5bfeb1
 def _finetune_arguments(parser):
     _source_arguments(parser)
     parser.add_argument("--init-path", "--init", metavar="PATH", help="the same, as published")
@@ -979,12 +985,9 @@ def _finetune_arguments(parser):
 
 def _plan_finetuning(args, trained):
     "Work out what a command line will fine-tune"
-    from effnet_repro.training import BATCH_FIELDS
-
     given = _given(args)
     try:
-        budget, changes = budget_overrides(args.budget, _data_dir(args) is not None)
-        batches = {k: v for k, v in changes.items() if k in BATCH_FIELDS}
+        budget, batches = finetune_budget(args.budget, _data_dir(args) is not None)
         m, g = (batches.get(k) for k in ("micro_batch_size", "global_batch_size"))
         batches.update(_batches(given, m or trained.micro_batch_size, g or 512, 1))
         own = {k: v for k, v in given.items() if k not in _LAYOUT}
@@ -1149,7 +1152,7 @@ def _jax_devices():
 
     return ", ".join(str(d) for d in jax.devices())
 
-# %% ../nbs/90_cli.ipynb #46117f28
+# %% ../nbs/90_cli.ipynb #cf6e77b8
 def _back_ends(problems):
     "Back end -> its devices, or what is wrong with it"
     found = {}

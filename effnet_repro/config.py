@@ -7,7 +7,7 @@ __all__ = ['NORMS', 'SIZES', 'CHOICES', 'PUBLISHED_KEYS', 'list_some', 'unknown_
            'load_cases', 'override', 'get_case', 'for_one_device', 'budget_overrides', 'resolve', 'case_to_dict',
            'case_from_dict', 'differing_fields']
 
-# %% ../nbs/00_config.ipynb #4ff420da
+# %% ../nbs/00_config.ipynb #2f5903de
 import dataclasses
 import difflib
 import math
@@ -28,7 +28,7 @@ def list_some(
     more = len(names) - limit
     return ", ".join(names[:limit]) + (f" and {more} more" if more > 0 else "")
 
-# %% ../nbs/00_config.ipynb #4b90492b
+# %% ../nbs/00_config.ipynb #6c88bbf9
 def unknown_name(
     what: str,  # What kind of name, e.g. "case"
     name: object,  # What was asked for
@@ -46,7 +46,7 @@ def unknown_name(
         hint += f" Legal names: {', '.join(legal)}."
     return ValueError(f"Unknown {what} {name!r}{f' in {where}' if where else ''}. {hint.strip()}")
 
-# %% ../nbs/00_config.ipynb #94d4962d
+# %% ../nbs/00_config.ipynb #aaac3f97
 NORMS = ("BN", "GN", "LN", "GN_PN", "LN_PN")
 SIZES = (0, 1, 2, 3, 4, 5, 6, 7, "cifar")
 CHOICES = {  # Field -> its legal values, where these are few
@@ -162,7 +162,7 @@ def _refuse(case, rule: str, way_out: str, *fields: str):
     received = ", ".join(f"{f}={getattr(case, f)!r}" for f in fields)
     raise ValueError(f"{rule} Received: {received} ({case.name}). {way_out}")
 
-# %% ../nbs/00_config.ipynb #70b10164
+# %% ../nbs/00_config.ipynb #8aa47330
 def _fits(v, kind):
     "Whether a value suits the type of a field, e.g. 'typing.Optional[float]'"
     if v is None:
@@ -295,7 +295,7 @@ def _default_path():
             return folder / "config.yml"
     raise FileNotFoundError(f"No config.yml in {here} nor above {Path.cwd()}. Pass `path`.")
 
-# %% ../nbs/00_config.ipynb #32587d57
+# %% ../nbs/00_config.ipynb #0fa82ba9
 _ONLY = {"model": "efficientnet", "dataset": "imagenet", "standard_imagenet": True}
 _DROPPED = ("name_suffix", "pipeline", *_ONLY)
 
@@ -341,7 +341,7 @@ def _as_sections(data, path):
     found = {name: _from_published(name, v, path) for name, v in data.items() if flat(v)}
     return {"cases": found} if found else data
 
-# %% ../nbs/00_config.ipynb #f3ec8e8d
+# %% ../nbs/00_config.ipynb #ed5e0da0
 def read_yaml(
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
 ) -> dict:  # Its sections as plain dictionaries
@@ -393,7 +393,7 @@ def _case_from(name, values, where=""):
         )
     return Case(**{**values, "name": name})
 
-# %% ../nbs/00_config.ipynb #e54559b6
+# %% ../nbs/00_config.ipynb #65eb897f
 def load_cases(
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
 ) -> Dict[str, Case]:  # Name -> case, in the file's order
@@ -403,8 +403,8 @@ def load_cases(
         name: _case_from(name, values, str(path or "config.yml")) for name, values in cases.items()
     }
 
-# %% ../nbs/00_config.ipynb #f1aec25f
-_BATCH_FIELDS = ("micro_batch_size", "num_replicas", "global_batch_size")
+# %% ../nbs/00_config.ipynb #e92ff3f2
+_DECIDE_ACCUMULATION = ("micro_batch_size", "num_replicas", "global_batch_size")
 
 
 def override(
@@ -417,8 +417,8 @@ def override(
         if key not in legal:
             raise unknown_name("field", key, legal)
     values = {k: v for k, v in values.items() if v is not None}
-    if "gradient_accumulation" not in values and any(f in values for f in _BATCH_FIELDS):
-        micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _BATCH_FIELDS)
+    if "gradient_accumulation" not in values and any(f in values for f in _DECIDE_ACCUMULATION):
+        micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _DECIDE_ACCUMULATION)
         if micro < 1 or replicas < 1 or whole < 1 or whole % (micro * replicas):
             raise ValueError(
                 f"global_batch_size must be a multiple of micro_batch_size x num_replicas. Received: "
@@ -428,7 +428,7 @@ def override(
         values["gradient_accumulation"] = whole // (micro * replicas)
     return dataclasses.replace(case, **values)
 
-# %% ../nbs/00_config.ipynb #f939d82d
+# %% ../nbs/00_config.ipynb #055781ec
 def get_case(
     name: str,  # A published name, e.g. "B1-G16-LN_PN-Half_16IPU_4x4"
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
@@ -471,7 +471,7 @@ def budget_overrides(
         raise unknown_name("budget", budget, [*budgets, "auto"])
     return budget, dict(budgets[budget])
 
-# %% ../nbs/00_config.ipynb #1b1968eb
+# %% ../nbs/00_config.ipynb #696abaab
 def resolve(
     case: Union[str, Case],  # A case or its published name
     budget: str = "auto",  # See `budget_overrides`
@@ -486,7 +486,7 @@ def resolve(
     name, changes = budget_overrides(budget, data_given, path)
     given = {k: v for k, v in overrides.items() if v is not None}
     override(
-        case, **{k: v for k, v in given.items() if k not in _BATCH_FIELDS}
+        case, **{k: v for k, v in given.items() if k not in _DECIDE_ACCUMULATION}
     )  # refuses unknown names
     merged = {**changes, **given}
     batch = {k: merged.pop(k, None) for k in ("micro_batch_size", "global_batch_size")}

@@ -11,7 +11,7 @@ __all__ = ['plot_pod', 'ipus_per_replica', 'for_ipus', 'machine_options', 'Plan'
            'gather', 'resolve_for_ipus', 'count_ipus', 'train', 'finetune_layout', 'finetune', 'validate',
            'poprun_command', 'has_ipu', 'choose_device']
 
-# %% ../nbs/36_ipu.ipynb #49fad59a
+# %% ../nbs/36_ipu.ipynb #fa9d7f30
 import contextlib
 import functools
 import importlib
@@ -70,10 +70,11 @@ from effnet_repro.runs import (
     append_rows,
     average_until,
     check_init,
+    data_notes,
     describe_machine,
     finetune_case,
     finetune_size,
-    refuse_other_case,
+    refuse_other_run,
     save_curves,
     say_scores,
     score,
@@ -556,7 +557,7 @@ def configure(
     config.configure_ipu_system()
     return config
 
-# %% ../nbs/36_ipu.ipynb #26b3d615
+# %% ../nbs/36_ipu.ipynb #981f2e90
 def _named(make, name, *args, **kwargs):
     "Call a queue's constructor; SDK 2.1 wants a `feed_name`, later ones ignore or refuse it"
     wanted = inspect.signature(make.__init__).parameters.get("feed_name")
@@ -1047,7 +1048,7 @@ def count_ipus(
         )
     return graphcore.popdist.getNumTotalReplicas() * per_replica
 
-# %% ../nbs/36_ipu.ipynb #54c233d8
+# %% ../nbs/36_ipu.ipynb #79f0a948
 class _Host:
     "The host's side of a training: files, metrics, checkpoints, and requests to stop"
 
@@ -1056,7 +1057,7 @@ class _Host:
         self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
         self.per_epoch, self.last, self.stop_requested = per_epoch, last, False
         self.writes, self.started = program.graphcore.instances[0] == 0, time.perf_counter()
-        self.average = None
+        self.average, self.data_notes = None, data_notes(data)
 
     def save(self, update):
         "Write the checkpoint of an update, and the average at the end of an epoch"
@@ -1068,9 +1069,9 @@ class _Host:
             "update": update,
             "epoch": epoch,
             "seed": self.seed,
-            "class_names": list(self.data.class_names),
             "precision": self.case.precision,
             "whole_epoch": not inside,
+            **self.data_notes,
         }
         path = checkpoints.epoch_path(self.folder, epoch, update if inside else None)
         checkpoints.save(path, arrays, metadata)
@@ -1134,7 +1135,7 @@ def _anybody_stops(host, done):
         return False
     return any(part[0] for part in gather(graphcore, [np.float32(host.stop_requested)]))
 
-# %% ../nbs/36_ipu.ipynb #d633a4cf
+# %% ../nbs/36_ipu.ipynb #ea73a1bd
 def _begin(host, weights):
     "Give a program its state: the newest checkpoint, or these weights; returns the update to begin with"
     graphcore, spec, update = host.program.graphcore, host.program.spec, 0
@@ -1145,7 +1146,6 @@ def _begin(host, weights):
         newest = checkpoints.latest(host.folder)
         if newest is not None:
             arrays, metadata = checkpoints.load(newest)
-            refuse_other_case(newest, case_from_dict(metadata["case"]), host.case)
             update = metadata["update"]
             print(f"going on from {newest.name}, update {update}", flush=True)
     own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
@@ -1160,7 +1160,7 @@ def _begin(host, weights):
         host.average = average_until(host.folder, host.case, update)
     return update
 
-# %% ../nbs/36_ipu.ipynb #c591a245
+# %% ../nbs/36_ipu.ipynb #a7585bb3
 def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
     "Train `case` in `run_dir`, which the first process holds for this run"
     writes = graphcore.instances[0] == 0 and connection != "PRE_COMPILE"
@@ -1181,10 +1181,12 @@ def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, c
             f"{data.root}. Use a smaller global_batch_size."
         )
     newest = checkpoints.latest(run_dir / "checkpoints")
-    first = checkpoints.read_metadata(newest)["update"] if newest else 0
+    metadata = checkpoints.read_metadata(newest) if newest else {"update": 0}
+    if newest:
+        refuse_other_run(newest, metadata, data, case, seed)
+    first = metadata["update"]
     last = min(total_updates(case, per_epoch), case.max_steps or sys.maxsize)
     if newest and first >= last:
-        refuse_other_case(newest, case_from_dict(checkpoints.read_metadata(newest)["case"]), case)
         return Run(run_dir, case, first, True, newest, newest.parent / "average.safetensors", {})
     local = case.num_replicas // shard[1] * per_replica
     options = machine_options(case, None if graphcore.popdist else local, connection)

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'plot_confusion', 'quiet_stderr', 'write_json', 'append_rows',
            'describe_machine', 'read_metrics', 'plot_run', 'save_curves', 'say_scores', 'score_row', 'write_scores',
-           'score_table', 'Run', 'average_until', 'refuse_other_case', 'refuse_other_data', 'list_fields', 'check_init',
-           'read_case', 'find_run', 'StopSignals', 'finetune_case', 'finetune_size']
+           'score_table', 'Run', 'average_until', 'refuse_other_case', 'refuse_other_data', 'data_notes',
+           'refuse_other_run', 'list_fields', 'check_init', 'read_case', 'find_run', 'StopSignals', 'finetune_case',
+           'finetune_budget', 'finetune_size']
 
-# %% ../nbs/34_runs.ipynb #a1395ee9
+# %% ../nbs/34_runs.ipynb #e602e83c
 import contextlib
 import csv
 import datetime
@@ -26,7 +27,7 @@ import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Callable, Dict, NamedTuple, Optional, Sequence, Union
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
@@ -88,7 +89,7 @@ def score(
     speed = timed / seconds if timed else float("nan")
     return Scores(*(float(t) for t in total[:3] / n), n, image_size, speed, confusion)
 
-# %% ../nbs/34_runs.ipynb #13422c99
+# %% ../nbs/34_runs.ipynb #24094ad1
 def plot_confusion(
     scores: Scores,  # From `score`
     class_names: Sequence[str],  # By label
@@ -353,7 +354,7 @@ def average_until(
             average.save(path)  # the writer was killed between the checkpoint and its average
     return average
 
-# %% ../nbs/34_runs.ipynb #783126b9
+# %% ../nbs/34_runs.ipynb #ac8a4c0b
 NETWORK_FIELDS = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
 
 
@@ -389,6 +390,34 @@ def refuse_other_data(
         raise ValueError(
             f"{path} belongs to a run on other training pictures: as many as in {place}, but with other "
             "names, bytes or labels. Give the same data, or use another run_dir."
+        )
+
+
+def data_notes(
+    data,  # `DataSet` that a run trains on
+) -> dict:  # What its checkpoints say of it: `refuse_other_data` compares
+    "Note down which pictures a run began with"
+    return {
+        "class_names": list(data.class_names),
+        "pictures": data.train_count,
+        "data_fingerprint": data.fingerprint,
+    }
+
+
+def refuse_other_run(
+    path,  # The checkpoint
+    metadata: dict,  # What it says
+    data,  # `DataSet` to go on with
+    case: Case,  # The case to go on with
+    seed: int,  # The seed to go on with
+):  # None; raises ValueError
+    "A run goes on with its own pictures, settings and seed, on whatever machine it began"
+    refuse_other_data(path, metadata, data)
+    refuse_other_case(path, case_from_dict(metadata["case"]), case)
+    if metadata["seed"] != seed:
+        raise ValueError(
+            f"{path} belongs to a run with seed {metadata['seed']}. Received: seed={seed}. "
+            "Use the same seed to go on, or another run_dir."
         )
 
 
@@ -507,6 +536,16 @@ def finetune_case(
     batch = {k: given.pop(k, None) for k in ("micro_batch_size", "global_batch_size")}
     batch["global_batch_size"] = batch["global_batch_size"] or 512
     return for_one_device(override(case, **given), **batch)
+
+# %% ../nbs/34_runs.ipynb #3426f1d0
+def finetune_budget(
+    budget: str,  # "case", "demo", "smoke" or "auto": see `budget_overrides`
+    data_given: bool,  # Whether the user pointed at a data set
+) -> Tuple[str, dict]:  # The budget's name, and fields of `Case`
+    "Take of a budget what concerns a fine-tuning: the batch sizes and the number of updates"
+    name, changes = budget_overrides(budget, data_given)
+    wanted = ("global_batch_size", "micro_batch_size", "max_steps")
+    return name, {k: v for k, v in changes.items() if k in wanted}
 
 # %% ../nbs/34_runs.ipynb #e5b9d6eb
 def finetune_size(

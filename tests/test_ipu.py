@@ -251,6 +251,18 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
             RuntimeError, match="in use by"
         ):
             train(tiny, tmp_path / "cut")
+    with ipu_standin.install(execute=False) as machine:
+        for change, says in (
+            (dict(data_fingerprint="0"), "as many as in the built-in.*with other names, bytes or"),
+            (dict(pictures=7), "on 7 training pictures of 10 classes"),
+            (dict(seed=3), "with seed 3. Received: seed=0"),
+        ):
+            arrays, metadata = checkpoint.load(cut.checkpoint)
+            other = tmp_path / says[:9] / "checkpoints" / cut.checkpoint.name
+            checkpoint.save(other, arrays, {**metadata, **change})
+            with pytest.raises(ValueError, match=f"belongs to a run .*{says}"):
+                train(tiny, other.parent.parent, max_steps=3)
+        assert not machine.programs  # refused before anything is compiled
     assert cut.update == whole.update == 2
     (a, meta), (b, _) = checkpoint.load(whole.checkpoint), checkpoint.load(cut.checkpoint)
     assert set(a) == set(b) and meta["precision"] == "32.32"

@@ -141,7 +141,7 @@ def write_file(
         _sync_folder(path.parent)
     return path
 
-# %% ../nbs/33_checkpoint.ipynb #d84f32e0
+# %% ../nbs/33_checkpoint.ipynb #a25de9bd
 def save(
     path,  # File to write, *.safetensors; its folder is made when missing
     arrays,  # Name -> NumPy array of any shape
@@ -219,7 +219,7 @@ def _read(path, read):
     except OSError as e:
         raise OSError(e.errno or errno.EIO, f"Cannot read {path}: {e.strerror or e}.") from None
 
-# %% ../nbs/33_checkpoint.ipynb #acf4f022
+# %% ../nbs/33_checkpoint.ipynb #6e950e66
 def load(
     path,  # A checkpoint file
     prefix: str = "",  # Only arrays whose names begin so, e.g. "slots/"
@@ -326,7 +326,7 @@ def lock_folder(
             with contextlib.suppress(OSError):
                 file.truncate(0)
 
-# %% ../nbs/33_checkpoint.ipynb #56cd9431
+# %% ../nbs/33_checkpoint.ipynb #62081808
 @contextlib.contextmanager
 def wait_for_folder(
     folder,  # An existing folder
@@ -352,17 +352,18 @@ def _try_lock(file, path):
     "Take the system's lock on an open file; False when somebody has it"
     try:
         import fcntl
-    except ImportError:  # Windows
-        return True
-    try:
+
         fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except ImportError:
+        why = "Windows has none"
     except OSError as e:
         if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
-        warnings.warn(
-            f"No lock on {path} ({e.strerror}): make sure that no other run uses the folder.",
-            stacklevel=3,
-        )
+        why = e.strerror
+    warnings.warn(
+        f"No lock on {path} ({why}): make sure that no other run uses the folder.", stacklevel=3
+    )
     return True
 
 # %% ../nbs/33_checkpoint.ipynb #f9b9562f
@@ -495,7 +496,7 @@ def load_metadata(
         )
     return load_metadata(source.parent)
 
-# %% ../nbs/33_checkpoint.ipynb #ac05b061
+# %% ../nbs/33_checkpoint.ipynb #d27d1981
 def load_weights(
     source,  # A checkpoint file, an average, or a run folder
     weights: str = "auto",  # Of a run folder: "last", "average", or "auto" = the average of a long run

@@ -212,9 +212,13 @@ def line_of(symbol, module):
     "The line that defines a name in an exported module, or None."
     path = tree.ROOT / "effnet_repro" / f"{module}.py"
     name = re.escape(symbol.split(".")[-1])
-    define = re.compile(rf"\s*(?:(?:async )?def|class) {name}\b|{name}\s*[:=]")
     lines = path.read_text().splitlines() if path.exists() else []
-    return next((n for n, line in enumerate(lines, 1) if define.match(line)), None)
+    for case in (0, re.IGNORECASE):  # nbdev writes the anchor of a class in small letters
+        define = re.compile(rf"\s*(?:(?:async )?def|class) {name}\b|{name}\s*[:=]", case)
+        found = next((n for n, line in enumerate(lines, 1) if define.match(line)), None)
+        if found:
+            return found
+    return None
 
 
 def add_sources(out, git_url):

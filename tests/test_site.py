@@ -229,14 +229,21 @@ def test_names_without_a_heading_lead_to_their_source(site, monkeypatch):
         (site / name).parent.mkdir(exist_ok=True)
         (site / name).write_text("")
     (site / "effnet_repro").mkdir()
-    (site / "effnet_repro" / "other.py").write_text("import os\n\n\ndef _hidden():\n    pass\n")
+    (site / "effnet_repro" / "other.py").write_text(
+        "import os\n\n\ndef _hidden():\n    pass\n\n\nclass _Own:\n    pass\n"
+    )
     link = '<a href="https://example.invalid/blob/main/effnet_repro/other.py#L4" target="_blank">source</a>'
-    names = '<a href="other.html#_hidden">a</a> <a href="other.html#there">b</a> <a href="other.html#no">c</a>'
+    own = '<a href="other.html#_own">o</a> '
+    names = (
+        own
+        + '<a href="other.html#_hidden">a</a> <a href="other.html#there">b</a> <a href="other.html#no">c</a>'
+    )
     (site / "index.html").write_text(link + names)
     assert build_docs.add_sources(site, "https://example.invalid") == {"other"}
     made = (site / "index.html").read_text()
     assert '<a href="source/other.html#L-4">source</a>' in made
     assert '<a href="source/other.html#L-4">a</a> <a href="other.html#there">b</a>' in made
+    assert '<a href="source/other.html#L-8">o</a>' in made
     wrong, pages = build_docs.check(site, {"index.html"})
     assert wrong == ["index.html: other.html has no place #no"] and len(pages) == 3
 

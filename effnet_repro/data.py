@@ -6,8 +6,8 @@
 __all__ = ['random_bits', 'random_uniform', 'crc32c', 'write_tfrecords', 'scan_tfrecord', 'parse_example', 'make_example',
            'sample_set', 'Split', 'DataSet', 'open_data', 'picture_bytes', 'find_damaged', 'epoch_order',
            'update_pictures', 'draw_crops', 'draw_flips', 'validation_window', 'resize', 'training_batches',
-           'plot_pictures', 'validation_batches', 'array_batches', 'validation_arrays', 'load_arrays', 'fits_device',
-           'device_batches']
+           'plot_pictures', 'validation_batches', 'array_batches', 'validation_arrays', 'load_arrays',
+           'tensorflow_arrays', 'fits_device', 'device_batches']
 
 # %% ../nbs/30_data.ipynb #ce64595e
 import contextlib
@@ -1044,7 +1044,7 @@ def validation_window(
     new = tuple((2 * side * target + short) // (2 * short) for side in (height, width))  # rounded
     return new, tuple((side - image_size) // 2 for side in new)
 
-# %% ../nbs/30_data.ipynb #e861c171
+# %% ../nbs/30_data.ipynb #583b52b6
 def _taps(size, new, begin, count):
     "Two source pixels, and the weight of the second, for `count` target pixels from `begin`"
     at = np.arange(begin, begin + count, dtype=np.float32) + np.float32(0.5)
@@ -1063,14 +1063,19 @@ def resize(
     part = part or size
     y0, y1, fy = _taps(image.shape[0], size[0], corner[0], part[0])
     x0, x1, fx = _taps(image.shape[1], size[1], corner[1], part[1])
-    fx, fy = fx[:, None], fy[:, None, None]
-    lines = []
-    for y in (y0, y1):
-        line = image.take(y, 0)  # (H', W, 3)
-        a, b = (line.take(x, 1).astype(np.float32) for x in (x0, x1))  # (H', W', 3)
-        lines.append(a + (b - a) * fx)
-    out = lines[0] + (lines[1] - lines[0]) * fy
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8)
+    rows, y = np.unique(np.stack([y0, y1]), return_inverse=True)  # each is blended once
+    y, channels = y.reshape(2, -1), image.shape[2]
+    lines = image[rows].reshape(len(rows), -1)
+    x0, x1 = ((channels * x[:, None] + np.arange(channels)).reshape(-1) for x in (x0, x1))
+    left, right = (lines.take(x, 1).astype(np.float32) for x in (x0, x1))  # (rows, W' 3)
+    right -= left
+    right *= np.repeat(fx, channels)
+    right += left
+    upper, out = right.take(y[0], 0), right.take(y[1], 0)  # (H', W' 3)
+    out -= upper
+    out *= fy[:, None]
+    out += upper
+    return np.clip(np.rint(out), 0, 255).astype(np.uint8).reshape(*part, channels)
 
 # %% ../nbs/30_data.ipynb #84743964
 def _tf_round(image):
@@ -1381,6 +1386,21 @@ def load_arrays(
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(place, range(len(labels))))
     return images, labels
+
+# %% ../nbs/30_data.ipynb #3b07a811
+def tensorflow_arrays(
+    make,  # `training_batches` or `validation_batches`
+    *request,  # Its arguments
+    **options,  # and options
+) -> Iterator[Tuple[np.ndarray, ...]]:  # Its batches, as arrays that are not to be changed
+    "Read with TensorFlow's threads for another back end, whose GPU TensorFlow leaves alone"
+    import tensorflow as tf
+
+    with contextlib.suppress(RuntimeError):  # TensorFlow runs already
+        tf.config.set_visible_devices([], "GPU")
+    threads = tf.data.Options()
+    threads.threading.private_threadpool_size = os.cpu_count()  # not the program's
+    return make(*request, **options).with_options(threads).as_numpy_iterator()
 
 # %% ../nbs/30_data.ipynb #4c5b9c3c
 class _Pixels(NamedTuple):

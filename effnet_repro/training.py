@@ -41,6 +41,7 @@ from effnet_repro.data import (
     fits_device,
     open_data,
     plot_pictures,
+    tensorflow_arrays,
     training_batches,
     update_pictures,
     validation_arrays,
@@ -469,6 +470,19 @@ def _has_jax_gpu():
     return jax.default_backend() == "gpu"
 
 
+def _tensorflow_feeds():
+    "Whether TensorFlow reads for a GPU of JAX; a CPU does not wait for pictures"
+    if not _has_jax_gpu():
+        return False
+    found = find_spec("tensorflow") is not None
+    return found or bool(_advise())
+
+
+@functools.lru_cache(maxsize=1)
+def _advise():
+    print("data: the GPU may wait for Python's reader. Faster: pip install tensorflow-cpu.")
+
+
 def updates(
     case: Case,  # Laid out for one device
     data: DataSet,  # Pictures
@@ -483,8 +497,12 @@ def updates(
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
     how["preprocessing"] = case.train_preprocessing
     if keras.backend.backend() != "tensorflow":
-        stays = _has_jax_gpu() and fits_device(data)
-        stream = training_batches(*args, reader="jax" if stays else "numpy", **how)
+        if _has_jax_gpu() and fits_device(data):
+            stream = training_batches(*args, reader="jax", **how)
+        elif _tensorflow_feeds():
+            stream = tensorflow_arrays(training_batches, *args, **how)
+        else:
+            stream = training_batches(*args, reader="numpy", **how)
         return (
             (
                 {"images": images, "labels": labels, **controls(first_update + i)},
@@ -591,7 +609,7 @@ def evaluate(
     triples = ((predict(images), labels, mask) for images, labels, mask in stream)
     return score(triples, classes, image_size, data.root)
 
-# %% ../nbs/38_training.ipynb #096ebadf
+# %% ../nbs/38_training.ipynb #2d0aef83
 @contextlib.contextmanager
 def _explained(data, split, due, doing):
     "Turn what a back end says about pictures or memory into one message"
@@ -607,9 +625,17 @@ def _explained(data, split, due, doing):
         raise
 
 
+_MANY = 4096  # pictures: fewer, Python's reader has read before TensorFlow is imported
+
+
 def _validation_stream(data, image_size, batch):
     "The validation batches of the running back end"
-    reader = validation_batches if keras.backend.backend() == "tensorflow" else validation_arrays
+    if keras.backend.backend() == "tensorflow":
+        reader = validation_batches
+    elif data.validation_count > _MANY and _tensorflow_feeds():
+        reader = functools.partial(tensorflow_arrays, validation_batches)
+    else:
+        reader = validation_arrays
     at = [0]
     due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
     doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"

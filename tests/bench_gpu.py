@@ -25,6 +25,7 @@ import sys
 import threading
 import time
 from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
@@ -555,14 +556,21 @@ def bench_reader(a, about, log):
     os.environ.update(KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     from effnet_repro import data as pages
 
+    def by_tensorflow(*request):
+        return pages.tensorflow_arrays(pages.training_batches, *request)
+
     fits = pages.fits_device
     keys = ("reader", "data", "image_size")
     table = Table(a.folder / "gpu_reader.csv", keys, {**about, "cores": os.cpu_count()})
     ways = (
         ("resized on the host", pages.array_batches, fits, 256),
+        ("resized on the host by TensorFlow", by_tensorflow, fits, 2048),
         ("resized on the device", pages.device_batches, lambda dataset: False, 1024),
         ("kept on the device", pages.device_batches, fits, 4096),
     )
+    if find_spec("tensorflow") is None:
+        print("reader: without TensorFlow; with it: pip install tensorflow-cpu", flush=True)
+        ways = tuple(way for way in ways if way[1] is not by_tensorflow)
     for folder in a.data or [None]:
         data = pages.open_data(folder, verbose=False)
         batch = min(256, data.train_count)
@@ -578,7 +586,7 @@ def bench_reader(a, about, log):
                 row = {"reader": name, "data": Path(data.root).name, "image_size": size}
                 table.add({**row, "batch": batch, **spread(speeds[1:], "pictures_per_s")})
                 print(*row.values(), table.rows[-1]["pictures_per_s"], flush=True)
-                stream.close()
+                del stream
     pages.fits_device = fits
 
 

@@ -21,9 +21,9 @@ from hypothesis import strategies as st
 from test_data import encode, picture, record, write
 from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 
-from effnet_repro import checkpoint
+from effnet_repro import checkpoint, training
 from effnet_repro import data as d
-from effnet_repro.config import Case, get_case, load_cases, override
+from effnet_repro.config import Case, for_one_device, get_case, load_cases, override
 from effnet_repro.runs import StopSignals
 from effnet_repro.training import finetune, train, validate
 
@@ -216,6 +216,31 @@ def test_a_run_names_the_damaged_picture_or_leaves_it_out(broken_set, tmp_path):
         validate(run.run_dir, broken_set)
     one_line(error)
     assert validate(run.run_dir, broken_set, on_corrupt="skip")["last"].pictures == 15
+
+
+def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys):
+    """The same batches as TensorFlow's own, from any update on, and the same words about damage."""
+    monkeypatch.setattr(training, "_has_jax_gpu", lambda: True)
+    monkeypatch.setattr(training, "fits_device", lambda data: False)
+    monkeypatch.setattr(training, "_MANY", 0)
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    case = for_one_device(TINY, global_batch_size=5, micro_batch_size=5)
+    good = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip", verbose=False)
+    stream = d.training_batches(good, 32, 5, seed=2, first_update=4).as_numpy_iterator()
+    for ((ours,), theirs), _ in zip(zip(training.updates(case, good, 2, 4), stream), range(3)):
+        np.testing.assert_array_equal(ours["images"], theirs[0])
+        np.testing.assert_array_equal(ours["labels"], theirs[1])
+    assert sum(mask.sum() for *_, mask in training._validation_stream(good, 32, 4)) == 15
+    bad = d.open_data(broken_set, verbose=False)
+    with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
+        list(training._validation_stream(bad, 32, 4))
+    one_line(error)
+    capsys.readouterr()
+    monkeypatch.setattr(training, "find_spec", lambda name: None)  # without TensorFlow
+    (ours,) = next(training.updates(case, good, 2, 4))
+    theirs = next(d.array_batches(good, 32, 5, seed=2, first_update=4))
+    np.testing.assert_array_equal(ours["images"], theirs[0])
+    assert "pip install tensorflow-cpu" in capsys.readouterr().out
 
 
 @quick

@@ -1228,7 +1228,7 @@ def _peak_memory_gib():
 # %% ../nbs/90_cli.ipynb #f64e71ff
 def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
-    from effnet_repro.training import estimate
+    from effnet_repro.training import _found_gib, _memory_warning, estimate
 
     if data.train_count < plan.case.global_batch_size:
         raise ValueError(
@@ -1240,7 +1240,10 @@ def _cost(plan, data, args):
     cost["pictures an update"] = plan.case.global_batch_size
     cost["modelled: update (s)"] = round(e["seconds_per_update"], 3)
     cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
-    if not args.no_trial:
+    cost["memory here (GiB)"] = round(_found_gib() or 0, 1) or "unknown"
+    if warning := _memory_warning(plan.case):
+        cost["not tried"] = warning
+    elif not args.no_trial:
         trial = _trial(plan.case, data, _precision(args))
         seconds = trial["micro-batch (s)"] * plan.case.gradient_accumulation
         cost.update({f"measured: {k}": v for k, v in trial.items()})

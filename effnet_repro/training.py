@@ -855,6 +855,37 @@ def _write_events(state, row):
     state["writer"].flush()
 
 # %% ../nbs/38_training.ipynb #eb84504a
+def _needed_gib(case, pictures):
+    "Memory of a run with so many pictures at a time. Ours: a fit to what was measured on a CPU"
+    cost = count(case, case.image_size)
+    return 1.14 + (12.6 * cost.params + 2.51 * cost.activations * pictures) * 4 / 2**30
+
+
+def _found_gib():
+    "Memory that this process may use, by the machine and its control group; None where nothing tells"
+    found = []
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
+            found.append(int(Path(path).read_text()))
+    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
+        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    return min(found) / 2**30 if found else None
+
+
+def _memory_warning(case):
+    "Say that a micro-batch may need more memory than a CPU has, and which would fit; None if it fits"
+    found, needed = _found_gib(), _needed_gib(case, case.micro_batch_size)
+    if found is None or needed <= found or not device_name().startswith("CPU"):
+        return None
+    fits = lambda n: not case.global_batch_size % n and _needed_gib(case, n) <= found
+    most = max(filter(fits, range(1, case.micro_batch_size)), default=None)
+    way_out = f"micro_batch_size={most} would fit" if most else "not even one picture would fit"
+    return (
+        f"{case.micro_batch_size} pictures of {case.image_size} pixels at a time need about {needed:.1f} "
+        f"GiB of memory, and there are {found:.1f}: the system may end the run without a word. {way_out}."
+    )
+
+
 def estimate(
     case: Case,  # Laid out for one device
     data: DataSet,  # Pictures
@@ -872,12 +903,11 @@ def estimate(
     seconds = 3 * cost.macs * case.global_batch_size / (share * rate)
     updates = total_updates(case, data.train_count // case.global_batch_size)
     updates = min(updates, case.max_steps or updates)
-    kept = 4 * 4 * cost.activations * case.micro_batch_size + 5 * 4 * cost.params  # bytes
     return {
         "seconds_per_update": seconds,
         "updates": updates,
         "hours": seconds * updates / 3600,
-        "memory_gib": kept / 2**30 + 0.6,
+        "memory_gib": _needed_gib(case, case.micro_batch_size),
     }
 
 
@@ -897,6 +927,8 @@ def _say_estimate(case, data):
         f"{e['seconds_per_update']:.2g} s each, {span}; about {e['memory_gib']:.1f} GiB of memory",
         flush=True,
     )
+    if warning := _memory_warning(case):
+        print(f"warning: {warning}", flush=True)
 
 # %% ../nbs/38_training.ipynb #6e289826
 PRECISIONS = ("auto", "float32", "bfloat16", "float16")

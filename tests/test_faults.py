@@ -527,3 +527,23 @@ def test_every_row_of_the_page_names_a_test_that_exists():
     for file, test in named:
         tree = ast.parse((ROOT / "tests" / f"{file}.py").read_text())
         assert test in {n.name for n in tree.body if isinstance(n, ast.FunctionDef)}, (file, test)
+
+
+def test_too_little_memory_is_told_before_the_run(monkeypatch, capsys):
+    from effnet_repro import training
+    from effnet_repro.config import for_one_device
+
+    case = for_one_device(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), 384, 768)
+    sample = d.open_data(verbose=False)
+    monkeypatch.setattr(training, "_found_gib", lambda: 2.0)
+    training._say_estimate(case, sample)
+    (told,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    fits = int(re.search(r"micro_batch_size=(\d+) would fit", told)[1])
+    assert 768 % fits == 0 and training._needed_gib(case, fits) <= 2
+    assert training._needed_gib(case, next(n for n in range(fits + 1, 385) if 768 % n == 0)) > 2
+    training._say_estimate(override(case, micro_batch_size=fits), sample)
+    assert "warning" not in capsys.readouterr().out
+    for found in (None, 0.5):
+        monkeypatch.setattr(training, "_found_gib", lambda found=found: found)
+        told = training._memory_warning(case)
+        assert told is None if found is None else "not even one picture" in told

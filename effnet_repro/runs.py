@@ -42,6 +42,8 @@ from effnet_repro.config import (
     override,
     unknown_name,
 )
+from .network import ModelSpec, segments
+from .recipe import trained_segments
 from .scaling import SIZE_TABLE
 
 # %% ../nbs/34_runs.ipynb #e03b4859
@@ -527,6 +529,7 @@ def finetune_case(
     "Turn the case of a training into that of its fine-tuning"
     if protocol not in PROTOCOLS:
         raise unknown_name("protocol", protocol, PROTOCOLS)
+    trained_segments([s.name for s in segments(ModelSpec.from_case(trained))], variable_filter)
     case = replace(trained, max_steps=None, epochs=2, variable_filter=tuple(variable_filter))
     case = replace(case, lr_schedule="cosine", base_learning_rate_exponent=-11, warmup_epochs=5)
     case = replace(

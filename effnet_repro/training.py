@@ -1212,12 +1212,12 @@ def finetune(
     _check_backend(backend)
     arrays, metadata, source = load_weights(init, weights)
     trained = case_from_dict(metadata["case"])
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     variable_filter = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     image_size = image_size or finetune_size(trained)
     batches = finetune_budget(budget, data_dir is not None)[1]
     overrides = {**batches, **{k: v for k, v in overrides.items() if v is not None}}
     case = finetune_case(trained, image_size, protocol, variable_filter, **overrides)
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     warning = mod32_warning(trained.image_size, image_size)
     print(
         f"fine-tuning {', '.join(variable_filter)} at {image_size} px from {source.name}"

@@ -503,12 +503,13 @@ def test_a_set_without_validation_pictures_trains(tmp_path, capsys):
         (lambda r: finetune(r.run_dir, variable_filter="Tip", **SMOKE), "names no segment: 'Tip'"),
     ],
 )
-def test_odd_options(run, tmp_path, monkeypatch, call, says):
+def test_odd_options(run, tmp_path, monkeypatch, capsys, call, says):
     monkeypatch.chdir(tmp_path)
     with pytest.raises((ValueError, OSError), match=says) as error:
         call(run)
     one_line(error)
     assert os.listdir(tmp_path) == []  # nothing was begun
+    assert "fine-tuning" not in capsys.readouterr().out  # nor said to be
 
 
 def test_a_size_that_breaks_the_mod_32_rule_is_warned_of(run, tmp_path, capsys):

@@ -791,7 +791,7 @@ def _train_on_ipus(args, start, run_dir):
 
     how = {**_ipu_options(args), "budget": args.budget, "init": args.init_path, "ipus": ipus}
     run = train(start, _data_dir(args), run_dir, **how, **given)
-    return 0 if args.compile_only else _finish(run)
+    return 0 if args.compile_only else _finish(run, args)
 
 
 def _finetune_on_ipus(args, source, trained):
@@ -814,7 +814,7 @@ def _finetune_on_ipus(args, source, trained):
     how = {**_ipu_options(args), "variable_filter": parts, "protocol": args.protocol}
     how.update(image_size=size, micro_batch_size=micro)
     run = finetune(source, _data_dir(args), args.run_dir, **how, **given)
-    return 0 if args.compile_only else _finish(run)
+    return 0 if args.compile_only else _finish(run, args)
 
 # %% ../nbs/90_cli.ipynb #69814a1d
 def _start_keras(args):
@@ -873,12 +873,20 @@ def _options(args):
     }
 
 
-def _finish(run):
-    "Say what to do next; the exit status"
+def _finish(run, args):
+    "Say what to do next, whole commands on the same data; the exit status"
     if not run.finished:
         print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
         return 130
-    print(f"written to {run.run_dir}; next: effnet-finetune or effnet-validate {run.run_dir}")
+    damaged = None if args.on_corrupt == "refuse" else args.on_corrupt
+    flags = {
+        "--data-dir": args.data_dir,
+        "--data-format": args.data_format,
+        "--on-corrupt": damaged,
+    }
+    given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
+    words = shlex.join([str(run.run_dir), *given])
+    print(f"written to {run.run_dir}; next:\n  effnet-finetune {words}\n  effnet-validate {words}")
     return 0
 
 # %% ../nbs/90_cli.ipynb #21c340fc
@@ -935,7 +943,8 @@ def train_command(args):
     from effnet_repro.training import train
 
     how = {**options, "init": args.init_path, "config_path": args.config_path}
-    return _finish(train(plan.start, _data_dir(args), run_dir, **how, **plan.overrides))
+    run = train(plan.start, _data_dir(args), run_dir, **how, **plan.overrides)
+    return _finish(run, args)
 
 # %% ../nbs/90_cli.ipynb #6a452956
 def _source_arguments(parser):
@@ -1031,7 +1040,8 @@ def finetune_command(args):
     from effnet_repro.training import finetune
 
     how = {**options, "protocol": args.protocol}
-    return _finish(finetune(source, _data_dir(args), args.run_dir, **how, **plan.overrides))
+    run = finetune(source, _data_dir(args), args.run_dir, **how, **plan.overrides)
+    return _finish(run, args)
 
 # %% ../nbs/90_cli.ipynb #62cad64f
 def _validate_arguments(parser):

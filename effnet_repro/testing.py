@@ -40,11 +40,12 @@ test_allclose.__test__ = False  # a tool: pytest must not collect it
 def relative_error(
     actual,  # Array to check
     desired,  # Reference of the same shape
-) -> float:  # Norm of the difference over the norm of the reference
+) -> float:  # Norm of the difference over that of the reference; inf where only that is 0
     "One number for how far two arrays are apart, insensitive to single small entries"
     a, d = np.asarray(actual, "float64"), np.asarray(desired, "float64")
     assert a.shape == d.shape, f"shapes differ: {a.shape} != {d.shape}"
-    return float(np.linalg.norm(a - d) / np.linalg.norm(d))
+    error, size = float(np.linalg.norm(a - d)), float(np.linalg.norm(d))
+    return error / size if size else np.inf if error else 0.0
 
 # %% ../nbs/03_testing.ipynb #609839ca
 def check_layer(

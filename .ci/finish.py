@@ -97,7 +97,8 @@ def break_points(soup, cell):
 def keep_together(text):
     "Whether a cell reads better on one line: a number, a shape, the name of a case, a list of blocks."
     named = "-" in text and " " not in text
-    return len(text) <= 14 or (len(text) <= 32 and named) or bool(BLOCKS.fullmatch(text))
+    shape = len(text) <= 20 and re.fullmatch(r"\([\d, ]+\)", text)
+    return len(text) <= 14 or (len(text) <= 32 and named) or bool(shape or BLOCKS.fullmatch(text))
 
 
 def is_number(cell):

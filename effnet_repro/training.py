@@ -538,12 +538,12 @@ def _forward(spec, precision):
 
 # %% ../nbs/38_training.ipynb #8b46ebdd
 @functools.lru_cache(maxsize=8)
-def _forward_on_one_core(spec, precision, shape, dtype):
-    "A compiled function of pictures of that shape and the weights, in the thread that calls it"
+def _forward_on_one_core(spec, precision, shapes, shape, dtype):
+    "A compiled function of pictures of that shape and of weights, in the thread that calls it"
     ops, graph = current_ops(), current_ops().tf.Graph()
     v1 = ops.tf.compat.v1
     with graph.as_default():
-        weights = {p.name: v1.placeholder("float32", p.shape) for p in params(spec)}
+        weights = {name: v1.placeholder("float32", s) for name, s in shapes}
         images = v1.placeholder(dtype, shape)
         logits = run(ops, spec, weights, ops.cast(images, precision))
     here = v1.ConfigProto(inter_op_parallelism_threads=-1, intra_op_parallelism_threads=1)
@@ -575,6 +575,7 @@ def predictor(
     if not isinstance(ops, TFCPUOps):
         return whole
     arrays = [tensors[p.name].numpy() for p in params(spec)]
+    shapes = tuple((p.name, a.shape) for p, a in zip(params(spec), arrays))
     threads = ThreadPoolExecutor(cores)
 
     def core_by_core(images):
@@ -582,7 +583,7 @@ def predictor(
         parts = np.split(images, _num_parts(len(images), cores))
         if len(parts) == 1:
             return whole(images)
-        step = _forward_on_one_core(spec, precision, parts[0].shape, images.dtype.name)
+        step = _forward_on_one_core(spec, precision, shapes, parts[0].shape, images.dtype.name)
         return np.concatenate(list(threads.map(lambda part: step(part, *arrays), parts)))
 
     return core_by_core

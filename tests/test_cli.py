@@ -483,7 +483,7 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(capsys, tmp_path):
     class Stopped:
         finished, run_dir = False, tmp_path
 
-    assert cli._finish(Stopped) == 130
+    assert cli._finish(Stopped, None) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 

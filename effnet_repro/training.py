@@ -475,7 +475,9 @@ def _tensorflow_feeds():
     if not _has_jax_gpu():
         return False
     found = find_spec("tensorflow") is not None
-    return found or bool(_advise())
+    if not found:
+        _advise()
+    return found
 
 
 @functools.lru_cache(maxsize=1)
@@ -661,8 +663,7 @@ def device_name() -> str:  # e.g. "CPU, 2 cores" or the GPU's name
         if gpus:
             details = tf.config.experimental.get_device_details(gpus[0])
             return f"{details.get('device_name', 'GPU')} x {len(gpus)}"
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return f"CPU, {cores} cores"
+    return f"CPU, {_num_cores()} cores"
 
 
 def environment() -> dict:  # What `environment.json` holds

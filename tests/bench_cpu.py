@@ -244,11 +244,16 @@ def cpu_model():
         return platform.processor() or platform.machine()
 
 
+def num_cores():
+    """That this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
 def circumstances():
     """Where, with what and by which command a row was made."""
     from effnet_repro.runs import describe_machine
 
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     machine = describe_machine("tensorflow", f"{cpu_model()}, {cores} cores")
     own = {k: machine[k] for k in ("device", "date", "python", "revision", "uncommitted_changes")}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else ""
@@ -335,7 +340,7 @@ def bench_operations(a):
     if a.quick:
         print("operations: skipped, they take minutes", flush=True)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cores = num_cores()
     for _, name, size in (arm for arm in SPEED if arm[0] == "inference"):
         arm = ("operations", name, size, 16)
         env = dict(TF_NUM_INTEROP_THREADS="1")  # one operation at a time: their times add up

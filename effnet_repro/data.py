@@ -425,6 +425,10 @@ class DataSet:
             digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
         return digest.hexdigest()[:16]
 
+    def split_fingerprint(self, split: str) -> str:  # Changes with every image, place or label
+        "Sum up the paths, bytes, labels and class names of the `split`"
+        return _sum_up(self, split)
+
     def describe(self) -> str:  # One line
         "Say what was found, and where"
         place = "built-in sample set" if self.builtin else self.root
@@ -433,6 +437,42 @@ class DataSet:
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
             f"training and {self.validation_count:,} validation pictures{left_out}"
         )
+
+# %% ../nbs/30_data.ipynb #6e6b0dd2
+_WHOLE = 2**28  # bytes of a split that are all read
+_LOOKED_AT = 2**16  # images of a larger one of which a few bytes are read
+
+
+def _pieces(split):
+    "Yield bytes of the images of a split: all, or of large splits a few of some"
+    count, whole = len(split.label), split.length.sum() <= _WHOLE
+    chosen = np.arange(count)
+    if not whole and count > _LOOKED_AT:
+        chosen = np.linspace(0, count - 1, _LOOKED_AT).astype(int)
+    for number, inside in itertools.groupby(chosen, lambda i: split.file[i]):
+        with open(split.files[number], "rb", buffering=0) as file:
+            for i in inside:
+                begin, length = int(split.offset[i]), int(split.length[i])
+                places = [(0, length)] if whole else [(length // 2, 64), (max(length - 64, 0), 64)]
+                for at, size in places:
+                    file.seek(begin + at)
+                    yield file.read(min(size, length - at))
+
+
+def _sum_up(dataset, name):
+    "`DataSet.split_fingerprint`"
+    if name not in dataset.splits:
+        raise unknown_name("split", name, dataset.splits)
+    split = dataset.splits[name]
+    files = [Path(os.path.relpath(path, dataset.root)).as_posix() for path in split.files]
+    words = json.dumps([dataset.format, dataset.num_classes, dataset.class_names, files])
+    digest = hashlib.sha256(words.encode())
+    for numbers in (split.file, split.offset, split.length, split.label, split.box_begin):
+        digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
+    digest.update(np.ascontiguousarray(split.boxes, np.float64).tobytes())
+    for piece in _pieces(split):
+        digest.update(piece)
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/30_data.ipynb #5764cabc
 _LARGE = 2**31  # bytes of a split beyond which lists are cached and reading goes in runs

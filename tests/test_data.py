@@ -584,3 +584,90 @@ def test_an_abandoned_stream_stops(sample):
     stream.close()
     with pytest.raises(StopIteration):
         next(stream)
+
+
+# --- fingerprints ----------------------------------------------------------------------------
+
+
+def folders(root, contents):
+    "Class folders: split/class/name -> bytes"
+    for place, data in contents.items():
+        (root / place).parent.mkdir(parents=True, exist_ok=True)
+        (root / place).write_bytes(data)
+    return root
+
+
+def bmp(seed):
+    return d._bmp(picture(8, 8, seed))  # all of one length
+
+
+FOLDERS = {
+    f"{s}/{c}/{i}.bmp": bmp(len(s) + ord(c) * 2 + int(i))
+    for s in ("train", "val")
+    for c in "ab"
+    for i in "01"
+}
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+@pytest.mark.parametrize(
+    "change", ["added", "removed", "moved", "renamed", "a byte", "length", "swapped"]
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_a_changed_split_has_another_fingerprint(tmp_path, monkeypatch, split, change, whole):
+    if not whole:
+        monkeypatch.setattr(d, "_WHOLE", 0)
+    at, files = {"train": "train", "validation": "val"}[split], dict(FOLDERS)
+    one = f"{at}/a/0.bmp"
+    if change == "added":
+        files[f"{at}/a/2.bmp"] = bmp(2)
+    elif change in ("removed", "moved", "renamed"):
+        data = files.pop(one)
+        files.update(
+            {"moved": {f"{at}/b/2.bmp": data}, "renamed": {f"{at}/a/x.bmp": data}}.get(change, {})
+        )
+    elif change == "swapped":
+        a, b = ({k: v for k, v in files.items() if f"{at}/{c}/" in k} for c in "ab")
+        files.update(zip(a, b.values()), **dict(zip(b, a.values())))
+    else:
+        files[one] = files[one] + b"\0" if change == "length" else files[one][:-1] + b"\1"
+    found = [
+        d.open_data(folders(tmp_path / n, f), verbose=False) for n, f in zip("xy", (FOLDERS, files))
+    ]
+    before, after = (data.split_fingerprint(split) for data in found)
+    other = {"train": "validation", "validation": "train"}[split]
+    assert before != after
+    assert len({data.split_fingerprint(other) for data in found}) == 1
+
+
+def test_fingerprints_of_other_layouts(tmp_path, cache, sample):
+    records = [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(4)]
+    marks = []
+    for name, these in [
+        ("a", records),
+        ("order", records[::-1]),
+        ("label", records[:3] + [record(encode(picture(40, 50, 3)), label=1)]),
+        (
+            "name",
+            [
+                record(
+                    encode(picture(40, 50, i)),
+                    label=i % 2 + 1,
+                    **{"image/class/text": str(i % 2 + 5)},
+                )
+                for i in range(4)
+            ],
+        ),
+    ]:
+        write(tmp_path / name, "validation", these)
+        marks.append(d.open_data(tmp_path / name, verbose=False).split_fingerprint("validation"))
+    assert len(set(marks)) == 4
+    monkey = os.getcwd()
+    os.chdir(tmp_path)
+    try:  # a relative path is the same data
+        assert d.open_data("a", verbose=False).split_fingerprint("validation") == marks[0]
+    finally:
+        os.chdir(monkey)
+    assert sample.split_fingerprint("train") != sample.split_fingerprint("validation")
+    with pytest.raises(ValueError, match="Unknown split 'test'"):
+        sample.split_fingerprint("test")

@@ -1,0 +1,171 @@
+"""The one way into `results/`: a row is written with where, when, by what and how often it was measured, or not at all.
+
+A page reads its numbers from these files, so that each can be followed to a command. `write_rows` adds what it can find
+out itself (versions, revision, date); whoever measures says the rest (device, command, seed, n).
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import re
+import subprocess
+from datetime import datetime
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from effnet_repro.runs import append_rows, describe_machine, write_json
+
+#: What every row has to say besides its numbers.
+REQUIRED = ("device", "versions", "command", "revision", "uncommitted_changes", "seed", "n", "date")
+#: `seed` of a row whose command draws nothing at random.
+NO_SEED = "none"
+
+
+def portable(command: Sequence[str]) -> str:
+    """Return a command line in one string, without the folders of this machine.
+
+    `command` is a list of words, such as `["python", "tests/bench_cpu.py", *sys.argv[1:]]`. An absolute path becomes
+    `$DATA/` and its last part; a word with spaces gets quotes.
+    """
+    words = []
+    for word in map(str, command):
+        flag, equals, value = word.rpartition("=")
+        if value.startswith("/") or re.match(r"[A-Za-z]:[\\/]", value):
+            word = f"{flag}{equals}$DATA/{re.split(r'[/]+', value.rstrip('/'))[-1]}"
+        words.append(f'"{word}"' if re.search(r"\s", word) else word)
+    return " ".join(words)
+
+
+def _git(*words):
+    try:
+        here = str(Path(__file__).resolve().parent)
+        done = subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def revision() -> Dict[str, object]:
+    """Return `revision` and `uncommitted_changes` of the program that measures.
+
+    Files under `results/` do not count as changes: a program that writes several rows would call itself changed after
+    the first. A copy of the tree on another machine has no git; there the variable `EFFNET_REVISION` says it, as
+    `git describe --always --abbrev=40 --dirty` prints it.
+    """
+    given = os.environ.get("EFFNET_REVISION")
+    if given:
+        return {
+            "revision": re.sub("-dirty$", "", given),
+            "uncommitted_changes": given.endswith("-dirty"),
+        }
+    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
+    return {"revision": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
+
+
+def origin(
+    device: str,
+    command: Sequence[str],
+    seed: object,
+    n: int,
+    versions: Optional[Dict[str, str]] = None,
+) -> Dict[str, object]:
+    """Return what `write_rows` requires of every row, found on this machine.
+
+    - `device`: what computed, such as "CPU, 2 cores".
+    - `command`: words of the command that writes the row again; see `portable`. A string is taken as it is.
+    - `seed`: the seed of everything drawn, or `NO_SEED`.
+    - `n`: how many measurements the row sums up.
+    - `versions`: of packages that `runs.describe_machine` does not look for, such as torch.
+    """
+    machine = describe_machine("", device)
+    return {
+        "device": device,
+        "versions": {**machine["versions"], "python": machine["python"], **(versions or {})},
+        "command": command if isinstance(command, str) else portable(command),
+        **revision(),
+        "seed": seed,
+        "n": n,
+        "date": machine["date"],
+    }
+
+
+def missing(row: Dict[str, object]) -> List[str]:
+    """Return what is wrong with a row's account of where it is from; nothing, if it can be traced."""
+    text = {k: "" if row.get(k) is None else str(row[k]).strip() for k in REQUIRED}
+    wrong = [f"no {name}" for name in REQUIRED if not text[name]]
+    checks = {
+        "revision": lambda v: re.fullmatch("[0-9a-f]{7,40}", v),
+        "uncommitted_changes": lambda v: v in ("True", "False"),
+        "n": lambda v: v.isdigit() and int(v) > 0,
+        "seed": lambda v: v == NO_SEED or re.fullmatch(r"-?\d+( to \d+)?", v),
+        "date": _is_date,
+    }
+    return wrong + [
+        f"{name} is {text[name]!r}" for name, good in checks.items() if text[name] and not good(text[name])
+    ]
+
+
+def _is_date(text):
+    try:
+        return bool(datetime.strptime(text[:10], "%Y-%m-%d"))
+    except ValueError:
+        return False
+
+
+def _complete(row, where):
+    versions = row.get("versions")
+    row = {**row, "versions": json.dumps(versions) if isinstance(versions, dict) else versions}
+    wrong = missing(row)
+    if wrong:
+        raise ValueError(
+            f"A result for {where} does not say where it is from ({'; '.join(wrong)}). Measure it in a git checkout, "
+            "or set EFFNET_REVISION; give device, command, seed and n to `results.origin`."
+        )
+    return row
+
+
+def write_rows(
+    path,
+    rows: Sequence[Dict[str, object]],
+    key: Sequence[str],
+    about: Optional[Dict[str, object]] = None,
+) -> None:
+    """Write result rows into a CSV file, in place of older rows of the same key.
+
+    - `path`: the file, usually in `results/`; made when missing. Other rows stay as they are.
+    - `rows`: dictionaries of numbers and labels.
+    - `key`: names of the columns that tell rows apart.
+    - `about`: what `origin` returns; added to every row. A row's own value comes first.
+
+    Raises `ValueError` when a row lacks one of `REQUIRED`, and writes nothing then.
+    """
+    whole = [_complete({**(about or {}), **row}, path) for row in rows]
+    # Numbers and labels first, then where they are from.
+    ordered = [
+        {
+            k: "" if row[k] is None else row[k]
+            for k in [*(k for k in row if k not in REQUIRED), *REQUIRED]
+        }
+        for row in whole
+    ]
+    new = {tuple(str(row[k]) for k in key) for row in ordered}
+    append_rows(path, ordered, lambda old: tuple(old.get(k) or "" for k in key) not in new)
+
+
+def write_values(path, values: Dict[str, object], about: Dict[str, object]) -> None:
+    """Write one result that is no table into a JSON file, with the same account as a row."""
+    whole = {**values, **_complete({**about, **values}, path)}
+    write_json(path, {**whole, "versions": json.loads(whole["versions"])})
+
+
+def untraceable(path) -> List[str]:
+    """Return a line for each row of a result file that does not say where it is from."""
+    path = Path(path)
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = [json.load(file)] if path.suffix == ".json" else list(csv.DictReader(file))
+    found = [f"{path.name}, row {i}: {w}" for i, row in enumerate(rows, 1) for w in missing(row)]
+    return found or ([] if rows else [f"{path.name} has no rows"])

@@ -1,0 +1,124 @@
+"""Result files say where every number is from, and nothing can be written that does not."""
+
+import csv
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from effnet_repro import results
+
+ROOT = Path(__file__).resolve().parent.parent
+ABOUT = {
+    "device": "CPU, 2 cores",
+    "versions": {"numpy": "2"},
+    "command": "make bench",
+    "revision": "0123abc",
+    "uncommitted_changes": False,
+    "seed": 0,
+    "n": 3,
+    "date": "2026-11-28T03:00:00+00:00",
+}
+
+
+def read(path):
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def test_rows_replace_rows_of_the_same_key(tmp_path):
+    path = tmp_path / "speed.csv"
+    rows = [dict(name="a", size=1, ms=2.5), dict(name="a", size=2, ms=4.5)]
+    results.write_rows(path, rows, ("name", "size"), ABOUT)
+    results.write_rows(path, [dict(name="a", size=2, ms=4.0)], ("name", "size"), ABOUT)
+    written = read(path)
+    assert [(r["name"], r["size"], r["ms"]) for r in written] == [
+        ("a", "1", "2.5"),
+        ("a", "2", "4.0"),
+    ]
+    assert list(written[0]) == ["name", "size", "ms", *results.REQUIRED]
+    assert json.loads(written[0]["versions"]) == {"numpy": "2"} and written[0]["seed"] == "0"
+    assert results.untraceable(path) == []
+
+
+@pytest.mark.parametrize("name", results.REQUIRED)
+def test_a_row_without_its_origin_is_refused(tmp_path, name):
+    path = tmp_path / "speed.csv"
+    for value in (None, "", "  "):
+        with pytest.raises(ValueError, match=f"no {name}"):
+            results.write_rows(path, [dict(ms=1)], ("ms",), {**ABOUT, name: value})
+    with pytest.raises(ValueError, match=f"no {name}"):
+        results.write_values(tmp_path / "a.json", {}, {k: ABOUT[k] for k in ABOUT if k != name})
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "name, value", [("n", 0), ("n", "many"), ("date", "today"), ("revision", "main"), ("seed", "?")]
+)
+def test_a_row_with_half_an_origin_is_refused(tmp_path, name, value):
+    with pytest.raises(ValueError, match=f"{name} is '{value}'".replace("?", r"\?")):
+        results.write_rows(tmp_path / "a.csv", [dict(ms=1)], ("ms",), {**ABOUT, name: value})
+
+
+def test_a_file_with_such_a_row_is_found(tmp_path):
+    path = tmp_path / "speed.csv"
+    results.write_rows(path, [dict(ms=1), dict(ms=2)], ("ms",), ABOUT)
+    path.write_text(path.read_text().replace("make bench", "", 1))
+    assert results.untraceable(path) == ["speed.csv, row 1: no command"]
+    path = tmp_path / "one.json"
+    results.write_values(path, {"loss": 1.5}, ABOUT)
+    assert results.untraceable(path) == [] and json.loads(path.read_text())["loss"] == 1.5
+    path.write_text('{"loss": 1.5}')
+    assert len(results.untraceable(path)) == len(results.REQUIRED)
+
+
+def test_origin_is_complete_in_a_checkout(monkeypatch):
+    monkeypatch.setenv("EFFNET_REVISION", "0123456789abcdef-dirty")
+    about = results.origin(
+        "CPU", ["python", "x.py"], seed=results.NO_SEED, n=1, versions={"torch": "2"}
+    )
+    assert (about["revision"], about["uncommitted_changes"]) == ("0123456789abcdef", True)
+    assert about["versions"]["torch"] == "2" and "numpy" in about["versions"]
+    assert results.missing(about) == []
+    monkeypatch.delenv("EFFNET_REVISION")
+    git = ["git", "rev-parse", "HEAD"]
+    done = subprocess.run(git, cwd=ROOT, capture_output=True, text=True)
+    if done.returncode == 0:
+        assert results.revision()["revision"] == done.stdout.strip()
+
+
+def test_new_results_are_no_changes_of_the_program(tmp_path, monkeypatch):
+    (tmp_path / "effnet_repro").mkdir()
+    (tmp_path / "results").mkdir()
+    git = lambda *words: subprocess.run(
+        ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words],
+        cwd=tmp_path,
+        check=True,
+        capture_output=True,
+    )
+    module = tmp_path / "effnet_repro" / "results.py"
+    module.write_text("")
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-qm", "a")
+    monkeypatch.delenv("EFFNET_REVISION", raising=False)
+    monkeypatch.setattr(results, "__file__", str(module))
+    (tmp_path / "results" / "new.csv").write_text("1")
+    assert results.revision()["uncommitted_changes"] is False
+    module.write_text("changed")
+    assert results.revision()["uncommitted_changes"] is True
+
+
+def test_a_command_names_no_folder_of_this_machine():
+    words = [
+        "python",
+        "a.py",
+        "--data",
+        "/" + "data/imagenette128",
+        "--out=/" + "x/y/",
+        "1,2",
+        "96 px",
+    ]
+    said = 'python a.py --data $DATA/imagenette128 --out=$DATA/y 1,2 "96 px"'
+    assert results.portable(words) == said

@@ -19,7 +19,7 @@ from effnet_repro.runs import append_rows, describe_machine, write_json
 
 #: What every row has to say besides its numbers.
 REQUIRED = ("device", "versions", "command", "revision", "uncommitted_changes", "seed", "n", "date")
-#: `seed` of a row whose command draws nothing at random.
+#: `seed` of a row whose command draws nothing at random, or sets no seed.
 NO_SEED = "none"
 
 

@@ -31,6 +31,7 @@ SPEED = (
     ("inference", "B0-G1-GN-Native", 224),
     ("inference", "B0-G16-LN_PN-Half", 160),
 )
+SEED = 0  # of images and weights, in every process
 ARMS = ("G1-GN-Native", "G16-LN_PN-Native", "G16-LN_PN-Half")
 PART_NAMES = ("speed", "operations", "sizes", "reader", "timm")
 OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "other operations"))
@@ -40,7 +41,7 @@ OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "o
 
 
 def _pictures(size, batch):
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     return images, rng.integers(0, 10, batch).astype("int32")
 
@@ -64,7 +65,9 @@ def _our_training(name, images, labels):
     trained = tuple(s.name for s in segments(spec))
     network = build_model(spec, image_size=images.shape[1], dtype="float32")
     model = TrainingModel(network, Program(case, spec, trained, "float32", 0))
-    mixing = dict(mixup_alpha=case.mixup_alpha, cutmix_lambda=case.cutmix_lambda, seed=0, update=0)
+    mixing = dict(
+        mixup_alpha=case.mixup_alpha, cutmix_lambda=case.cutmix_lambda, seed=SEED, update=0
+    )
     batch = draw_mixing(**mixing, micro_batches=1, micro_batch_size=len(images))
     batch.update(update=np.int32(0), learning_rate=np.float32(1e-4), images=images, labels=labels)
     return model, batch
@@ -73,6 +76,7 @@ def _our_training(name, images, labels):
 def _peer(size):
     import keras
 
+    keras.utils.set_random_seed(SEED)
     return keras.applications.EfficientNetB0(weights=None, input_shape=(size, size, 3))
 
 
@@ -170,6 +174,7 @@ def timm(name, size, batch):
     import timm as zoo
     import torch
 
+    torch.manual_seed(SEED)
     model = zoo.create_model("efficientnet_b0").to(memory_format=torch.channels_last)
     images, labels = (torch.from_numpy(a) for a in _pictures(size, batch))
     x = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
@@ -193,6 +198,8 @@ def work(kind, name, size, batch):
     run = kinds[kind](name, size, batch)
     run(1)
     first = {"first_s": time.perf_counter() - STARTED, "first_cpu_s": time.process_time()}
+    modules = (sys.modules.get(m) for m in ("tensorflow", "torch", "timm"))
+    first["versions"] = {m.__name__: m.__version__ for m in modules if m}
     print(json.dumps(first), flush=True)
     for line in sys.stdin:
         if kind == "operations":
@@ -214,6 +221,7 @@ class Worker:
         pipe = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         self.process = subprocess.Popen([str(w) for w in words], env=env, text=True, **pipe)
         self.first, self.rounds = self._read(), []
+        self.versions = self.first.pop("versions")
 
     def _read(self):
         lines = iter(self.process.stdout.readline, "")
@@ -249,23 +257,15 @@ def num_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def circumstances():
-    """Where, with what and by which command a row was made."""
-    from effnet_repro.runs import describe_machine
+def circumstances(n, versions=None):
+    """Where, with what, by which command and how often a row was measured."""
+    from effnet_repro.results import origin
 
-    cores = num_cores()
-    machine = describe_machine("tensorflow", f"{cpu_model()}, {cores} cores")
-    own = {k: machine[k] for k in ("device", "date", "python", "revision", "uncommitted_changes")}
     load = round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else ""
-    folders = lambda w: f"$DATA/{Path(w).name}" if Path(w).is_absolute() else w
-    python = lambda before, w: "$PYTHON_WITH_TIMM" if before == "--torch-python" else folders(w)
+    python = lambda before, w: "$PYTHON_WITH_TIMM" if before == "--torch-python" else w
     words = ["python", "tests/bench_cpu.py", *map(python, sys.argv, sys.argv[1:])]
-    return {
-        **own,
-        "load": load,
-        "versions": json.dumps(machine["versions"]),
-        "command": " ".join(words),
-    }
+    about = origin(f"{cpu_model()}, {num_cores()} cores", words, SEED, n, versions)
+    return {"load": load, "python": about["versions"]["python"], **about}
 
 
 def spread(values, unit):
@@ -276,10 +276,9 @@ def spread(values, unit):
 
 def write(folder, name, rows, key):
     """Put rows into a file, in place of older ones of the same key."""
-    from effnet_repro.runs import append_rows
+    from effnet_repro.results import write_rows
 
-    new = {tuple(str(r[k]) for k in key) for r in rows}
-    append_rows(Path(folder) / name, rows, lambda old: tuple(old[k] for k in key) not in new)
+    write_rows(Path(folder) / name, rows, key)
     for row in rows:
         shown = {k: v for k, v in row.items() if k not in ("versions", "command")}
         print(json.dumps(shown), flush=True)
@@ -296,7 +295,7 @@ def speed_rows(workers, peers):
         row.update(spread([batch / s for s in cpu], "images_per_cpu_s"))
         row.update(spread([p["wall_s"] / s for p, s in zip(peer, wall)], "ratio"))
         row.update(spread([p["cpu_s"] / s for p, s in zip(peer, cpu)], "cpu_ratio"))
-        rows.append({**row, "rounds": len(wall), **circumstances()})
+        rows.append({**row, "rounds": len(wall), **circumstances(len(wall), worker.versions)})
     return rows
 
 
@@ -307,7 +306,7 @@ def memory_rows(workers):
             **w.label,
             "peak_gib": round(w.rounds[-1]["peak_gib"], 3),
             **{f"to_{k}": round(v, 1) for k, v in w.first.items()},
-            **circumstances(),
+            **circumstances(1, w.versions),
         }
         for w in workers
     ]
@@ -346,7 +345,7 @@ def bench_operations(a):
         env = dict(TF_NUM_INTEROP_THREADS="1")  # one operation at a time: their times add up
         pair = [Worker(*arm, TF_NUM_INTRAOP_THREADS=str(n), **env) for n in (1, cores)]
         take_turns(pair, a.rounds, a.updates)
-        rows, together = [], circumstances()
+        rows, together = [], circumstances(a.rounds)
         for kind in pair[0].rounds[0]:
             one, all_ = (statistics.median(r[kind] for r in w.rounds) for w in pair)
             row = {"operation": kind, "network": name, "image_size": size, "micro_batch": 16}
@@ -372,7 +371,8 @@ def bench_sizes(a):
             row.update(macs=cost.macs, activations=cost.activations, params=cost.params)
             for k in ("wall_s", "cpu_s"):
                 row.update(spread([r[k] / batch for r in worker.rounds], f"{k}_per_picture"))
-            write(a.results, "cpu_sizes.csv", [{**row, "rounds": len(worker.rounds)}], LABEL)
+            row.update(rounds=len(worker.rounds), n=len(worker.rounds))
+            write(a.results, "cpu_sizes.csv", [row], LABEL)
             worker.close()
 
 
@@ -400,7 +400,7 @@ def bench_reader(a):
             row = {"data": name, "image_size": size, "pictures": data.train_count}
             row.update(spread([s[0] for s in seconds], "pictures_per_s"))
             row.update(spread([s[1] for s in seconds], "pictures_per_cpu_s"))
-            row.update(rounds=len(seconds), **circumstances())
+            row.update(rounds=len(seconds), **circumstances(len(seconds)))
             write(a.results, "reader_speed.csv", [row], ("data", "image_size"))
             seconds = []
 

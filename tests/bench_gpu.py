@@ -14,7 +14,6 @@ kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
 """
 
 import argparse
-import csv
 import datetime
 import itertools
 import json
@@ -33,6 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from effnet_repro.gpu_ops import XLA_FLAGS as FLAGS  # noqa: E402
+from effnet_repro.results import origin, write_rows  # noqa: E402
 
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
 PARTS = ("speed", "reader", "devices", "kernels")
@@ -40,6 +40,7 @@ MODES = ("train", "infer")
 ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128))  # side, micro-batch
 GLOBAL_BATCH = 768
+SEED = 0  # of images and weights, in every process
 
 
 # ---- what is measured
@@ -88,7 +89,7 @@ def _pictures(batch, size):
     import jax.numpy as jnp
     import numpy as np
 
-    rng = np.random.default_rng(0)
+    rng = np.random.default_rng(SEED)
     images = jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
     return images, jnp.asarray(rng.integers(0, 1000, batch, dtype=np.int32))
 
@@ -185,6 +186,7 @@ def keras_peer(model, size, batch, mode, **_):
     "The same for a network of keras.applications on the JAX back end: mixed bfloat16, momentum"
     import keras
 
+    keras.utils.set_random_seed(SEED)
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     net = getattr(keras.applications, model)(weights=None)
     images, labels = _pictures(batch, size)
@@ -222,6 +224,7 @@ def torch_peer(model, size, batch, mode, **_):
     import timm
     import torch
 
+    torch.manual_seed(SEED)
     net = timm.create_model(model).cuda().to(memory_format=torch.channels_last)
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device="cuda").to(
         memory_format=torch.channels_last
@@ -273,7 +276,7 @@ def runtime(model, size, batch, micro, losses, **_):
     scope = use_devices(case)
     scope.__enter__()  # for the life of this process
     program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
-    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=0), program)
+    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
     seen = []
 
     def follow(_, logs):  # as `train` does: read the update before
@@ -389,7 +392,7 @@ def versions():
             found[package] = version(package)
         except PackageNotFoundError:
             continue
-    return " ".join(f"{k} {v}" for k, v in found.items())
+    return found
 
 
 def start(kind, settings, log):
@@ -492,21 +495,13 @@ def one_by_one(rows, deadline, rounds, log, write):
 
 
 class Table:
-    "A CSV file that is rewritten with every row; rows of other runs stay unless they are the same"
+    "A CSV file that gets every row as it comes; rows of other runs stay unless they are the same"
 
     def __init__(self, path, keys, about):
-        self.path, self.keys, self.about, self.rows = Path(path), keys, about, []
-        if self.path.exists():
-            with self.path.open(newline="") as file:
-                self.rows = list(csv.DictReader(file))
+        self.path, self.keys, self.about = Path(path), keys, about
 
     def add(self, row):
-        same = lambda old: all(str(old.get(k)) == str(row[k]) for k in self.keys)
-        self.rows = [r for r in self.rows if not same(r)] + [{**row, **self.about}]
-        with self.path.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[-1]), extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(self.rows)
+        write_rows(self.path, [{**row, "n": row.get("rounds", 1)}], self.keys, self.about)
 
 
 def spread(values, name):
@@ -584,8 +579,9 @@ def bench_reader(a, about, log):
                     getattr(images, "block_until_ready", lambda: None)()
                     speeds.append(steps * batch / (time.perf_counter() - begin))
                 row = {"reader": name, "data": Path(data.root).name, "image_size": size}
-                table.add({**row, "batch": batch, **spread(speeds[1:], "pictures_per_s")})
-                print(*row.values(), table.rows[-1]["pictures_per_s"], flush=True)
+                speed = spread(speeds[1:], "pictures_per_s")
+                table.add({**row, "batch": batch, **speed})
+                print(*row.values(), speed["pictures_per_s"], flush=True)
                 del stream
     pages.fits_device = fits
 
@@ -656,8 +652,8 @@ def main():
         return None
     a.folder, a.call = Path(a.results), datetime.datetime.now().isoformat(timespec="minutes")
     a.folder.mkdir(parents=True, exist_ok=True)
-    today = datetime.date.today().isoformat()
-    about = dict(device=found[0], versions=versions(), date=today, flags=FLAGS)
+    command = ["python", "tests/bench_gpu.py", *sys.argv[1:]]
+    about = {"flags": FLAGS, **origin(found[0], command, SEED, 1, versions())}
     chosen = a.parts or list(PARTS)
     parts = dict(
         speed=bench_speed, devices=bench_devices, reader=bench_reader, kernels=bench_kernels

@@ -6,8 +6,6 @@ B0-G16-LN_PN at 224 pixels, 256 pictures. Writes gpu_kernels.csv and gpu_convs.c
     python tests/bench_kernels.py results
 """
 
-import csv
-import datetime
 import glob
 import gzip
 import json
@@ -15,7 +13,6 @@ import os
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
@@ -25,8 +22,13 @@ import jax.numpy as jnp
 from effnet_repro import fused_norm as norm
 from effnet_repro import gpu_ops
 from effnet_repro.ops import get_ops
+from effnet_repro.results import origin, write_rows
 
 PICTURES, CALLS, REPEATS = 256, 5, 3
+KEYS = {  # what tells the rows of a file apart
+    "gpu_kernels.csv": ("kernel", "height", "channels", "place"),
+    "gpu_convs.csv": ("product", "way", "channels", "image_size", "kernel_size", "strides"),
+}
 WIDE = [(112, 32), (112, 64), (56, 96), (28, 160), (14, 448), (7, 768)]  # height, channels
 THIN = [(112, 32, 32), (112, 16, 64), (56, 24, 96)]  # height, thin, channels
 CONVS = [  # channels, height, kernel size, strides
@@ -162,8 +164,8 @@ def main(folder):
     jax.block_until_ready([f(*args) for f, args in programs][-1])
     traces = [device_ms(programs) for _ in range(REPEATS)]
     device = jax.devices()[0].device_kind
-    about = dict(device=device, versions=f"jax {version('jax')}")
-    about["date"] = datetime.date.today().isoformat()
+    command = ["python", "tests/bench_gpu.py", "kernels"]  # which starts this program
+    about = origin(device, command, 0, CALLS * REPEATS)  # arrays have the seeds 0, 1, 2, ...
     rows = []
     for i, (row, _, _, moved) in enumerate(jobs):
         ms = [t[f"jit_job{i}x"] for t in traces]
@@ -173,18 +175,12 @@ def main(folder):
     copy, peak = rows[0]["tb_per_s"], 2 * 8192**3 / rows[1]["ms"] / 1e9  # TB/s, TFLOP/s
     for row, (_, _, _, moved) in zip(rows, jobs):
         floor = max(moved / copy / 1e9, 2 * row.get("macs", 0) / peak / 1e9)
-        row.update(
-            of_floor=round(floor / row["ms"], 3), tb_per_s=round(row["tb_per_s"], 3), **about
-        )
+        row.update(of_floor=round(floor / row["ms"], 3), tb_per_s=round(row["tb_per_s"], 3))
     rows[1].update(tflop_per_s=round(peak, 1), of_floor=1.0)
     rows[0]["tflop_per_s"] = ""
-    split = {"gpu_kernels.csv": "kernel", "gpu_convs.csv": "product"}
-    for name, key in split.items():
-        mine = [r for r in rows if key in r]
-        with open(Path(folder) / name, "w", newline="") as file:
-            writer = csv.DictWriter(file, list(mine[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(mine)
+    for name, key in KEYS.items():
+        mine = [r for r in rows if key[0] in r]
+        write_rows(Path(folder) / name, mine, key, about)
         for r in mine:
             print(*(f"{k}={r[k]}" for k in list(r)[:11] if r[k] != ""), r["of_floor"], flush=True)
 

@@ -122,3 +122,17 @@ def test_a_command_names_no_folder_of_this_machine():
     ]
     said = 'python a.py --data $DATA/imagenette128 --out=$DATA/y 1,2 "96 px"'
     assert results.portable(words) == said
+
+
+def test_the_gpu_benchmark_writes_whole_rows(tmp_path):
+    import bench_gpu
+
+    about = {"flags": "", **results.origin("GPU", ["bench_gpu.py"], 0, 1, bench_gpu.versions())}
+    table = bench_gpu.Table(
+        tmp_path / "gpu.csv", ("name", "mode"), {**about, "revision": "0123abc"}
+    )
+    for speed in ([1.0, 3.0, 2.0], [4.0, 5.0]):
+        table.add({"name": "a", "mode": "train", **bench_gpu.spread(speed, "images_per_s")})
+    (row,) = read(tmp_path / "gpu.csv")
+    assert (row["images_per_s"], row["n"], row["seed"]) == ("4.5", "2", "0")
+    assert results.untraceable(tmp_path / "gpu.csv") == []

@@ -88,9 +88,10 @@ class ParamLayer(keras.layers.Layer):
             ops = get_ops(ops.name)
         if training:
             rng = Rng(ops, self.seed, ops.cast(self.seed_generator.next()[1], "int32"))
+            rng.statistics = {} if self.trainable else None  # as Keras' own batch norm does
         weights = {n: v.value for n, v in self.by_name.items()}
         y = self.compute(ops, weights, x, rng)
-        for name, value in (rng.statistics if training else {}).items():
+        for name, value in (rng.statistics or {} if training else {}).items():
             self.by_name[name].assign(value)
         return y
 

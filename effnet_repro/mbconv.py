@@ -73,9 +73,9 @@ def _proxied(ops, spec, w):
 
 # %% ../nbs/13_mbconv.ipynb #0123f8e8
 def _moving_or_batch(ops, w, x, rng):
-    "Batch norm's statistics: the batch's own in training, else the moving averages"
+    "Batch norm's statistics: the batch's own in training; the moving averages at inference and when frozen"
     moving = w["moving_mean"], w["moving_variance"]
-    if rng is None:
+    if rng is None or rng.statistics is None:
         return moving
     batch, keep = batch_statistics(ops, x), BATCH_NORM_MOMENTUM
     for name, old, new in zip(("moving_mean", "moving_variance"), moving, batch):

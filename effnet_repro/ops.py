@@ -434,7 +434,7 @@ class Rng:
     ):
         self.ops, self.counters = ops, (seed, update, micro_batch, replica)
         self._key = None
-        self.statistics = {}  # Parameter name -> new moving average, filled in by batch norm only
+        self.statistics = {}  # Parameter -> new moving average, from batch norm; None = it is frozen
 
     def mask(
         self,

@@ -379,10 +379,15 @@ class TrainingModel(keras.Model):
         self.network, self.program = network, program
         for layer in network.layers[1:]:
             layer.trainable = layer.segment.name in program.trained
-        by_name = weights_by_name(network)
-        self.names = [n for n, v in by_name.items() if v.trainable]
         self.built, self.supports_jit = True, xla_pays()
         self.compile(make_optimizer(program.case))
+
+    def compile(self, *args, **kwargs):
+        "Keras' `compile`; layers that are not trainable now stand still from here on"
+        trained = [la.segment.name for la in self.network.layers[1:] if la.trainable]
+        self.program = self.program._replace(trained=tuple(trained))
+        self.names = [n for n, v in weights_by_name(self.network).items() if v.trainable]
+        super().compile(*args, **kwargs)
         self.optimizer.build(self.trainable_variables)
 
     def call(self, x, training=False):

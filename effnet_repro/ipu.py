@@ -53,6 +53,7 @@ from .ops import NumpyOps, Rng, TFOps
 from .pipeline import check_accumulation, split_segments
 from effnet_repro.recipe import (
     add_weight_decay,
+    count_correct,
     cross_entropy,
     decay_mask,
     learning_rate,
@@ -428,8 +429,7 @@ class Stages:
             blank = ops.const(np.zeros((ops.shape(targets)[0], size, size, 1)))
             soft = mix(ops, blank, targets, **self._draws(given))[1]
         loss = ops.mean(cross_entropy(ops, logits, soft, self.case.label_smoothing))
-        right = ops.sum(logits * targets, -1) >= ops.max(logits, -1)
-        return loss, ops.sum(ops.cast(right, "float32"))
+        return loss, count_correct(ops, logits, given["labels"])
 
 
 def _flat(i, outputs):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEGAL_FILTERS', 'rmsprop_step', 'rmsprop_settings', 'sgd_step', 'total_updates', 'warmup_updates', 'learning_rate',
-           'plot_schedule', 'add_weight_decay', 'decay_mask', 'smooth_targets', 'cross_entropy', 'unscale',
-           'is_trained', 'trained_segments']
+           'plot_schedule', 'add_weight_decay', 'decay_mask', 'smooth_targets', 'cross_entropy', 'count_correct',
+           'unscale', 'is_trained', 'trained_segments']
 
 # %% ../nbs/32_recipe.ipynb #395962dd
 import math
@@ -159,6 +159,19 @@ def cross_entropy(
     "Compute the cross entropy of soft `targets` for each picture"
     targets = smooth_targets(ops, targets, label_smoothing)
     return -ops.sum(targets * ops.log_softmax(ops.cast(logits, "float32")), axis=-1)
+
+# %% ../nbs/32_recipe.ipynb #05d2b8fe
+def count_correct(
+    ops,  # Tensor namespace
+    logits,  # (m, classes), any float type
+    labels,  # (m,), int32
+):  # float32: how many of the m images are right
+    "Count the images whose label is the first of the largest logits"
+    classes = ops.shape(logits)[-1]
+    places = ops.arange(classes, "float32")  # (classes,)
+    largest = logits >= ops.max(logits, -1, keepdims=True)
+    first = -ops.max(ops.where(largest, -places, -float(classes) + 0 * places), -1)  # (m,)
+    return ops.sum(ops.cast(ops.square(first - ops.cast(labels, "float32")) < 0.5, "float32"))
 
 # %% ../nbs/32_recipe.ipynb #778de105
 def unscale(

@@ -71,7 +71,8 @@ def score(
         logits = np.asarray(logits, "float64")
         labels, mask = np.asarray(labels), np.asarray(mask)
         own = np.take_along_axis(logits, labels[:, None], 1)
-        rank = (logits > own).sum(1)
+        before = np.arange(classes) < labels[:, None]
+        rank = ((logits > own) | ((logits == own) & before)).sum(1)
         rank = np.where(
             np.isfinite(logits).all(1), rank, classes
         )  # a broken network is never right

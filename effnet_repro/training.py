@@ -60,6 +60,7 @@ from .network import fold_proxies, params, run, segments
 from .ops import Rng, TFCPUOps
 from effnet_repro.recipe import (
     add_weight_decay,
+    count_correct,
     cross_entropy,
     decay_mask,
     learning_rate,
@@ -221,9 +222,7 @@ def micro_loss(
         )  # a frozen batch norm stands still
         x = segment.apply(ops, weights, x, None if still else rng)
     loss = ops.mean(cross_entropy(ops, x, soft, case.label_smoothing))
-    own = ops.sum(x * targets, -1)
-    correct = ops.sum(ops.cast(own >= ops.max(x, -1), "float32"))
-    return loss * program.loss_scale, loss, correct
+    return loss * program.loss_scale, loss, count_correct(ops, x, labels)
 
 # %% ../nbs/38_training.ipynb #a1d0fb99
 def _tf_gradients(program, names, weights, batch):

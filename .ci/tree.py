@@ -8,22 +8,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-IGNORED = {
-    ".git",
-    ".venv",
-    "_proc",
-    "_docs",
-    "_screenshots",
-    "runs",
-    "data",
-    "build",
-    "dist",
-    "__pycache__",
-    ".ipynb_checkpoints",
-    ".pytest_cache",
-    ".ruff_cache",
-    ".hypothesis",
-}
+# As .gitignore says: built at the top, and left anywhere.
+IGNORED = {"_proc", "_docs", "_screenshots", "runs", "data", "build", "dist", "nbs/runs"}
+LEFT = set(
+    ".git .venv .ipynb_checkpoints .pytest_cache .ruff_cache .hypothesis __pycache__".split()
+)
 
 
 def files():
@@ -39,7 +28,12 @@ def files():
         return [Path(n) for n in names if os.path.lexists(ROOT / n)]
     found = []  # an unpacked archive
     for folder, inner, names in os.walk(ROOT):
-        inner[:] = [n for n in inner if n not in IGNORED and not n.endswith(".egg-info")]
+        top = Path(folder).relative_to(ROOT)
+        inner[:] = [
+            n
+            for n in inner
+            if n not in LEFT and (top / n).as_posix() not in IGNORED and not n.endswith(".egg-info")
+        ]
         found += [(Path(folder) / n).relative_to(ROOT) for n in names]
     return sorted(found)
 
@@ -74,6 +68,17 @@ def environment(root):
     }.items():
         env.setdefault(name, value)
     return env
+
+
+def modules():
+    "Module of the library -> its file: `config`, `cli` (a package's own), `cli.train`."
+    package, found = ROOT / "effnet_repro", {}
+    for path in sorted(package.rglob("*.py")):
+        parts = path.relative_to(package).with_suffix("").parts
+        name = ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+        if name and (parts[-1] == "__init__" or not parts[-1].startswith("_")):
+            found[name] = path
+    return found
 
 
 def exported(path):

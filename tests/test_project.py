@@ -1,4 +1,6 @@
-"""What holds for the project as a whole: order of the notebooks, light imports, Python 3.8, packaging.
+"""What holds for the project as a whole: order of a notebook's cells, light imports, Python 3.8, packaging.
+
+How the modules are laid out is in `test_house.py`.
 
 Each rule is a function that lists what breaks it, and is shown to find a planted mistake.
 """
@@ -22,9 +24,9 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import tree  # noqa: E402
 
 PACKAGE = ROOT / "effnet_repro"
-MODULES = sorted(p.stem for p in PACKAGE.glob("*.py") if not p.stem.startswith("_"))
+MODULES = tree.modules()
 # Those that a notebook exports; the others are plain modules.
-GENERATED = [m for m in MODULES if tree.exported(PACKAGE / f"{m}.py")]
+GENERATED = [name for name, path in MODULES.items() if tree.exported(path)]
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = ("40_train", "41_finetune", "42_validate")
 # These need Keras when they are imported; nothing else does.
@@ -33,7 +35,6 @@ WITH_KERAS = {"efficientnet", "training", "export"}
 BASE = {"numpy", "yaml", "safetensors", "effnet_repro"}
 
 by_stem = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-by_module = pytest.mark.parametrize("module", MODULES)
 
 
 def read(path):
@@ -58,108 +59,55 @@ def is_import(node):
     return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
-# ---------------------------------------------------------------- imports point down
+# ---------------------------------------------------------------- modules and their notebooks
 
 
-def own_imports(text):
-    "Names of this package's modules that a module imports, anywhere in it."
-    found = set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom):
-            if node.level or (node.module or "").split(".")[0] == "effnet_repro":
-                inner = (node.module or "").replace("effnet_repro", "").strip(".")
-                found |= {inner.split(".")[0]} if inner else {a.name for a in node.names}
-        elif isinstance(node, ast.Import):
-            found |= {
-                a.name.split(".")[1] for a in node.names if a.name.startswith("effnet_repro.")
-            }
-    return found
-
-
-def upward(order, module, text):
-    "Imports of modules that stand at or after `module` in the reading order."
-    later = order[order.index(module) :]
-    return sorted(own_imports(text) & set(later))
-
-
-def reading_order():
-    "Modules in the order of their notebooks."
-    order = []
-    for path in NOTEBOOKS:
-        for cell in read(path)["cells"]:
-            for words in map(str.split, directives(cell)):
-                if words[:1] == ["default_exp"]:
-                    order.append(words[1].split(".")[-1])
-    return order
-
-
-def with_plain(order, plain):
-    "The order with each plain module (name -> text) right after the last module that it imports."
-    order, left = list(order), dict(plain)
-    while left:
-        ready = [m for m in sorted(left) if not own_imports(left[m]) & (set(left) - {m})]
-        assert ready, f"plain modules that import each other: {', '.join(sorted(left))}"
-        for module in ready:
-            known = own_imports(left.pop(module)) & set(order)
-            order.insert(max([order.index(m) + 1 for m in known], default=0), module)
-    return order
-
-
-def layers():
-    "All modules, those without a notebook included, in an order in which imports point down."
-    plain = {m: (PACKAGE / f"{m}.py").read_text() for m in MODULES if m not in GENERATED}
-    return with_plain(reading_order(), plain)
+def exported_by_notebooks():
+    "The module that each notebook exports."
+    words = [
+        line.split()
+        for path in NOTEBOOKS
+        for cell in read(path)["cells"]
+        for line in directives(cell)
+    ]
+    return sorted(w[1] for w in words if w[:1] == ["default_exp"])
 
 
 def test_every_exported_module_has_one_notebook():
-    assert sorted(reading_order()) == GENERATED
+    assert exported_by_notebooks() == sorted(GENERATED)
 
 
 def test_every_plain_module_says_what_it_is():
     for module in set(MODULES) - set(GENERATED):
-        assert ast.get_docstring(ast.parse((PACKAGE / f"{module}.py").read_text())), module
+        assert ast.get_docstring(ast.parse(MODULES[module].read_text())), module
 
 
-def test_a_plain_module_is_not_taken_for_an_exported_one(tmp_path, monkeypatch):
+def test_a_plain_module_is_not_taken_for_an_exported_one(tmp_path):
     "A plain module passes the step `export`; one whose notebook is gone does not."
     copy = tree.copy(tmp_path / "copy")
     index = copy / "effnet_repro" / "_modidx.py"
     check = [sys.executable, str(copy / ".ci" / "check"), "export"]
     export = lambda: subprocess.run(check, capture_output=True, text=True)
     (copy / "effnet_repro" / "plain.py").write_text('"""Plain."""\n')
+    (copy / "effnet_repro" / "room").mkdir()
+    (copy / "effnet_repro" / "room" / "__init__.py").write_text('"""A package."""\n')
     subprocess.run([tree.tool("nbdev_export")], cwd=copy, env=tree.environment(copy), check=True)
     assert "effnet_repro.plain" in index.read_text()
     assert export().returncode == 0
-    (copy / "effnet_repro" / "stale.py").write_text(
-        '"""Stale."""\n\n# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/34_gone.ipynb.\n'
-    )
-    done = export()
-    assert done.returncode and "effnet_repro/stale.py" in done.stdout
-
-
-@by_module
-def test_imports_point_down(module):
-    assert upward(layers(), module, (PACKAGE / f"{module}.py").read_text()) == []
-
-
-def test_imports_point_down_sees_mistakes():
-    order = ["config", "ops", "norms"]
-    assert upward(order, "ops", "from .config import Case\nimport numpy") == []
-    assert upward(order, "ops", "from .norms import x") == ["norms"]
-    assert upward(order, "ops", "def f():\n    from effnet_repro.norms import x") == ["norms"]
-    assert upward(order, "ops", "from . import norms, config") == ["norms"]
-    assert upward(order, "config", "import effnet_repro.ops") == ["ops"]
-    plain = {"b": "from .a import x", "a": "from .config import Case"}
-    assert with_plain(order, plain) == ["config", "a", "b", "ops", "norms"]
-    assert upward(with_plain(order, plain), "config", "from .b import y") == ["b"]
-    with pytest.raises(AssertionError, match="import each other: a, b"):
-        with_plain(order, {"a": "from .b import x", "b": "from .a import y"})
+    for stale in ("stale.py", "room/stale.py"):
+        path = copy / "effnet_repro" / stale
+        path.write_text(
+            '"""Old."""\n\n# AUTOGENERATED! DO NOT EDIT! File to edit: ../nbs/34_gone.ipynb.\n'
+        )
+        done = export()
+        path.unlink()
+        assert done.returncode and f"effnet_repro/{stale}" in done.stdout
 
 
 # ---------------------------------------------------------------- light imports
 
 BLOCKER = """
-import sys
+import importlib, sys
 class Block:
     def find_spec(self, name, path=None, target=None):
         top = name.split(".")[0]
@@ -168,60 +116,75 @@ class Block:
         raise ImportError("blocked in this test: " + name)
 import numpy, yaml, safetensors, safetensors.numpy
 sys.meta_path.insert(0, Block())
-import {module}
+for module in {modules!r}:
+    for known in [name for name in sys.modules if name.split(".")[0] == module.split(".")[0]]:
+        del sys.modules[known]  # each begins anew
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        print(module, error, sep=": ")
 """
 
 
-def import_with_base_only(module, path=ROOT):
-    code = BLOCKER.format(allowed=BASE | {Path(module.split(".")[0]).name}, module=module)
+def not_importable_with_base_only(modules, path=ROOT):
+    "What fails when each of `modules` is imported with the base install alone, a line each."
+    code = BLOCKER.format(allowed=BASE | {m.split(".")[0] for m in modules}, modules=modules)
     env = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
-
-
-@pytest.mark.parametrize("module", [m for m in MODULES if m not in WITH_KERAS])
-def test_imports_with_the_base_install_only(module):
-    "So that an IPU host needs neither Keras nor a TensorFlow of ours, and nothing loads by surprise."
-    done = import_with_base_only(f"effnet_repro.{module}")
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_imports_with_the_base_install_only():
+    "So that an IPU host needs neither Keras nor a TensorFlow of ours, and nothing loads by surprise."
+    light = [f"effnet_repro.{m}" for m in MODULES if m not in WITH_KERAS]
+    assert len(light) > 20 and not_importable_with_base_only(light) == []
 
 
 def test_light_imports_sees_mistakes(tmp_path):
     (tmp_path / "heavy.py").write_text("import keras\n")
-    done = import_with_base_only("heavy", tmp_path)
-    assert done.returncode and "blocked in this test: keras" in done.stderr
+    (tmp_path / "room").mkdir()
+    for name, text in (("__init__", ""), ("light", "import numpy"), ("heavy", "import jax")):
+        (tmp_path / "room" / f"{name}.py").write_text(text)
+    modules = ["heavy", "room.light", "room.heavy"]
+    assert not_importable_with_base_only(modules, tmp_path) == [
+        "heavy: blocked in this test: keras",
+        "room.heavy: blocked in this test: jax",
+    ]
 
 
 # ---------------------------------------------------------------- Python 3.8
 
 
-def newer_than_38(path):
-    "What in a file needs a Python newer than 3.8."
-    text = path.read_text(encoding="utf-8")
-    try:
-        top = ast.parse(text, feature_version=(3, 8))
-    except SyntaxError as error:
-        return [f"line {error.lineno}: {error.msg}"]
+def newer_than_38(*paths):
+    "What in some files needs a Python newer than 3.8."
     wrong = []
-    if not any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in top.body):
+    for path in paths:
+        try:
+            top = ast.parse(path.read_text(encoding="utf-8"), feature_version=(3, 8))
+        except SyntaxError as error:
+            wrong.append(f"{path.name}, line {error.lineno}: {error.msg}")
+            continue
+        if any(isinstance(n, ast.ImportFrom) and n.module == "__future__" for n in top.body):
+            continue
         for node in ast.walk(top):
             for name in ("annotation", "returns"):
                 note = getattr(node, name, None)
                 for inner in ast.walk(note) if isinstance(note, ast.AST) else ():
                     if isinstance(inner, ast.BinOp) and isinstance(inner.op, ast.BitOr):
-                        wrong.append(f"line {inner.lineno}: `X | Y` as a type")
+                        wrong.append(f"{path.name}, line {inner.lineno}: `X | Y` as a type")
     run = [sys.executable, "-c", "from vermin import main; main()", "-t=3.8-"]
     options = ["--eval-annotations", "--violations", "--no-tips"]
-    done = subprocess.run([*run, *options, str(path)], capture_output=True, text=True)
+    done = subprocess.run([*run, *options, *map(str, paths)], capture_output=True, text=True)
     if done.returncode:
         wrong += [line.strip() for line in done.stdout.splitlines() if "require" in line]
         wrong = wrong or [done.stdout + done.stderr]
     return wrong
 
 
-@by_module
-def test_runs_on_python_38(module):
+def test_runs_on_python_38():
     pytest.importorskip("vermin", reason="vermin is in the lock: run `make venv`")
-    assert newer_than_38(PACKAGE / f"{module}.py") == []
+    assert newer_than_38(*MODULES.values()) == []
 
 
 @pytest.mark.parametrize(
@@ -237,8 +200,10 @@ def test_runs_on_python_38(module):
 )
 def test_python_38_sees_mistakes(tmp_path, text):
     pytest.importorskip("vermin", reason="vermin is in the lock: run `make venv`")
+    (tmp_path / "old.py").write_text("x = 1\n")
     (tmp_path / "new.py").write_text(text + "\n")
-    assert newer_than_38(tmp_path / "new.py")
+    assert newer_than_38(tmp_path / "old.py") == []
+    assert newer_than_38(tmp_path / "old.py", tmp_path / "new.py")
 
 
 # ---------------------------------------------------------------- notebooks
@@ -444,6 +409,17 @@ def test_machine_path_sees_mistakes():
     )
 
 
+def test_an_unpacked_archive_has_the_same_files(tmp_path, monkeypatch):
+    "Folders that are ignored at the top, such as `data`, count below it."
+    copy = tree.copy(tmp_path / "copy")
+    for name in ("data/x.txt", "runs/y.txt", "nbs/__pycache__/z.txt"):
+        (copy / name).parent.mkdir()
+        (copy / name).write_text("")
+    listed = tree.files()
+    monkeypatch.setattr(tree, "ROOT", copy)
+    assert tree.files() == listed and Path("tests/data/stays.json") in listed
+
+
 def test_links_are_links():
     "On a checkout without symbolic links all would become text files."
     assert os.readlink(PACKAGE / "config.yml") == "../config.yml"
@@ -455,6 +431,9 @@ def test_links_are_links():
 def test_wheel(tmp_path):
     "An installed wheel finds the cases: it holds two data files, every module, and nothing else."
     copy = tree.copy(tmp_path / "copy")
+    room = copy / "effnet_repro" / "room"
+    room.mkdir()
+    (room / "__init__.py").write_text("")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "-qq", "--no-deps"]
     done = subprocess.run(
         [*pip, "--no-build-isolation", "-w", str(tmp_path), "."],
@@ -469,7 +448,8 @@ def test_wheel(tmp_path):
         assert file.read("effnet_repro/config.yml") == (ROOT / "config.yml").read_bytes()
         meta = next(n for n in file.namelist() if n.endswith("METADATA"))
         needs = re.findall(r"(?m)^Requires-Dist: ([\w.-]+)$", file.read(meta).decode())
-    assert names == {f"effnet_repro/{p.name}" for p in PACKAGE.glob("*.py")} | {
+    assert names == {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")} | {
+        "effnet_repro/room/__init__.py",
         "effnet_repro/config.yml",
         "effnet_repro/pod16_model.json",
     }
@@ -483,6 +463,17 @@ def test_version_is_said_once():
     assert f'__version__ = "{version}"' in (PACKAGE / "__init__.py").read_text()
     assert f"\nversion: {version}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_ruff_leaves_alone_what_notebooks_export_and_nothing_else():
+    "A module that no notebook exports is formatted and linted like any file."
+    tool = pytest.importorskip("tomllib").loads((ROOT / "pyproject.toml").read_text())["tool"]
+    exported = {p.relative_to(ROOT).as_posix() for p in map(MODULES.get, GENERATED)}
+    exported.add("effnet_repro/_modidx.py")
+    assert set(tool["ruff"]["format"]["exclude"]) == exported
+    (names,) = [k for k in tool["ruff"]["lint"]["per-file-ignores"] if k.startswith("effnet_repro")]
+    inner = re.fullmatch(r"effnet_repro/\{(.*)\}\.py", names)[1].split(",")
+    assert {f"effnet_repro/{name}.py" for name in inner} == exported
 
 
 def test_settings_keep_the_parameters_tag():
@@ -583,6 +574,6 @@ def test_the_page_of_all_names_has_all_names():
         o for c in read(ROOT / "nbs" / "97_api.ipynb")["cells"] for o in c.get("outputs", [])
     ]
     markdown = "".join("".join(o.get("data", {}).get("text/markdown", "")) for o in outputs)
-    modules = {m: (PACKAGE / f"{m}.py").read_text() for m in MODULES}
+    modules = {m: path.read_text() for m, path in MODULES.items()}
     assert names_not_listed(markdown, modules) == [], "run nbs/97_api.ipynb again and commit it"
     assert names_not_listed(markdown, {"config": "def new():\n    pass"}) == ["config.new"]

@@ -105,7 +105,9 @@ def missing(row: Dict[str, object]) -> List[str]:
         "date": _is_date,
     }
     return wrong + [
-        f"{name} is {text[name]!r}" for name, good in checks.items() if text[name] and not good(text[name])
+        f"{name} is {text[name]!r}"
+        for name, good in checks.items()
+        if text[name] and not good(text[name])
     ]
 
 

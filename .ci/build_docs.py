@@ -114,6 +114,33 @@ def plain_links(text, linked):
     return MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
 
 
+def plain_names():
+    "Public name in a module without a page -> its place in the source. nbdev links the others."
+    found = {}
+    for module, path in tree.modules().items():
+        if tree.page_of(path) is None:
+            for node in ast.parse(path.read_text()).body:
+                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
+                    place = f"{path.relative_to(tree.ROOT).as_posix()}#L{node.lineno}"
+                    found[f"{module}.{node.name}"] = place
+                    if not node.name.islower() or "_" in node.name:  # `main` may be any word
+                        found.setdefault(node.name, place)
+    return found
+
+
+def link_plain_names(text, places, source_url):
+    "Markdown whose names of plain modules, in backticks, lead to their source."
+
+    def one(match):
+        place = places.get(match[2])
+        return f"[`{match[1]}`]({source_url}/{place})" if place else match[0]
+
+    name = re.compile(r"(?<![\[`])`(([A-Za-z_][\w.]*)(?:\(\))?)`(?![`\]])")
+    code = re.compile(r"(?ms)(^```.*?^```)")
+    parts = code.split(text)
+    return "".join(p if i % 2 else name.sub(one, p) for i, p in enumerate(parts))
+
+
 def one_stream(outputs):
     "Outputs in which what was printed in several goes is one block, as it was on the terminal."
     joined = []
@@ -126,11 +153,16 @@ def one_stream(outputs):
     return joined
 
 
-def named_fields(name, module):
+def modules_of(page):
+    "Module -> file, of those that a page of the site is about."
+    of = {m: tree.page_of(path) for m, path in tree.modules().items()}
+    return {m: p for m, p in tree.modules().items() if of[m] and tree.page_name(of[m]) == page}
+
+
+def named_fields(name, page):
     "The fields of a page's NamedTuple with their comments, as a signature; None for others."
-    package = tree.ROOT / "effnet_repro"
-    own = package / f"{module}.py"  # two pages may have a class of one name
-    for path in [own] if own.exists() else sorted(package.glob("*.py")):
+    own = modules_of(page) or tree.modules()  # two pages may have a class of one name
+    for path in own.values():
         text = path.read_text()
         if f"class {name}(NamedTuple):" not in text:
             continue
@@ -145,13 +177,14 @@ def named_fields(name, module):
     return None
 
 
-def real_signature(module, match):
+def real_signature(page, match):
     "nbdev knows the fields of a NamedTuple only as `*args, **kwargs`."
-    return named_fields(match[1], module) or match[0]
+    return named_fields(match[1], page) or match[0]
 
 
-def lay_out(proc, site, linked):
+def lay_out(proc, site, linked, source_url):
     "Copy nbdev's pages to the folder `site` under the names that its links use."
+    places = plain_names()
     for path in sorted(proc.rglob("*")):
         inside = path.relative_to(proc)
         if path.is_dir():
@@ -169,7 +202,7 @@ def lay_out(proc, site, linked):
             if cell["cell_type"] == "raw":
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
-                cell["source"] = plain_links(source, linked)
+                cell["source"] = link_plain_names(plain_links(source, linked), places, source_url)
             if cell["cell_type"] == "code":
                 cell["outputs"] = one_stream(cell["outputs"])
             for output in cell.get("outputs", []):
@@ -182,7 +215,8 @@ def lay_out(proc, site, linked):
                     # nbdev links names in the comments of a signature, where a link is shown as typed
                     text = ANY_ARGUMENTS.sub(functools.partial(real_signature, target.stem), text)
                     text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
-                    data["text/markdown"] = plain_links(text, linked)
+                    text = plain_links(text, linked)
+                    data["text/markdown"] = link_plain_names(text, places, source_url)
         target.write_text(json.dumps(nb))
 
 
@@ -195,8 +229,7 @@ SOURCE_PAGE = """<!DOCTYPE html>
 <link rel="icon" href="../assets/favicon.svg"><link rel="stylesheet" href="../styles.css">
 <script>{scheme}</script><script src="../assets/site.js" defer></script></head>
 <body class="source-page"><main><h1>{module}</h1>
-<p>The module <code>effnet_repro/{module}.py</code>, exported from
-<a href="../{page}.html">its notebook</a>.</p>
+<p>The module <code>{path}</code>{where}.</p>
 {code}
 </main></body></html>
 """
@@ -208,17 +241,36 @@ SOURCE_SCHEME = (
 )
 
 
-def line_of(symbol, module):
-    "The line that defines a name in an exported module, or None."
-    path = tree.ROOT / "effnet_repro" / f"{module}.py"
+def place_of(symbol, page):
+    "The module and the line that define a name of a page, or None."
     name = re.escape(symbol.split(".")[-1])
-    lines = path.read_text().splitlines() if path.exists() else []
     for case in (0, re.IGNORECASE):  # nbdev writes the anchor of a class in small letters
         define = re.compile(rf"\s*(?:(?:async )?def|class) {name}\b|{name}\s*[:=]", case)
-        found = next((n for n, line in enumerate(lines, 1) if define.match(line)), None)
-        if found:
-            return found
+        for module, path in modules_of(page).items():
+            lines = path.read_text().splitlines()
+            found = next((n for n, line in enumerate(lines, 1) if define.match(line)), None)
+            if found:
+                return module, found
     return None
+
+
+def source_page(module):
+    "A page that shows a module, with a number for each line."
+    from pygments import highlight
+    from pygments.formatters import HtmlFormatter
+    from pygments.lexers import PythonLexer
+
+    path = tree.modules()[module]
+    page = tree.page_of(path)
+    link = f'<a href="../{tree.page_name(page or "")}.html">its notebook</a>'
+    formatter = HtmlFormatter(linenos="inline", linespans="L")
+    return SOURCE_PAGE.format(
+        module=module,
+        path=path.relative_to(tree.ROOT).as_posix(),
+        where=f", exported from {link}" if page else "",
+        scheme=SOURCE_SCHEME,
+        code=highlight(path.read_text(), PythonLexer(), formatter),
+    )
 
 
 def add_sources(out, git_url):
@@ -226,11 +278,9 @@ def add_sources(out, git_url):
 
     A name without a heading of its own, such as a private helper's, is linked to its source, too.
     """
-    from pygments import highlight
-    from pygments.formatters import HtmlFormatter
-    from pygments.lexers import PythonLexer
-
-    outside = re.compile(re.escape(git_url) + r"/blob/[^/\"]+/effnet_repro/(\w+)\.py(?:#L(\w+))?")
+    outside = re.compile(
+        re.escape(git_url) + r"/blob/[^/\"]+/effnet_repro/([\w/]+)\.py(?:#L(\w+))?"
+    )
     inside = re.compile(r'href="(\w+)\.html#([\w.]+)"')
     anchors = {p.stem: Page(p.read_text()).anchors for p in out.glob("*.html")}
     modules = set()
@@ -241,12 +291,12 @@ def add_sources(out, git_url):
 
     def outward(match):
         line = match[2] if (match[2] or "").isdigit() else "1"
-        return to_source(match[1], line)
+        return to_source(re.sub(r"/__init__$", "", match[1]).replace("/", "."), line)
 
     def inward(match):
         page, symbol = match[1], match[2]
-        line = None if symbol in anchors.get(page, {symbol}) else line_of(symbol, page)
-        return f'href="{to_source(page, line)}"' if line else match[0]
+        place = None if symbol in anchors.get(page, {symbol}) else place_of(symbol, page)
+        return f'href="{to_source(*place)}"' if place else match[0]
 
     def same_tab(match):  # a tab of its own is for other sites
         tag = match[0]
@@ -259,16 +309,7 @@ def add_sources(out, git_url):
         page.write_text(inside.sub(inward, outside.sub(outward, text)))
     (out / "source").mkdir(exist_ok=True)
     for module in sorted(modules):
-        formatter = HtmlFormatter(linenos="inline", linespans="L")
-        source = (tree.ROOT / "effnet_repro" / f"{module}.py").read_text()
-        (out / "source" / f"{module}.html").write_text(
-            SOURCE_PAGE.format(
-                module=module,
-                page=module,
-                scheme=SOURCE_SCHEME,
-                code=highlight(source, PythonLexer(), formatter),
-            )
-        )
+        (out / "source" / f"{module}.html").write_text(source_page(module))
     return modules
 
 
@@ -404,8 +445,11 @@ def main():
         lost = present - {p.name for p in proc.glob("*.ipynb")}
         if lost:
             sys.exit(f"build_docs: nbdev left out {', '.join(sorted(lost))}")
+        from nbdev.config import get_config
+
+        git_url = get_config(path=tree.ROOT).git_url
         site, linked = Path(folder) / "site", set()
-        lay_out(proc, site, linked)
+        lay_out(proc, site, linked, f"{git_url}/blob/main")
         config["format"]["html"].pop("respect-user-color-scheme", None)  # smalldocs always does
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         text = PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", text)
@@ -415,12 +459,11 @@ def main():
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(tree.ROOT / name, target)
 
-        from nbdev.config import get_config
         from smalldocs.site import build
 
         built = build(site, quiet=True)
         out = Path(built.out)
-        modules = add_sources(out, get_config(path=tree.ROOT).git_url)
+        modules = add_sources(out, git_url)
         make_local(out)
         finish.finish(out, card=config["website"].get("image"))
         expected = {Path(tree.page_name(n)).with_suffix(".html").as_posix() for n in present}

@@ -185,8 +185,12 @@ def test_signatures_of_named_tuples_name_their_fields(tmp_path, monkeypatch):
     monkeypatch.setattr(tree, "ROOT", tmp_path)
     (tmp_path / "effnet_repro").mkdir()
     text = "class Work(NamedTuple):\n    'W'\n    clock: int  # When\n    what: str = (\n        'a'  # Which\n    )\n"
-    (tmp_path / "effnet_repro" / "a.py").write_text(text)
-    (tmp_path / "effnet_repro" / "b.py").write_text(text.replace("clock", "other"))
+    head = '"""Rooms."""\n\n# File to edit: ../nbs/10_{}.ipynb.\n\n'
+    (tmp_path / "effnet_repro" / "b.py").write_text(
+        head.format("b") + text.replace("clock", "other")
+    )
+    (tmp_path / "effnet_repro" / "room").mkdir()
+    (tmp_path / "effnet_repro" / "room" / "inner.py").write_text(head.format("a") + text)
     shown = build_docs.ANY_ARGUMENTS.sub(
         functools.partial(build_docs.real_signature, "a"),
         "def Work(\n    *args, **kwargs\n): def F(\n  *args, **kwargs\n):",
@@ -223,29 +227,52 @@ def test_sidebar_names_and_drops_pages():
     assert kept == [contents[0], {"section": "Learn", "contents": ["01_b.ipynb"]}]
 
 
-def test_names_without_a_heading_lead_to_their_source(site, monkeypatch):
+@pytest.mark.parametrize("name, page", [("other", "source/other"), ("room/one", "source/room.one")])
+def test_names_without_a_heading_lead_to_their_source(site, monkeypatch, name, page):
     monkeypatch.setattr(tree, "ROOT", site)
-    for name in ("styles.css", "assets/favicon.svg", "assets/site.js"):
-        (site / name).parent.mkdir(exist_ok=True)
-        (site / name).write_text("")
-    (site / "effnet_repro").mkdir()
-    (site / "effnet_repro" / "other.py").write_text(
-        "import os\n\n\ndef _hidden():\n    pass\n\n\nclass _Own:\n    pass\n"
+    for path in ("styles.css", "assets/favicon.svg", "assets/site.js"):
+        (site / path).parent.mkdir(exist_ok=True)
+        (site / path).write_text("")
+    (site / "effnet_repro" / "room").mkdir(parents=True)
+    head = '"""R."""\n# File to edit: ../nbs/10_other.ipynb.\n\n\n'
+    (site / "effnet_repro" / f"{name}.py").write_text(
+        f"{head}def _hidden():\n    pass\n\n\nclass _Own:\n    pass\n"
     )
-    link = '<a href="https://example.invalid/blob/main/effnet_repro/other.py#L4" target="_blank">source</a>'
+    url = f"https://example.invalid/blob/main/effnet_repro/{name}.py#L5"
+    link = f'<a href="{url}" target="_blank">source</a>'
     own = '<a href="other.html#_own">o</a> '
     names = (
         own
         + '<a href="other.html#_hidden">a</a> <a href="other.html#there">b</a> <a href="other.html#no">c</a>'
     )
     (site / "index.html").write_text(link + names)
-    assert build_docs.add_sources(site, "https://example.invalid") == {"other"}
+    assert build_docs.add_sources(site, "https://example.invalid") == {name.replace("/", ".")}
     made = (site / "index.html").read_text()
-    assert '<a href="source/other.html#L-4">source</a>' in made
-    assert '<a href="source/other.html#L-4">a</a> <a href="other.html#there">b</a>' in made
-    assert '<a href="source/other.html#L-8">o</a>' in made
+    assert f'<a href="{page}.html#L-5">source</a>' in made
+    assert f'<a href="{page}.html#L-5">a</a> <a href="other.html#there">b</a>' in made
+    assert f'<a href="{page}.html#L-9">o</a>' in made
+    shown = (site / f"{page}.html").read_text()
+    assert f"effnet_repro/{name}.py" in shown and 'href="../other.html"' in shown
     wrong, pages = build_docs.check(site, {"index.html"})
     assert wrong == ["index.html: other.html has no place #no"] and len(pages) == 3
+
+
+def test_names_of_plain_modules_lead_to_their_source(tmp_path, monkeypatch):
+    monkeypatch.setattr(tree, "ROOT", tmp_path)
+    (tmp_path / "effnet_repro" / "room").mkdir(parents=True)
+    texts = {
+        "room/__init__": '"""A room."""\n\n\ndef open_door():\n    pass\n',
+        "room/lock": "def turn():\n    pass\n\n\ndef _hidden_one():\n    pass\n",
+        "told": "# File to edit: ../nbs/10_told.ipynb.\ndef told_there():\n    pass\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / "effnet_repro" / f"{name}.py").write_text(text)
+    link = lambda text: build_docs.link_plain_names(text, build_docs.plain_names(), "u")
+    door, turn = "u/effnet_repro/room/__init__.py#L4", "u/effnet_repro/room/lock.py#L1"
+    assert link("`open_door` `open_door()`") == f"[`open_door`]({door}) [`open_door()`]({door})"
+    assert link("`room.lock.turn`") == f"[`room.lock.turn`]({turn})"
+    same = "`turn` `_hidden_one` `told_there` [`open_door`](x) ``open_door``\n```\n`open_door`\n```"
+    assert link(same) == same
 
 
 @pytest.fixture

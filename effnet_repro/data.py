@@ -778,13 +778,15 @@ def _bmp(pixels):
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
 
 # %% ../nbs/30_data.ipynb #8ba51532
-def _decode(data):
-    "A picture as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
+def _decode(data, fast=False):
+    "An image as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
     try:
         from PIL import Image
     except ImportError:
         kinds = "Only gray and RGB JPEGs can be read without Pillow. Run: pip install pillow."
         raise ImportError(kinds) from None
+    if fast and (pixels := _decode_fast(data)) is not None:
+        return pixels
     try:
         if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
@@ -799,6 +801,38 @@ def _decode(data):
     except Exception as error:  # Pillow raises a dozen kinds for damaged files
         text = re.sub(r" <_io.BytesIO[^>]*>", "", " ".join(str(error).split()))
         raise ValueError(f"Not a picture that can be decoded ({text}).") from None
+
+# %% ../nbs/30_data.ipynb #b7e1a90c
+@functools.lru_cache(maxsize=1)
+def _has_fast_dct():
+    return find_spec("simplejpeg") is not None
+
+
+def _decode_fast(data):
+    "A JPEG decoded with the fast DCT; None where that cannot be done, or only with a warning"
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not _has_fast_dct():
+        return None
+    import simplejpeg
+
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
+    except ValueError:
+        return None  # Pillow decides whether the file is damaged
+
+
+@functools.lru_cache(maxsize=1)
+def _say_accurate():
+    print(
+        "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, whose "
+        "colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
+    )
+
+
+def _wants_fast_dct(dataset, image_resize):
+    "Whether JPEGs are decoded as in the published runs; says so where no decoder can"
+    if image_resize == "published" and dataset.format != "cifar" and not _has_fast_dct():
+        _say_accurate()
+    return image_resize == "published"
 
 # %% ../nbs/30_data.ipynb #601fd34c
 def picture_bytes(
@@ -1013,6 +1047,7 @@ def draw_crops(
     area_min: float = 0.05,  # Smallest share of the area, in (0, 1]
     covered_min: float = 0.1,  # Smallest share of one box
     tries: int = 100,  # Then the whole picture is taken
+    aspects: Tuple[float, float] = (0.75, 1.33),  # Smallest and largest width over height
 ) -> np.ndarray:  # (n, 4) int32: top, left, height, width, pixels
     "Draw a rectangle in each picture"
     h, w = np.asarray(sizes, "float64").T
@@ -1021,7 +1056,7 @@ def draw_crops(
     open_ = np.arange(len(h))  # pictures that still need a rectangle
     for i in range(tries):
         u = random_uniform(seed, _CROP, np.asarray(places)[open_, None], i, np.arange(4))
-        crop = _try_crop(h[open_], w[open_], u, area_min)
+        crop = _try_crop(h[open_], w[open_], u, area_min, aspects)
         good = _acceptable(crop, h[open_], w[open_], targets[open_], area_min, covered_min)
         crops[open_[good]] = crop[good]
         open_ = open_[~good]
@@ -1030,9 +1065,9 @@ def draw_crops(
     return crops.astype(np.int32)
 
 # %% ../nbs/30_data.ipynb #5664a7bf
-def _try_crop(h, w, u, area_min):
+def _try_crop(h, w, u, area_min, aspects):
     "One rectangle a picture from four random numbers: ratio, height, and where"
-    ratio = 3 / 4 + u[:, 0] * (4 / 3 - 3 / 4)  # width over height
+    ratio = aspects[0] + u[:, 0] * (aspects[1] - aspects[0])  # width over height
     lowest = np.rint(np.sqrt(area_min * h * w / ratio))
     highest = np.minimum(
         np.rint(np.sqrt(h * w / ratio)), np.minimum(h, np.floor((w + 0.499) / ratio))
@@ -1074,35 +1109,53 @@ def draw_flips(
     return random_uniform(seed, _FLIP, np.asarray(places)) < 0.5
 
 # %% ../nbs/30_data.ipynb #2e15fc01
+_RESIZES = ("published", "modern")
+
+
 def validation_window(
-    height: int,  # Of the picture, pixels
-    width: int,  # Of the picture, pixels
+    height: int,  # Of the image, pixels
+    width: int,  # Of the image, pixels
     image_size: int,  # Side of the square, pixels
+    image_resize: str = "published",  # Or "modern": see `resize`
 ) -> Tuple[Tuple[int, int], Tuple[int, int]]:  # New height and width; top and left of the square
-    "Place the central square in a picture whose short side is scaled to 256/224 of the square's"
+    "Place the central square in an image whose short side is scaled to 256/224 of the square's"
     short, target = min(height, width), image_size * 256 // 224
-    new = tuple((2 * side * target + short) // (2 * short) for side in (height, width))  # rounded
+    if image_resize == "published":
+        ratio = np.float32(target) / np.float32(short)
+        new = tuple(int(np.float32(side) * ratio) for side in (height, width))  # cut off
+        new = tuple(max(side, image_size) for side in new)
+    else:
+        new = tuple((2 * side * target + short) // (2 * short) for side in (height, width))
     return new, tuple((side - image_size) // 2 for side in new)
 
 # %% ../nbs/30_data.ipynb #583b52b6
-def _taps(size, new, begin, count):
+def _taps(size, new, begin, count, image_resize):
     "Two source pixels, and the weight of the second, for `count` target pixels from `begin`"
-    at = np.arange(begin, begin + count, dtype=np.float32) + np.float32(0.5)
-    at = at * np.float32(size / new) - np.float32(0.5)
+    at, scale = np.arange(begin, begin + count, dtype=np.float32), np.float32(size / new)
+    half = np.float32(0.0 if image_resize == "published" else 0.5)
+    at = (at + half) * scale - half
     low = np.floor(at)
     return np.maximum(low, 0).astype(int), np.minimum(low + 1, size - 1).astype(int), at - low
 
 
+def _to_bytes(values, image_resize):
+    "Float32 in [0, 255] as uint8: cut off after float16, or rounded"
+    if image_resize == "published":
+        return values.astype(np.float16).astype(np.uint8)
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+# %% ../nbs/30_data.ipynb #a6b77e6d
 def resize(
-    image: np.ndarray,  # Picture, (H, W, 3)
+    image: np.ndarray,  # Image, (H, W, 3)
     size: Tuple[int, int],  # New height and width, pixels
     corner: Tuple[int, int] = (0, 0),  # Top and left of the part wanted
     part: Optional[Tuple[int, int]] = None,  # Its height and width; None = all
+    image_resize: str = "published",  # Or "modern": half-pixel centers, rounded
 ) -> np.ndarray:  # (*part, 3) uint8
-    "Resize bilinearly between pixel centres, without antialiasing; round to 8 bits"
+    "Resize bilinearly, without antialiasing, to 8 bits"
     part = part or size
-    y0, y1, fy = _taps(image.shape[0], size[0], corner[0], part[0])
-    x0, x1, fx = _taps(image.shape[1], size[1], corner[1], part[1])
+    y0, y1, fy = _taps(image.shape[0], size[0], corner[0], part[0], image_resize)
+    x0, x1, fx = _taps(image.shape[1], size[1], corner[1], part[1], image_resize)
     rows, y = np.unique(np.stack([y0, y1]), return_inverse=True)  # each is blended once
     y, channels = y.reshape(2, -1), image.shape[2]
     lines = image[rows].reshape(len(rows), -1)
@@ -1115,65 +1168,97 @@ def resize(
     out -= upper
     out *= fy[:, None]
     out += upper
-    return np.clip(np.rint(out), 0, 255).astype(np.uint8).reshape(*part, channels)
+    return _to_bytes(out, image_resize).reshape(*part, channels)
 
 # %% ../nbs/30_data.ipynb #84743964
-def _tf_round(image):
+_DCT = {"published": "INTEGER_FAST", "modern": "INTEGER_ACCURATE"}
+
+
+def _tf_resize(image, size, image_resize):
+    "All of an image (H, W, 3) resized, still float32"
     import tensorflow as tf
 
+    centers = image_resize == "modern"
+    return tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=centers)[0]
+
+
+def _tf_to_bytes(image, image_resize):
+    "`_to_bytes` for tensors"
+    import tensorflow as tf
+
+    if image_resize == "published":
+        return tf.cast(tf.cast(image, tf.float16), tf.uint8)
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
-
-def _tf_train_picture(encoded, crop, flip, image_size):
+# %% ../nbs/30_data.ipynb #b59e5c0c
+def _tf_train_picture(encoded, crop, flip, image_size, image_resize):
     import tensorflow as tf
 
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.image.decode_and_crop_jpeg(
-            encoded, crop, channels=3, dct_method="INTEGER_ACCURATE"
+            encoded, crop, channels=3, dct_method=_DCT[image_resize]
         ),
         lambda: tf.image.crop_to_bounding_box(
             tf.io.decode_bmp(encoded, channels=3), crop[0], crop[1], crop[2], crop[3]
         ),
     )
-    image = _tf_round(tf.image.resize(image, (image_size, image_size)))
-    return tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+    mirror = lambda image: tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
+    image = mirror(image) if image_resize == "published" else image
+    image = _tf_resize(image, (image_size, image_size), image_resize)
+    image = _tf_to_bytes(image, image_resize)
+    return image if image_resize == "published" else mirror(image)
 
-
-def _tf_validation_picture(encoded, image_size):
+# %% ../nbs/30_data.ipynb #438e1cbb
+def _tf_validation_picture(encoded, image_size, image_resize):
     import tensorflow as tf
 
     image = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE"),
+        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT[image_resize]),
         lambda: tf.io.decode_bmp(encoded, channels=3),
     )
-    size, corner = _tf_window(tf.shape(image), image_size)
-    part = lambda x, *place: resize(x, place[:2], place[2:], (image_size, image_size))
+    size, (top, left) = _tf_window(tf.shape(image), image_size, image_resize)
+    square = image_size, image_size
+    part = lambda x, *place: resize(x, place[:2], place[2:], square, image_resize)
     return tf.cond(  # of 1 x 10,000 pixels only the middle is enlarged, not all of it
         tf.reduce_max(size) > 16 * image_size,
-        lambda: tf.numpy_function(part, [image, size[0], size[1], *corner], tf.uint8),
-        lambda: _tf_round(
-            tf.image.resize(image, size)[
-                corner[0] : corner[0] + image_size, corner[1] : corner[1] + image_size
-            ]
+        lambda: tf.numpy_function(part, [image, size[0], size[1], top, left], tf.uint8),
+        lambda: _tf_to_bytes(
+            _tf_resize(image, size, image_resize)[top : top + image_size, left : left + image_size],
+            image_resize,
         ),
     )
 
 
-def _tf_window(shape, image_size):
+def _tf_window(shape, image_size, image_resize):
     "`validation_window` for tensors"
     import tensorflow as tf
 
-    sides = tf.cast(shape[:2], tf.int64)
-    short, target = tf.reduce_min(sides), image_size * 256 // 224
-    new = tf.cast((2 * sides * target + short) // (2 * short), tf.int32)
+    sides, target = tf.cast(shape[:2], tf.int64), image_size * 256 // 224
+    short = tf.reduce_min(sides)
+    if image_resize == "published":
+        ratio = tf.cast(target, tf.float32) / tf.cast(short, tf.float32)
+        new = tf.cast(tf.cast(sides, tf.float32) * ratio, tf.int32)
+        new = tf.maximum(new, image_size)
+    else:
+        new = tf.cast((2 * sides * target + short) // (2 * short), tf.int32)
     corner = (new - image_size) // 2
     return new, (corner[0], corner[1])
 
 # %% ../nbs/30_data.ipynb #6596feda
 _CHUNK = 64  # pictures read by one call
 _PREPROCESSING = ("train", "validation")
+_ASPECTS = {"published": (0.75, 1.33), "modern": (3 / 4, 4 / 3)}
+
+
+class _How(NamedTuple):
+    "What the three readers are told about the images"
+
+    image_size: int
+    image_resize: str
+    random: bool  # Crops and flips; False = the validation crop
+    first_update: int
 
 
 def _check_request(image_size, area_min, preprocessing):
@@ -1186,7 +1271,12 @@ def _check_request(image_size, area_min, preprocessing):
         )
 
 
-def _train_inputs(dataset, plan, area_min, update, begin, end, known_sizes=None):
+def _check_resize(image_resize):
+    if image_resize not in _RESIZES:
+        raise unknown_name("image_resize", image_resize, _RESIZES)
+
+
+def _train_inputs(dataset, plan, chance, update, begin, end, known_sizes=None):
     "What decoding needs: encoded pictures or their numbers, crops (n, 4), flips and labels (n,)"
     split = dataset.splits["train"]
     pictures, places = plan.take(update, begin, end)
@@ -1197,7 +1287,7 @@ def _train_inputs(dataset, plan, area_min, update, begin, end, known_sizes=None)
             _announce(split, plan.coming(update, begin))
         encoded, sizes = zip(*(_read(dataset, "train", i) for i in pictures))
     boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in pictures]
-    crops = draw_crops(np.array(sizes), boxes, plan.seed, places, area_min)
+    crops = draw_crops(np.array(sizes), boxes, plan.seed, places, **chance)
     return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
 
 # %% ../nbs/30_data.ipynb #ef74a030
@@ -1211,24 +1301,28 @@ def training_batches(
     area_min: float = 0.05,  # Smallest crop, share of the area
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    image_resize: str = "published",  # Or "modern": see `resize`
     reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     "Stream shuffled training batches"
     if reader not in _READERS:
         raise unknown_name("reader", reader, _READERS)
     _check_request(image_size, area_min, preprocessing)
+    _check_resize(image_resize)
     plan = _plan(dataset, global_batch_size, seed, shard)
-    read = functools.partial(_train_inputs, dataset, plan, area_min)
+    chance = dict(area_min=area_min, aspects=_ASPECTS[image_resize])
+    read = functools.partial(_train_inputs, dataset, plan, chance)
     stream = (
         _tensors if reader == "tensorflow" else _arrays if reader == "numpy" else _device_arrays
     )
-    return stream(dataset, plan, read, image_size, preprocessing == "train", first_update)
+    how = _How(image_size, image_resize, preprocessing == "train", first_update)
+    return stream(dataset, plan, read, how)
 
 
 _READERS = ("tensorflow", "numpy", "jax")
 
 # %% ../nbs/30_data.ipynb #065ec54f
-def _tensors(dataset, plan, inputs, image_size, random, first_update):
+def _tensors(dataset, plan, inputs, how):
     "The stream of `training_batches` for TensorFlow"
     import tensorflow as tf
 
@@ -1246,14 +1340,14 @@ def _tensors(dataset, plan, inputs, image_size, random, first_update):
         return tuple(inputs)
 
     def decode(encoded, crop, flip, label):
-        if random:
-            image = _tf_train_picture(encoded, crop, flip, image_size)
+        if how.random:
+            image = _tf_train_picture(encoded, crop, flip, *how[:2])
         else:
-            image = _tf_validation_picture(encoded, image_size)
-        return tf.ensure_shape(image, (image_size, image_size, 3)), label
+            image = _tf_validation_picture(encoded, *how[:2])
+        return tf.ensure_shape(image, (how.image_size, how.image_size, 3)), label
 
     auto = tf.data.experimental.AUTOTUNE
-    stream = tf.data.Dataset.range(first_update * chunks, np.iinfo(np.int64).max)
+    stream = tf.data.Dataset.range(how.first_update * chunks, np.iinfo(np.int64).max)
     stream = stream.map(tf_read, num_parallel_calls=8, deterministic=True).unbatch()
     stream = stream.map(decode, num_parallel_calls=auto, deterministic=True)
     return stream.batch(plan.local, drop_remainder=True).prefetch(auto)
@@ -1303,10 +1397,12 @@ def validation_batches(
     batch: int,  # Pictures in a batch of this process, B
     *,
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    image_resize: str = "published",  # Or "modern": see `resize`
 ):  # tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,), mask float32 (B,))
     "Read every validation picture once, in the order of the files"
     import tensorflow as tf
 
+    _check_resize(image_resize)
     ids = _validation_ids(dataset, batch, shard)
 
     def read(ids):
@@ -1321,7 +1417,7 @@ def validation_batches(
     def decode(encoded):
         image = tf.cond(
             tf.strings.length(encoded) > 0,
-            lambda: _tf_validation_picture(encoded, image_size),
+            lambda: _tf_validation_picture(encoded, image_size, image_resize),
             lambda: tf.zeros((image_size, image_size, 3), tf.uint8),
         )
         return tf.ensure_shape(image, (image_size, image_size, 3))
@@ -1335,52 +1431,57 @@ def validation_batches(
     return both.map(lambda images, rest: (images, *rest)).prefetch(auto)
 
 # %% ../nbs/30_data.ipynb #a7f99e75
-def _train_picture(encoded, crop, flip, image_size):
-    top, left, height, width = crop
-    image = _decode(encoded)[top : top + height, left : left + width]
-    image = resize(image, (image_size, image_size))
-    return image[:, ::-1] if flip else image
+def _train_picture(pixels, flip, image_size, image_resize):
+    "A training crop resized: mirrored before that, or after"
+    first, last = (flip, False) if image_resize == "published" else (False, flip)
+    pixels = pixels[:, ::-1] if first else pixels
+    image = resize(pixels, (image_size, image_size), image_resize=image_resize)
+    return image[:, ::-1] if last else image
 
 
-def _validation_picture(encoded, image_size):
-    image = _decode(encoded)
-    size, corner = validation_window(*image.shape[:2], image_size)
-    return resize(image, size, corner, (image_size, image_size))
+def _validation_picture(pixels, image_size, image_resize):
+    size, corner = validation_window(*pixels.shape[:2], image_size, image_resize)
+    return resize(pixels, size, corner, (image_size, image_size), image_resize)
 
 
-def _validation_read(dataset, split, i, image_size):
+def _validation_read(dataset, split, i, image_size, image_resize):
     encoded, _ = _read(dataset, split, i)
     with _located(dataset, split, i):
-        return _validation_picture(encoded, image_size)
+        pixels = _decode(encoded, fast=image_resize == "published")
+    return _validation_picture(pixels, image_size, image_resize)
 
 # %% ../nbs/30_data.ipynb #af30242f
 def array_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
-    **options,  # and its options: seed, first_update, area_min, preprocessing, shard
+    **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8, labels (B,)
     "Stream the batches of `training_batches` as NumPy arrays"
     return training_batches(*request, reader="numpy", **options)
 
 
-def _arrays(dataset, plan, inputs, image_size, random, first_update):
+def _arrays(dataset, plan, inputs, how):
     "The stream of `training_batches` without TensorFlow"
+    fast = _wants_fast_dct(dataset, how.image_resize)
 
     def part(update, begin):
         end = min(begin + 8, plan.local)
         encoded, crops, flips, labels = inputs(update, begin, end)
         images = []
-        for i, *one in zip(plan.take(update, begin, end)[0], encoded, crops, flips):
+        for i, data, crop, flip in zip(plan.take(update, begin, end)[0], encoded, crops, flips):
             with _located(dataset, "train", i):
-                if random:
-                    images.append(_train_picture(*one, image_size))
-                else:
-                    images.append(_validation_picture(one[0], image_size))
+                pixels = _decode(data, fast)
+            if how.random:
+                top, left, height, width = crop
+                pixels = pixels[top : top + height, left : left + width]
+                images.append(_train_picture(pixels, flip, *how[:2]))
+            else:
+                images.append(_validation_picture(pixels, *how[:2]))
         return images, labels
 
     def batches():
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             ahead = deque()
-            for update in itertools.count(first_update):
+            for update in itertools.count(how.first_update):
                 ahead.append([pool.submit(part, update, i) for i in range(0, plan.local, 8)])
                 if len(ahead) > 2:  # two batches are made while one is used
                     images, labels = zip(*(piece.result() for piece in ahead.popleft()))
@@ -1395,13 +1496,16 @@ def validation_arrays(
     batch: int,  # Pictures in a batch of this process, B
     *,
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    image_resize: str = "published",  # Or "modern": see `resize`
 ) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:  # images, labels, mask
     "Read the batches of `validation_batches` as NumPy arrays"
+    _check_resize(image_resize)
+    _wants_fast_dct(dataset, image_resize)
 
     def picture(i):
         if i < 0:
             return np.zeros((image_size, image_size, 3), np.uint8)
-        return _validation_read(dataset, "validation", i, image_size)
+        return _validation_read(dataset, "validation", i, image_size, image_resize)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for ids in _validation_ids(dataset, batch, shard):
@@ -1413,15 +1517,18 @@ def load_arrays(
     dataset: DataSet,  # From `open_data`
     split: str,  # "train" or "validation"
     image_size: int,  # Side of the pictures, S, pixels
+    image_resize: str = "published",  # Or "modern": see `resize`
 ) -> Tuple[np.ndarray, np.ndarray]:  # Images (n, S, S, 3) uint8 and labels (n,) int32
     "Decode a whole split into memory, with the validation crop"
     if split not in dataset.splits:
         raise unknown_name("split", split, dataset.splits)
+    _check_resize(image_resize)
+    _wants_fast_dct(dataset, image_resize)
     labels = dataset.splits[split].label
     images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
 
     def place(i):
-        images[i] = _validation_read(dataset, split, i, image_size)
+        images[i] = _validation_read(dataset, split, i, image_size, image_resize)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         list(pool.map(place, range(len(labels))))
@@ -1462,11 +1569,11 @@ def _lay_out(pictures, most=None):
     return _Pixels(jnp.asarray(pixels), (ends - sizes.prod(1)).astype(np.int32), sizes)
 
 
-def _decode_all(dataset):
+def _decode_all(dataset, fast):
     def picture(i):
         encoded, _ = _read(dataset, "train", i)
         with _located(dataset, "train", i):
-            return _decode(encoded)
+            return _decode(encoded, fast)
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         found = _lay_out(list(pool.map(picture, range(dataset.train_count))))
@@ -1478,11 +1585,11 @@ def _decode_all(dataset):
 _kept = {}  # the training split of one data set -> its pictures
 
 
-def _on_device(dataset):
+def _on_device(dataset, fast):
     split = dataset.splits["train"]
-    if _kept.get("split") is not split:
+    if _kept.get("split") is not split or _kept["fast"] != fast:
         _kept.clear()
-        _kept.update(split=split, decoded=_decode_all(dataset))
+        _kept.update(split=split, fast=fast, decoded=_decode_all(dataset, fast))
     return _kept["decoded"]
 
 # %% ../nbs/30_data.ipynb #fab70ba2
@@ -1513,9 +1620,57 @@ def fits_device(
     return bool(3 * _mean_pixels(dataset) * dataset.train_count < limit)
 
 # %% ../nbs/30_data.ipynb #f4632972
+def _rounded(product, zero):
+    "Keep a compiler from fusing a product with the sum that follows: it cannot know that `zero` is 0"
+    import jax
+
+    bits = jax.lax.bitcast_convert_type(product, "int32") ^ zero
+    return jax.lax.bitcast_convert_type(bits, "float32")
+
+
+def _cut_off(values):
+    "`_to_bytes` of `published`: the nearest float16 (ties to even), then cut off"
+    import jax
+
+    bits = jax.lax.bitcast_convert_type(values, "int32")
+    bits = (bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF  # a float16 has 13 bits less
+    return jax.lax.bitcast_convert_type(bits, "float32").astype("uint8")
+
+# %% ../nbs/30_data.ipynb #099be4e9
 @functools.lru_cache(maxsize=1)
-def _cutter():
-    "A compiled `resize` of a rectangle of each of many pictures"
+def _published_cutter():
+    "A compiled `resize` of a rectangle of each of many images, by corners"
+    import jax
+    import jax.numpy as jnp
+
+    def taps(corner, side, scale, size, zero):
+        at = corner[:, None] + jnp.arange(side, dtype="float32")
+        at = _rounded(at * scale[:, None], zero)
+        low = jnp.floor(at)
+        second = jnp.minimum(low + 1, size[:, None] - 1)
+        return low.astype("int32"), second.astype("int32"), at - low
+
+    def cut(pixels, begin, width, part, scale, corner, flips, zero, side):
+        y0, y1, fy = taps(corner[:, 0], side, scale[:, 0], part[:, 2], zero)
+        x0, x1, fx = taps(corner[:, 1], side, scale[:, 1], part[:, 3], zero)
+        mirror = lambda x: jnp.where(flips[:, None], part[:, 3:] - 1 - x, x)
+        x0, x1, begin = mirror(x0), mirror(x1), begin + part[:, 0] * width + part[:, 1]
+
+        def line(y):
+            row = (begin[:, None] + y * width[:, None])[:, :, None]
+            a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
+            return a + _rounded((b - a) * fx[:, None, :, None], zero)
+
+        upper = line(y0)
+        return _cut_off(upper + _rounded((line(y1) - upper) * fy[:, :, None, None], zero))
+
+    compiled = jax.jit(cut, static_argnums=8)
+    return lambda *args: compiled(*args[:-1], np.int32(0), args[-1])
+
+# %% ../nbs/30_data.ipynb #5857cb77
+@functools.lru_cache(maxsize=1)
+def _modern_cutter():
+    "A compiled `resize` of a rectangle of each of many images, by centers"
     import jax
     import jax.numpy as jnp
 
@@ -1542,46 +1697,49 @@ def _cutter():
 
     return jax.jit(cut, static_argnums=7)
 
+
+def _cutter(image_resize):
+    return _published_cutter() if image_resize == "published" else _modern_cutter()
+
 # %% ../nbs/30_data.ipynb #492c58da
 def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
-    **options,  # and its options: seed, first_update, area_min, preprocessing, shard
+    **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
     "Stream the batches of `training_batches` from pictures on the device of JAX"
     return training_batches(*request, reader="jax", **options)
 
 
-def _device_arrays(dataset, plan, inputs, image_size, random, first_update):
+def _device_arrays(dataset, plan, inputs, how):
     "The stream of `training_batches` on the device"
     source = _resident if fits_device(dataset) else _streamed
-    square, cut = (image_size, image_size), _cutter()
-    for at, begin, whole, part, flips, labels in source(
-        dataset, plan, inputs, random, first_update
-    ):
+    square, cut = (how.image_size, how.image_size), _cutter(how.image_resize)
+    fast = _wants_fast_dct(dataset, how.image_resize)
+    for at, begin, whole, part, flips, labels in source(dataset, plan, inputs, how, fast):
         new, corner = np.tile(square, (len(part), 1)), np.zeros((len(part), 2))
-        if not random:
-            windows = np.array([validation_window(*size, image_size) for size in whole])
+        if not how.random:
+            windows = np.array([validation_window(*size, *how[:2]) for size in whole])
             new, corner = windows[:, 0], windows[:, 1]
             flips = np.zeros(len(part), bool)
-        how = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
-        yield cut(at, begin, whole[:, 1], part, *how, image_size), labels
+        numbers = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
+        yield cut(at, begin, whole[:, 1], part, *numbers, how.image_size), labels
 
 
 def _whole(sizes):
     return np.concatenate([0 * sizes, sizes], 1)
 
 
-def _resident(dataset, plan, inputs, random, first_update):
+def _resident(dataset, plan, inputs, how, fast):
     "Pictures that stay: pixels, first pixels, sizes, rectangles, flips, labels"
-    kept = _on_device(dataset)
-    for update in itertools.count(first_update):
+    kept = _on_device(dataset, fast)
+    for update in itertools.count(how.first_update):
         pictures, part, flips, labels = inputs(update, 0, plan.local, kept.sizes)
         sizes = kept.sizes[pictures]
-        part = part if random else _whole(sizes)
+        part = part if how.random else _whole(sizes)
         yield kept.pixels, kept.begin[pictures], sizes, part, flips, labels
 
 # %% ../nbs/30_data.ipynb #b5decf70
-def _streamed(dataset, plan, inputs, random, first_update):
+def _streamed(dataset, plan, inputs, how, fast):
     "The same of pictures that are decoded for each update; of a picture only the rectangle is sent"
 
     def part(update, begin):
@@ -1590,8 +1748,8 @@ def _streamed(dataset, plan, inputs, random, first_update):
         images = []
         for i, data, crop in zip(plan.take(update, begin, end)[0], encoded, crops):
             with _located(dataset, "train", i):
-                top, left, height, width = crop if random else (0, 0, None, None)
-                image = _decode(data)
+                top, left, height, width = crop if how.random else (0, 0, None, None)
+                image = _decode(data, fast)
                 images.append(image[top:, left:][:height, :width])
         return images, flips, labels
 
@@ -1605,7 +1763,7 @@ def _streamed(dataset, plan, inputs, random, first_update):
 
     with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as assembler:
         ahead = deque()
-        for update in itertools.count(first_update):
+        for update in itertools.count(how.first_update):
             pieces = [pool.submit(part, update, i) for i in range(0, plan.local, 8)]
             ahead.append(assembler.submit(assemble, pieces))
             if len(ahead) > 2:  # two batches are made while one is used

@@ -1,5 +1,6 @@
 """What does not read well on the page of 30_data: matrices of formats, damage, processes, real sets."""
 
+import hashlib
 import io
 import json
 import os
@@ -311,10 +312,17 @@ def zoo(tmp_path_factory):
     return d.open_data(write(folder, "validation", records), verbose=False)
 
 
+RESIZES = [
+    pytest.param("published", marks=pytest.mark.skipif(not d._has_fast_dct(), reason="simplejpeg")),
+    "modern",
+]
+
+
+@pytest.mark.parametrize("image_resize", RESIZES)
 @pytest.mark.parametrize("image_size", [24, 96])
-def test_every_kind_of_file(zoo, image_size):
-    (theirs,) = d.validation_batches(zoo, image_size, len(KINDS))
-    (ours,) = d.validation_arrays(zoo, image_size, len(KINDS))
+def test_every_kind_of_file(zoo, image_size, image_resize):
+    (theirs,) = d.validation_batches(zoo, image_size, len(KINDS), image_resize=image_resize)
+    (ours,) = d.validation_arrays(zoo, image_size, len(KINDS), image_resize=image_resize)
     for name, a, b in zip(KINDS, theirs[0].numpy(), ours[0]):
         check_close(a, b, rtol=0, atol=1, msg=name)  # 0 on x86
         assert b.std() > 10, name
@@ -329,8 +337,9 @@ def test_a_picture_that_cannot_be_decoded(tmp_path):
         next(iter(d.training_batches(found, 16, 2)))
 
 
-def test_both_readers_agree_on_training(zoo):
-    request = dict(image_size=40, global_batch_size=len(KINDS), seed=4)
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_both_readers_agree_on_training(zoo, image_resize):
+    request = dict(image_size=40, global_batch_size=len(KINDS), seed=4, image_resize=image_resize)
     streams = d.training_batches(zoo, **request), d.array_batches(zoo, **request)
     for theirs, ours in islice(zip(*streams), 4):
         np.testing.assert_array_equal(theirs[1].numpy(), ours[1])
@@ -339,20 +348,24 @@ def test_both_readers_agree_on_training(zoo):
         assert (difference > 0).mean() < 0.05 and difference[:, :, 6:-6].max() <= 1
 
 
-def test_fine_tuning_sees_the_validation_crop(sample):
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_fine_tuning_sees_the_validation_crop(sample, image_resize):
     request = dict(image_size=32, global_batch_size=16, preprocessing="validation", seed=2)
+    request["image_resize"] = image_resize
     images, labels = next(iter(d.training_batches(sample, **request)))
     same, same_labels = next(d.array_batches(sample, **request))
     check_close(images, same, rtol=0, atol=1)
-    every, _ = d.load_arrays(sample, "train", 32)
+    every, _ = d.load_arrays(sample, "train", 32, image_resize)
     np.testing.assert_array_equal(same, every[d.epoch_order(sample.train_count, 2, 0)[:16]])
     np.testing.assert_array_equal(labels, same_labels)
 
 
-def test_real_pictures_decode_alike(real):
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_real_pictures_decode_alike(real, image_resize):
     batch = 64 if real.num_classes == 10 else 12
     for image_size in (64, 224) if batch == 12 else (64,):
-        readers = [f(real, image_size, batch) for f in (d.validation_batches, d.validation_arrays)]
+        readers = d.validation_batches, d.validation_arrays
+        readers = [f(real, image_size, batch, image_resize=image_resize) for f in readers]
         for theirs, ours in zip(*readers):
             for a, b in zip(theirs, ours):
                 check_close(a, b, rtol=0, atol=1)  # 0 on x86
@@ -488,9 +501,7 @@ def test_crops_keep_their_promises(height, width, area_min, box, seed):
     whole = (crops == (0, 0, height, width)).all(1)
     top, left, h, w = crops[~whole].T.astype(float)
     assert (h * w >= area_min * height * width).all()
-    ratio = w / h
-    slack = 1 + 1 / np.maximum(h, 1)
-    assert (ratio <= 4 / 3 * slack).all() and (ratio * slack >= 3 / 4 - 0.5 / h).all()
+    assert (np.abs(w / h - (0.75 + 1.33) / 2) <= (1.33 - 0.75) / 2 + 0.5 / h).all()  # whole pixels
 
 
 def test_crops_do_not_depend_on_company():
@@ -557,6 +568,174 @@ def test_boxes_travel_with_their_picture(tmp_path):
     split = d.open_data(tmp_path, verbose=False).splits["train"]
     assert list(split.box_begin) == [0, 0, 2, 2]
     check_close(split.boxes, [[0.1, 0.2, 0.5, 0.6], [0.9, 0.9, 1.0, 0.95]], rtol=1e-6)
+
+
+# --- the published preprocessing ---------------------------------------------------------------
+# tests/data/preprocessing.{json,npz} are outputs of the published functions, run under TensorFlow's v1
+# interface, of images that a formula gives; nothing of this project was used to make them.
+
+VECTORS = json.loads((ROOT / "tests/data/preprocessing.json").read_text())
+ARRAYS = np.load(ROOT / "tests/data/preprocessing.npz")
+
+
+def vector_image(row):
+    y, x = np.mgrid[: row["height"], : row["width"]][..., None]
+    waves = 60 * np.sin(y / 7 + row["seed"]) * (1, 0.7, 0.4) + 50 * np.cos(x / 9) * (0.5, 1, 0.8)
+    noise = np.random.default_rng(row["seed"]).integers(-18, 19, (row["height"], row["width"], 3))
+    image = np.clip(np.rint(128 + waves + noise), 0, 255).astype(np.uint8)
+    assert hashlib.sha256(image.tobytes()).hexdigest() == row["image_sha256"]
+    return image
+
+
+def is_published(found, row, kind):
+    found = np.ascontiguousarray(found)
+    assert found.shape == (row["size"], row["size"], 3) and found.dtype == np.uint8
+    key = f"{kind}_{VECTORS.index(row)}"
+    if key in ARRAYS:
+        np.testing.assert_array_equal(found, ARRAYS[key])
+    assert hashlib.sha256(found.tobytes()).hexdigest() == row[f"{kind}_sha256"]
+
+
+@pytest.fixture(scope="module")
+def vector_set(tmp_path_factory):
+    "Each image of the vectors as a PNG, in a set of its own"
+    folder = tmp_path_factory.mktemp("vectors")
+    for i, row in enumerate(VECTORS):
+        records = [record(encode(vector_image(row), "PNG"))]
+        write(folder / str(i), "train", records), write(folder / str(i), "validation", records)
+    return [d.open_data(folder / str(i), verbose=False) for i in range(len(VECTORS))]
+
+
+def one_batch(stream):
+    return np.asarray(next(iter(stream))[0])
+
+
+@pytest.mark.parametrize("i", range(len(VECTORS)))
+def test_validation_crops_are_the_published_ones(vector_set, i):
+    row, data = VECTORS[i], vector_set[i]
+    request = dict(image_size=row["size"], global_batch_size=1, preprocessing="validation")
+    streams = [d.training_batches(data, **request, reader=reader) for reader in d._READERS]
+    streams += [f(data, row["size"], 1) for f in (d.validation_batches, d.validation_arrays)]
+    for stream in streams:
+        is_published(one_batch(stream)[0], row, "validation")
+    for split in ("train", "validation"):
+        is_published(d.load_arrays(data, split, row["size"])[0][0], row, "validation")
+
+
+@pytest.mark.parametrize("i", range(len(VECTORS)))
+@pytest.mark.parametrize("resident", [True, False])
+def test_training_crops_are_the_published_ones(vector_set, monkeypatch, i, resident):
+    row, data = VECTORS[i], vector_set[i]
+    monkeypatch.setattr(d, "draw_crops", lambda *a, **k: np.array([row["crop"]], np.int32))
+    monkeypatch.setattr(d, "draw_flips", lambda *a: np.array([row["flip"]]))
+    monkeypatch.setattr(d, "fits_device", lambda dataset: resident)
+    for reader in ["jax"] if not resident else d._READERS:
+        stream = d.training_batches(data, row["size"], 1, reader=reader)
+        is_published(one_batch(stream)[0], row, "training")
+
+
+def tf_legacy(image, size):
+    "TensorFlow's own operations: bilinear by corners, float16, uint8"
+    legacy = dict(align_corners=False, half_pixel_centers=False)
+    values = tf.compat.v1.image.resize_bilinear(image[None], size, **legacy)[0]
+    return tf.cast(tf.cast(values, tf.float16), tf.uint8).numpy()
+
+
+sides = st.one_of(st.integers(1, 12), st.integers(1, 700))
+
+
+@quick
+@given(st.tuples(sides, sides), st.tuples(sides, sides), st.integers(0, 99), st.booleans())
+def test_published_resize_is_tensorflows_old_one(old, new, seed, flip):
+    image = d.random_bits(seed, np.arange(old[0] * old[1] * 3)).astype(np.uint8).reshape(*old, 3)
+    expected = tf_legacy(image[:, ::-1] if flip else image, new)
+    ours = d.resize(image[:, ::-1] if flip else image, new)
+    np.testing.assert_array_equal(ours, expected)
+    square = new[0], new[0]  # on JAX's device
+    whole, zero = np.array([[0, 0, *old]], np.int32), np.zeros(1, np.int32)
+    scale = (np.array([old]) / np.array([square])).astype("float32")
+    part = np.zeros((1, 2), "float32"), np.array([flip])
+    at = image.reshape(-1, 3), zero, np.array([old[1]], np.int32)
+    side = min(new[0], 64)  # a part of it, so that few programs are compiled
+    side = 1 << (side.bit_length() - 1)
+    found = np.asarray(d._cutter("published")(*at, whole, scale, *part, side))[0]
+    np.testing.assert_array_equal(
+        found, tf_legacy(image[:, ::-1] if flip else image, square)[:side, :side]
+    )
+
+
+@quick
+@given(sides, sides, st.integers(7, 600))
+def test_published_window_is_computed_in_float32(height, width, image_size):
+    short = tf.cast(min(height, width), tf.float32)
+    ratio = tf.cast(int(image_size * 256 / 224), tf.float32) / short
+    new = [int(tf.cast(tf.cast(side, tf.float32) * ratio, tf.int32)) for side in (height, width)]
+    corner = [(side - image_size) // 2 for side in new]
+    assert d.validation_window(height, width, image_size) == (tuple(new), tuple(corner))
+    size, at = d._tf_window(tf.constant([height, width, 3]), image_size, "published")
+    assert (list(size.numpy()), [int(a) for a in at]) == (new, corner)
+
+
+@pytest.mark.parametrize("image_resize", d._RESIZES)
+@pytest.mark.parametrize("image_size", [1, 2, 6, 7, 64])
+def test_extreme_shapes_agree(tmp_path, image_size, image_resize):
+    shapes = [(1, 1), (1, 10_000), (10_000, 1), (2, 3), (41, 41), (5, 300), (600, 7)]
+    records = [record(encode(picture(*shape, i), "PNG")) for i, shape in enumerate(shapes)]
+    write(tmp_path, "train", records), write(tmp_path, "validation", records)
+    data, n = d.open_data(tmp_path, verbose=False), len(shapes)
+    how = dict(image_resize=image_resize)
+    (theirs,) = d.validation_batches(data, image_size, n, **how)
+    (ours,) = d.validation_arrays(data, image_size, n, **how)
+    np.testing.assert_array_equal(theirs[0], ours[0])
+    for preprocessing in ("train", "validation"):
+        how["preprocessing"] = preprocessing
+        streams = [d.training_batches(data, image_size, n, reader=r, **how) for r in d._READERS]
+        for tensors, arrays, device in islice(zip(*streams), 2):
+            np.testing.assert_array_equal(tensors[0], arrays[0])
+            atol = 0 if image_resize == "published" else 1  # compilers fuse products and sums
+            check_close(np.asarray(device[0]), arrays[0], rtol=0, atol=atol)
+
+
+def test_modern_resize_is_todays():
+    "What runs from before the field was there were trained with: half-pixel centers, rounded"
+    for i, (old, new) in enumerate(
+        [((30, 40), (17, 23)), ((9, 7), (50, 60)), ((200, 5), (64, 64))]
+    ):
+        image = picture(*old, i)
+        theirs = np.rint(tf.image.resize(image, new).numpy()).astype(np.uint8)
+        np.testing.assert_array_equal(d.resize(image, new, image_resize="modern"), theirs)
+    assert d.validation_window(332, 500, 224, "modern") == ((256, 386), (16, 81))
+    assert d._ASPECTS["modern"] == (3 / 4, 4 / 3)
+
+
+def test_jpegs_of_published_cases_are_decoded_fast(sample, monkeypatch, capsys):
+    pytest.importorskip("simplejpeg")
+    encoded = [d._read(sample, "train", i)[0] for i in range(50)]
+    theirs = [tf.io.decode_jpeg(e, dct_method="INTEGER_FAST").numpy() for e in encoded]
+    for a, b in zip(encoded, theirs):
+        np.testing.assert_array_equal(d._decode(a, fast=True), b)
+    accurate = [d._decode(e).astype(int) for e in encoded]
+    assert 0.5 < np.mean([np.abs(a - b).mean() for a, b in zip(accurate, theirs)]) < 1.5
+    kept = {how: d.load_arrays(sample, "validation", 32, how)[0] for how in d._RESIZES}
+    d._say_accurate.cache_clear()
+    monkeypatch.setattr(d, "_has_fast_dct", lambda: False)  # Pillow alone: it is said, once
+    for how in 2 * d._RESIZES:
+        images, _ = d.load_arrays(sample, "validation", 32, how)
+        assert np.array_equal(images, kept[how]) == (how == "modern")
+    assert capsys.readouterr().out.count("accurate DCT") == 1
+    next(d.array_batches(sample, 16, 8, image_resize="modern"))
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_image_resize_is_refused(sample):
+    for call in (
+        lambda: d.training_batches(sample, 32, 8, image_resize="publish"),
+        lambda: d.validation_batches(sample, 32, 8, image_resize="publish"),
+        lambda: next(d.validation_arrays(sample, 32, 8, image_resize="publish")),
+        lambda: d.load_arrays(sample, "train", 32, "publish"),
+    ):
+        with pytest.raises(ValueError, match="image_resize.*Did you mean 'published'"):
+            call()
 
 
 # --- without TensorFlow ----------------------------------------------------------------------

@@ -6,8 +6,8 @@ results/ as they come. Without a GPU: a message.
 
     python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
-speed    gpu_speed.csv: waves 1 = the targets and their peers, 2 and 3 = the other arms of B0 and B4, 4 = other peers,
-         5 = plain operations
+speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
+         and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
 reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
@@ -54,6 +54,12 @@ def contenders():
         rows += [
             (f"timm {peer['model']}, compiled", "torch", {**peer, "mode": m}, 1) for m in MODES
         ]
+        model = f"EfficientNet{size}"
+        for side, many in ((native, batch), (half, 2 * batch)):
+            one = dict(model=model, size=side, batch=many, env={"XLA_FLAGS": ""})
+            rows += [
+                (f"keras.applications {model}", "keras", {**one, "mode": m}, 1) for m in MODES
+            ]
         for arm in ("G16-LN_PN", "G16-GN", "G1-GN"):
             for part, side in (("Native", native), ("Half", half)):
                 many = batch * (2 if part == "Half" else 1)  # half the pixels, twice the pictures
@@ -65,8 +71,6 @@ def contenders():
         plain["env"] = {"EFFNET_KERNELS": "0"}
         name = f"{plain['model']}, plain operations"
         rows += [(name, "ours", {**plain, "mode": m}, 5) for m in MODES]
-    keras = dict(model="EfficientNetB0", size=224, batch=256, env={"XLA_FLAGS": ""})
-    rows += [("keras.applications EfficientNetB0", "keras", {**keras, "mode": m}, 4) for m in MODES]
     for model, sizes, batch in (
         ("tf_efficientnetv2_s", (300, 384), 128),
         ("resnet50", (224, 224), 256),
@@ -188,7 +192,7 @@ def keras_peer(model, size, batch, mode, **_):
 
     keras.utils.set_random_seed(SEED)
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
-    net = getattr(keras.applications, model)(weights=None)
+    net = getattr(keras.applications, model)(weights=None, input_shape=(size, size, 3))
     images, labels = _pictures(batch, size)
     if mode == "infer":
         import jax
@@ -518,7 +522,8 @@ def spread(values, name):
 
 
 def bench_speed(a, about, log):
-    table, begin = Table(a.folder / "gpu_speed.csv", ("name", "mode"), about), time.time()
+    keys = ("name", "mode", "image_size")
+    table, begin = Table(a.folder / "gpu_speed.csv", keys, about), time.time()
 
     def write(row, ready, seconds):
         name, _, s, wave = row
@@ -535,7 +540,7 @@ def bench_speed(a, about, log):
         )
 
     waves = {int(w) for w in a.waves.split(",")}
-    fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}")
+    fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}", re.IGNORECASE)
     chosen = sorted(filter(fits, contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3]))
     for _, _, settings, _ in chosen:
         settings["env"] = {"CUDA_VISIBLE_DEVICES": "0", **settings.get("env", {})}

@@ -25,9 +25,11 @@ ROOT = Path(__file__).resolve().parents[1]
 PEER = "keras.applications.EfficientNetB0"
 SPEED = (
     ("training", PEER, 224),
+    ("training", PEER, 160),
     ("training", "B0-G1-GN-Native", 224),
     ("training", "B0-G16-LN_PN-Half", 160),
     ("inference", PEER, 224),
+    ("inference", PEER, 160),
     ("inference", "B0-G1-GN-Native", 224),
     ("inference", "B0-G16-LN_PN-Half", 160),
 )

@@ -13,9 +13,9 @@ results/gpu_use.csv as they come. Without a GPU: a message.
 import argparse
 import csv
 import datetime
+import json
 import os
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,10 +25,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from effnet_repro.results import origin, portable  # noqa: E402
 from tests import bench_gpu  # noqa: E402
 
+SEED = bench_gpu.SEED
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
-COMMAND = "import sys; from effnet_repro.cli import train_command; sys.exit(train_command())"
 KEY = ("run", "case", "image_size")
 
 
@@ -51,14 +52,22 @@ def repeat_records(source, target, records):
     return once * times
 
 
-def run_command(words, run_dir):
+def run_command(words, run_dir, log):
     "Run `effnet-train` with these words; returns seconds from start to end, and the rows of metrics.csv"
     env = {**os.environ, "KERAS_BACKEND": "jax", "CUDA_VISIBLE_DEVICES": "0"}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
-    command = [sys.executable, "-c", COMMAND, *words, "--run-dir", str(run_dir), "--no-progress"]
+    command = [
+        sys.executable,
+        "-m",
+        "effnet_repro.cli",
+        "train",
+        *words,
+        "--run-dir",
+        str(run_dir),
+        "--no-progress",
+    ]
     begin = time.perf_counter()
-    with open(os.environ.get("BENCH_LOG", os.devnull), "a") as log:
-        done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=str(run_dir.parent))
+    done = subprocess.run(command, env=env, stdout=log, stderr=log, cwd=str(run_dir.parent))
     seconds = time.perf_counter() - begin
     if done.returncode:
         raise RuntimeError(f"effnet-train ended with status {done.returncode}: {words}")
@@ -91,20 +100,48 @@ def bare_step(name, size, batch, log):
 
 
 def runs(a, work):
-    "(name, words of the command, images of an update) of what is measured"
+    "(name, words of the command, how they are written down) of what is measured"
+    resident = ["--data-dir", str(a.resident), "--epochs", str(a.epochs)]
+    large = ["--micro-batch-size", str(a.micro_batch_size)]
+    few = ["--max-steps", str(a.steps), "--validate-every", "0"]
+    from_files = ["--data-dir", str(work / "photographs"), *large, *few]
+    return [
+        ("resident set, defaults", resident),
+        ("resident set, large micro-batch", [*resident, *large]),
+        ("photographs from JPEG files", from_files),
+    ]
+
+
+def measure(a, device):
+    "Measure the bare step, then every run, and write a row of each"
     from effnet_repro.config import get_case
 
-    batch = get_case(a.case).global_batch_size
-    resident = [a.case, "--budget", "case", "--data-dir", str(a.resident)]
-    large = ["--micro-batch-size", str(a.micro_batch_size)]
-    made = work / "photographs"
-    from_files = [a.case, "--budget", "case", "--data-dir", str(made), "--validate-every", "0"]
-    few = ["--max-steps", str(a.steps)]
-    return [
-        ("resident set, defaults", [*resident, "--epochs", str(a.epochs)], batch),
-        ("resident set, large micro-batch", [*resident, *large, "--epochs", str(a.epochs)], batch),
-        ("original photographs from JPEG files", [*from_files, *large, *few], batch),
-    ]
+    case = get_case(a.case)
+    command = ["python", "tests/bench_use.py", *sys.argv[1:]]
+    about = {"flags": bench_gpu.FLAGS, **origin(device, command, SEED, 1, bench_gpu.versions())}
+    about["call"] = datetime.datetime.now().isoformat(timespec="minutes")
+    table = bench_gpu.Table(a.results / "gpu_use.csv", KEY, about)
+    first = {"case": a.case, "image_size": case.image_size}
+
+    def write(name, row):
+        table.add({"run": name, **first, **row})
+        print(f"{name:36} {row['images_per_s']:10,.0f} images/s", flush=True)
+
+    with tempfile.TemporaryDirectory() as folder, open(
+        os.environ.get("BENCH_LOG", os.devnull), "a"
+    ) as log:
+        work, network = Path(folder), a.case.rpartition("_16IPU")[0]
+        bare = bare_step(network, case.image_size, a.micro_batch_size, log)
+        write("bare step", {"micro_batch_size": a.micro_batch_size, **bare})
+        records = repeat_records(a.images, work / "photographs", a.records)
+        print(f"{records:,} records", flush=True)
+        for i, (name, words) in enumerate(runs(a, work)):
+            words = [a.case, "--budget", "case", "--seed", str(SEED), *words]
+            seconds, rows = run_command(words, work / f"run{i}", log)
+            config = json.loads((work / f"run{i}" / "config.json").read_text())["case"]
+            found = rates(rows, config["global_batch_size"])
+            whole = {"command_s": round(seconds, 1), "ran": portable(["effnet-train", *words])}
+            write(name, {"micro_batch_size": config["micro_batch_size"], **found, **whole})
 
 
 def main():

@@ -57,9 +57,7 @@ def contenders():
         model = f"EfficientNet{size}"
         for side, many in ((native, batch), (half, 2 * batch)):
             one = dict(model=model, size=side, batch=many, env={"XLA_FLAGS": ""})
-            rows += [
-                (f"keras.applications {model}", "keras", {**one, "mode": m}, 1) for m in MODES
-            ]
+            rows += [(f"keras.applications {model}", "keras", {**one, "mode": m}, 1) for m in MODES]
         for arm in ("G16-LN_PN", "G16-GN", "G1-GN"):
             for part, side in (("Native", native), ("Half", half)):
                 many = batch * (2 if part == "Half" else 1)  # half the pixels, twice the pictures

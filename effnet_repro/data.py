@@ -778,15 +778,13 @@ def _bmp(pixels):
     return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
 
 # %% ../nbs/30_data.ipynb #8ba51532
-def _decode(data, fast=False):
+def _decode_accurate(data):
     "An image as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
     try:
         from PIL import Image
     except ImportError:
         kinds = "Only gray and RGB JPEGs can be read without Pillow. Run: pip install pillow."
         raise ImportError(kinds) from None
-    if fast and (pixels := _decode_fast(data)) is not None:
-        return pixels
     try:
         if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
@@ -808,18 +806,28 @@ def _has_fast_dct():
     return find_spec("simplejpeg") is not None
 
 
-def _decode_fast(data):
+def _decode_fast(data, strict):
     "A JPEG decoded with the fast DCT; None where that cannot be done, or only with a warning"
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not _has_fast_dct():
         return None
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True)
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=strict)
     except ValueError:
-        return None  # Pillow decides whether the file is damaged
+        return None
 
 
+def _decode(data, fast=False):
+    "An image as (H, W, 3) uint8, if wanted with the fast DCT where that can be done"
+    pixels = _decode_fast(data, strict=True) if fast else None
+    if pixels is None:
+        pixels = _decode_accurate(data)  # decides whether the file is damaged
+        again = _decode_fast(data, strict=False) if fast else None
+        pixels = pixels if again is None else again
+    return pixels
+
+# %% ../nbs/30_data.ipynb #cde0cedf
 @functools.lru_cache(maxsize=1)
 def _say_accurate():
     print(

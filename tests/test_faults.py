@@ -254,9 +254,14 @@ def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
         ours = d._decode(bytes(data))
     except ValueError as error:
         assert "Not a picture that can be decoded" in one_line(error)
+        with pytest.raises(ValueError, match="Not a picture that can be decoded"):
+            d._decode(bytes(data), fast=True)
         return
     theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_ACCURATE")
     np.testing.assert_array_equal(ours, theirs)  # TensorFlow refuses nothing that we take
+    if d._decode_fast(bytes(data), strict=False) is not None:
+        theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_FAST")
+        np.testing.assert_array_equal(d._decode(bytes(data), fast=True), theirs)
 
 
 def test_a_wrong_checksum_is_found_before_the_run(tmp_path):

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 ROOT = Path(__file__).parents[1]
@@ -40,3 +41,20 @@ def test_an_unknown_part_is_refused():
     words = [sys.executable, str(BENCH), "sped"]
     done = subprocess.run(words, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and "no part called sped" in done.stderr
+
+
+def test_bench_pixels_compares_the_device_with_the_host(tmp_path, capsys, monkeypatch):
+    import bench_pixels
+
+    words = ["--images", "6", "--sides", "24", "--results", str(tmp_path)]
+    assert bench_pixels.main(words) == 0
+    rows = _read(tmp_path / "pixels.csv")
+    assert [(row["image_resize"], row["crop"]) for row in rows] == [
+        (a, b) for a in ("published", "modern") for b in ("training", "validation")
+    ]
+    for row in rows:
+        assert row["seed"] == "0" and int(row["values"]) == 6 * 24 * 24 * 3
+        assert int(row["differing"]) == 0 or row["image_resize"] == "modern"
+    # A host that rounds is caught.
+    monkeypatch.setattr(bench_pixels.d, "_to_bytes", lambda v, _: np.rint(v).astype(np.uint8))
+    assert bench_pixels.main(words[:4]) == 1 and "NOT met" in capsys.readouterr().out

@@ -20,6 +20,7 @@ import numpy as np
 from .config import Case, load_cases
 from .pipeline import check_accumulation, describe_schedule, duration, schedule
 from .pipeline import split_segments
+from .results import NO_SEED, origin, write_rows, write_values
 from .scaling import ModelSpec, blocks, conv_table
 
 # %% ../nbs/37_planner.ipynb #0975cf51
@@ -548,11 +549,9 @@ def write_results(
     }
     constants = Constants(**model["constants"])
     rows = [_row(n, c, published, anchors, constants) for n, c in load_cases().items()]
-    with open(folder / "pod16_prediction.csv", "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    (folder / "pod16_model.json").write_text(json.dumps(model, indent=1) + "\n", encoding="utf-8")
+    about = origin("CPU, a model of a POD16", "python -m effnet_repro.planner", NO_SEED, 1)
+    write_rows(folder / "pod16_prediction.csv", rows, ("case",), about)
+    write_values(folder / "pod16_model.json", model, about)
 
 
 if __name__ == "__main__" and "__file__" in globals():

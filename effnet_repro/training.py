@@ -70,6 +70,7 @@ from effnet_repro.recipe import (
     total_updates,
     trained_segments,
 )
+from .results import origin_of_run, write_rows
 from effnet_repro.runs import (
     Run,
     Scores,
@@ -1120,6 +1121,7 @@ def _describe_run(run_dir, program, data, notes):
         "data": {"root": data.root, "format": data.format, "builtin": data.builtin},
         "skipped_pictures": list(data.damaged),
         "pictures": {"train": data.train_count, "validation": data.validation_count},
+        "data_fingerprint": data.fingerprint,
         **notes,
     }
     write_json(run_dir / "config.json", config)
@@ -1315,27 +1317,16 @@ def record(
     path,  # A CSV file of results; a row is added, or replaced when `what` is there already
     what: str,  # What was measured, in a few words
     scores: Scores,  # From `evaluate`, `validate` or a run
-    run_dir,  # Where it was made: environment and seed are taken from it
+    run_dir,  # Where it was made: environment, seed and data set are taken from it
     command: str,  # The exact command, with the data folder as a variable
     data: str,  # Name of the data set
     seconds: float,  # Wall time of the command
 ):
-    "Write a measured accuracy with its circumstances"
-    read = lambda name: json.loads((Path(run_dir) / name).read_text())
-    env, config = read("environment.json"), read("config.json")
-    row = {
-        "what": what,
-        "data": data,
-        **score_row("last", scores),
-        "runs": 1,
-        "seed": config["seed"],
-    }
-    row.update(
-        {k: env[k] for k in ("device", "backend", "date", "revision", "uncommitted_changes")}
-    )
-    row.update(case=config["case"]["name"], epochs=config["case"]["epochs"], seconds=round(seconds))
-    row.update(versions=json.dumps(env["versions"]), command=command)
-    append_rows(path, [row], lambda old: old["what"] != what)
+    "Write a measured accuracy with where it is from"
+    case = json.loads((Path(run_dir) / "config.json").read_text())["case"]
+    row = {"what": what, "data": data, **score_row("last", scores)}
+    row.update(case=case["name"], epochs=case["epochs"], seconds=round(seconds))
+    write_rows(path, [row], ("what",), origin_of_run(run_dir, command))
 
 # %% ../nbs/38_training.ipynb #aa11aa39
 def plot_predictions(

@@ -7,6 +7,7 @@ CPU time (which a busy machine changes less), and the machine's load. Nothing is
 """
 
 import argparse
+import datetime
 import json
 import os
 import platform
@@ -21,6 +22,7 @@ from pathlib import Path
 import numpy as np
 
 STARTED = time.perf_counter()
+CALL = datetime.datetime.now(datetime.timezone.utc).isoformat()[:16]
 ROOT = Path(__file__).resolve().parents[1]
 PEER = "keras.applications.EfficientNetB0"
 SPEED = (
@@ -267,7 +269,7 @@ def circumstances(n, versions=None):
     python = lambda before, w: "$PYTHON_WITH_TIMM" if before == "--torch-python" else w
     words = ["python", "tests/bench_cpu.py", *map(python, sys.argv, sys.argv[1:])]
     about = origin(f"{cpu_model()}, {num_cores()} cores", words, SEED, n, versions)
-    return {"load": load, "python": about["versions"]["python"], **about}
+    return {"load": load, "call": CALL, "python": about["versions"]["python"], **about}
 
 
 def spread(values, unit):

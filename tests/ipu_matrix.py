@@ -7,7 +7,6 @@ Graphcore's build is made from, the networks without group convolutions run as w
 """
 
 import csv
-import datetime
 import platform
 import sys
 import time
@@ -21,9 +20,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_ipu import both, small, worst_difference  # noqa: E402
 
 from effnet_repro.config import load_cases  # noqa: E402
+from effnet_repro.results import origin, write_rows  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 TWICE = ("B0-G16-LN_PN", "B2-G1-GN")  # two stages with proxy norm, four stages without
+LIMITS = {"weights": 5e-4, "slots": 5e-4, "loss": 2e-5}  # those of test_ipu.check_updates
+COMMAND, SEED = "python tests/ipu_matrix.py", 1  # the seed that test_ipu.both gives
 
 
 def measure(network, name, updates):
@@ -32,7 +34,7 @@ def measure(network, name, updates):
     _, (got, reports), (wanted, losses) = both(case, updates, check_divergence=False)
     slots = {n: w for n, w in wanted.items() if n.startswith("slots/")}
     weights = {n: w for n, w in wanted.items() if n not in slots}
-    return {
+    row = {
         "network": network,
         "case": name,
         "updates": updates,
@@ -46,15 +48,13 @@ def measure(network, name, updates):
         "slots_difference": f"{worst_difference(got, slots):.2e}",
         "loss_difference": f"{abs(reports / losses - 1)[:, 0].max():.2e}",
         "ran_on": "CPU stand-in",
-        "n": 1,
-        "seed": 1,
         "seconds": round(time.perf_counter() - began, 1),
-        "device": f"CPU, {platform.machine()}",
         "tensorflow": tf.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
-        "date": datetime.date.today().isoformat(),
     }
+    passed = all(float(row[f"{k}_difference"]) < most for k, most in LIMITS.items())
+    return {**row, "passed": passed}
 
 
 def main(path, most=99):
@@ -71,13 +71,11 @@ def main(path, most=99):
     if tf.__version__ < "2.8":  # its CPU kernels have no gradient of group convolutions
         wanted = [w for w in wanted if "-G1-" in w[0]]
     for network, updates in [w for w in wanted if w not in done][: int(most)]:
-        rows.append(measure(network, networks[network], updates))
-        print(rows[-1], flush=True)
-        with path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            keys = ("network", "updates", "tensorflow")
-            writer.writerows(sorted(rows, key=lambda r: tuple(str(r[k]) for k in keys)))
+        row = measure(network, networks[network], updates)
+        print(row, flush=True)
+        versions = {"tensorflow": tf.__version__}
+        about = origin(f"CPU, {platform.machine()}", COMMAND, SEED, 1, versions)
+        write_rows(path, [row], ("network", "updates", "tensorflow"), about)
 
 
 if __name__ == "__main__":

@@ -136,3 +136,60 @@ def test_the_gpu_benchmark_writes_whole_rows(tmp_path):
     (row,) = read(tmp_path / "gpu.csv")
     assert (row["images_per_s"], row["n"], row["seed"]) == ("4.5", "2", "0")
     assert results.untraceable(tmp_path / "gpu.csv") == []
+
+
+def test_every_committed_row_says_where_it_is_from():
+    "`published_figure.csv` alone is the paper's data; each of its rows names its source."
+    files = [p for p in sorted((ROOT / "results").iterdir()) if p.name != "README.md"]
+    assert len(files) > 10 and {p.suffix for p in files} <= {".csv", ".json"}
+    wrong = [w for p in files if p.name != "published_figure.csv" for w in results.untraceable(p)]
+    assert wrong == []
+    assert all("figure of" in r["source"] for r in read(ROOT / "results" / "published_figure.csv"))
+
+
+def test_every_file_has_a_line_in_the_folder_s_readme():
+    text = (ROOT / "results" / "README.md").read_text(encoding="utf-8")
+    assert [
+        p.name
+        for p in (ROOT / "results").iterdir()
+        if p.suffix != ".md" and f"`{p.name}`" not in text
+    ] == []
+
+
+def test_best_peer_is_of_the_same_call_mode_and_family():
+    row = lambda name, size, speed, call="a", mode="train": dict(
+        name=name, image_size=size, images_per_s=speed, call=call, mode=mode
+    )
+    ours = row("B0-G16-LN_PN-Half", 160, 9)
+    best = row("keras.applications EfficientNetB0", 224, 5)
+    rows = [ours, row("timm efficientnet_b0, compiled", 224, 4), best]
+    rows += [row("keras.applications EfficientNetB0", 160, 7), row("timm efficientnet_b4", 224, 8)]
+    rows += [
+        row("keras.applications EfficientNetB0", 224, 8, call="b"),
+        row("timm resnet50", 224, 8),
+    ]
+    rows += [row("timm efficientnet_b0", 224, 8, mode="infer"), row("B0-G1-GN-Native", 224, 8)]
+    assert results.best_peer(rows, ours, 224) == best
+    assert results.best_peer(rows, ours)["image_size"] == 160
+    assert results.best_peer(rows, ours, 380) is None
+
+
+def test_a_run_s_rows_say_what_the_run_noted(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    machine = {
+        **{k: ABOUT[k] for k in ABOUT if k not in ("command", "seed", "n")},
+        "python": "3",
+        "backend": "jax",
+    }
+    (run / "environment.json").write_text(json.dumps(machine))
+    config = {"case": {"name": "B0"}, "seed": 7, "data_fingerprint": "f00d"}
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "metrics.csv").write_text("epoch,loss\n1,2.5\n2,2.0\n")
+    results.write_curve(tmp_path / "curve.csv", run, ["effnet-train", "B0"])
+    rows = read(tmp_path / "curve.csv")
+    assert [(r["case"], r["epoch"], r["loss"], r["seed"], r["data_fingerprint"]) for r in rows] == [
+        ("B0", "1", "2.5", "7", "f00d"),
+        ("B0", "2", "2.0", "7", "f00d"),
+    ]
+    assert rows[0]["command"] == "effnet-train B0" and rows[0]["revision"] == ABOUT["revision"]

@@ -19,6 +19,7 @@ import json
 import mmap
 import os
 import re
+import stat
 import struct
 import tempfile
 import zipfile
@@ -420,7 +421,8 @@ class DataSet:
     ) -> str:  # Changes when a training picture is added, moved, resized or relabelled
         "Sum up names, places, bytes and labels of the training pictures"
         split = self.splits["train"]
-        digest = hashlib.sha256("\n".join(map(os.path.basename, split.files)).encode())
+        names = "\n".join(map(os.path.basename, split.files))
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
         for numbers in (split.file, split.offset, split.length, split.label):
             digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
         return digest.hexdigest()[:16]
@@ -473,6 +475,24 @@ def _sum_up(dataset, name):
     for piece in _pieces(split):
         digest.update(piece)
     return digest.hexdigest()[:16]
+
+# %% ../nbs/30_data.ipynb #22505425
+_TOOLS = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "recycler", "thumbnails"}
+_TOOLS |= {"system volume information", "network trash folder", "temporary items"}
+_TOOLS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "_thumbnails", "#recycle", "#snapshot"}
+_TOOL_ENDINGS = ("~", ":zone.identifier", "@synoeastream", "@synoresource")
+
+
+def _left_by_tools(name):
+    "Whether a program left this file or folder, and nobody means it as a class or an image"
+    name = name.lower()
+    return name in _TOOLS or name.startswith((".", "@", "~")) or name.endswith(_TOOL_ENDINGS)
+
+
+def _listed(folder):
+    "Paths in a folder, sorted, without what tools leave"
+    paths = (path for path in folder.iterdir() if not _left_by_tools(path.name))
+    return sorted(paths, key=lambda path: path.name)
 
 # %% ../nbs/30_data.ipynb #5764cabc
 _LARGE = 2**31  # bytes of a split beyond which lists are cached and reading goes in runs
@@ -566,7 +586,7 @@ def _cached_list(paths, cache_dir):
 def _record_files(root, split):
     "Files of a split, beside each other or in a folder of their own"
     found = list(root.glob(f"{split}-*")) or list(root.glob(f"{split}/{split}-*"))
-    return sorted(path for path in found if path.is_file())
+    return sorted(path for path in found if path.is_file() and not _left_by_tools(path.name))
 
 
 def _open_tfrecords(root, cache_dir):
@@ -586,31 +606,39 @@ _SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def _list_folder(folder, classes):
-    paths, labels = [], []
+    paths, sizes, labels = [], [], []
     for label, name in enumerate(classes):
-        inside = (folder / name).iterdir() if (folder / name).is_dir() else ()
-        found = sorted(str(path) for path in inside if path.suffix.lower() in _SUFFIXES)
+        inside = _listed(folder / name) if (folder / name).is_dir() else ()
+        found = [(path, os.stat(path)) for path in inside if path.suffix.lower() in _SUFFIXES]
+        found = [(path, facts) for path, facts in found if not stat.S_ISDIR(facts.st_mode)]
         if (folder / name).is_dir() and not found:
             raise ValueError(
                 f"The class folder {folder / name} holds no picture ({' '.join(_SUFFIXES)}). "
                 f"Put pictures there, or remove the folder."
             )
-        paths += found
+        paths += [path for path, _ in found]
+        sizes += [facts.st_size for _, facts in found]
         labels += [label] * len(found)
-    size = [os.path.getsize(path) for path in paths]
-    return _split(paths, np.arange(len(paths)), np.zeros(len(paths)), size, labels)
+    return _split(paths, np.arange(len(paths)), np.zeros(len(paths)), sizes, labels)
+
+# %% ../nbs/30_data.ipynb #861d317f
+def _class_folders(folder):
+    "Names of the class folders; says which folders are not taken for one"
+    if not folder.is_dir():
+        return []
+    for path in folder.iterdir():
+        if path.is_dir() and _left_by_tools(path.name) and not path.name.startswith("."):
+            print(f"data: {path} is not taken for a class: tools leave folders of that name")
+    return [path.name for path in _listed(folder) if path.is_dir()]
 
 
 def _open_folder(root, cache_dir):
-    train = root / "train"
-    validation = root / "validation" if (root / "validation").is_dir() else root / "val"
-    names = {
-        folder: sorted(path.name for path in folder.iterdir() if path.is_dir())
-        for folder in (train, validation)
-        if folder.is_dir()
-    }
-    classes = names.get(train) or names.get(validation, [])
-    extra = sorted(set(names.get(validation, ())) - set(classes))
+    train, validation = root / "train", root / "validation"
+    classes, inside = _class_folders(train), _class_folders(validation)
+    if not inside:
+        validation, inside = root / "val", _class_folders(root / "val")
+    classes = classes or inside
+    extra = sorted(set(inside) - set(classes))
     if extra:
         raise ValueError(
             f"{validation} has class folders that {train} does not have: {', '.join(extra[:5])}. "

@@ -850,3 +850,83 @@ def test_fingerprints_of_other_layouts(tmp_path, cache, sample):
     assert sample.split_fingerprint("train") != sample.split_fingerprint("validation")
     with pytest.raises(ValueError, match="Unknown split 'test'"):
         sample.split_fingerprint("test")
+
+
+# --- what tools leave ------------------------------------------------------------------------
+
+LEFT_FOLDERS = """.ipynb_checkpoints .git .thumbnails .Trash-1000 .AppleDouble .cache @eaDir @tmp __MACOSX
+lost+found $RECYCLE.BIN RECYCLER System_Volume_Information __pycache__ #recycle #snapshot ~snapshot""".split()
+LEFT_FILES = "._x.jpg .x.jpg .hidden.png @x.jpg ~x.jpg".split()
+
+
+@pytest.mark.parametrize("name", LEFT_FOLDERS)
+def test_folders_that_tools_leave_are_no_classes(tmp_path, capsys, name):
+    name, clean = name.replace("_V", " V").replace("_I", " I"), folders(tmp_path / "clean", FOLDERS)
+    litter = {
+        f"{at}{name}/x-checkpoint.jpg": encode(picture())
+        for at in ("", "train/", "val/", "train/a/")
+    }
+    places = [folders(tmp_path / "littered", {**FOLDERS, **litter}), clean]
+    found, expected = (d.open_data(place, verbose=False) for place in places)
+    assert found.class_names == ("a", "b") and found.num_classes == 2
+    for split in ("train", "validation"):
+        assert found.split_fingerprint(split) == expected.split_fingerprint(split)
+    assert found.fingerprint == expected.fingerprint
+    said = capsys.readouterr().out
+    assert said.count(f"{name} is not taken for a class") == (0 if name.startswith(".") else 2)
+
+
+@pytest.mark.parametrize("name", LEFT_FILES)
+def test_files_that_tools_leave_are_no_images(tmp_path, name):
+    "AppleDouble files have an image's name and are none"
+    litter = {
+        f"{split}/{c}/{name}": b"\0\5\26\7not an image" for split in ("train", "val") for c in "ab"
+    }
+    found = d.open_data(
+        folders(tmp_path / "a", {**FOLDERS, **litter}),
+        verbose=False,
+        cache_dir=tmp_path,
+        on_corrupt="skip",
+    )
+    assert (found.train_count, found.validation_count, found.damaged) == (4, 4, ())
+    (tmp_path / "a/train/a/album.jpg").mkdir()  # a folder is no image either
+    assert d.open_data(tmp_path / "a", verbose=False).train_count == 4
+    only = folders(tmp_path / "b", {**FOLDERS, f"train/c/{name}": b"x", "train/c/Thumbs.db": b"x"})
+    with pytest.raises(ValueError, match="class folder .*c holds no picture"):
+        d.open_data(only)
+
+
+@pytest.mark.parametrize("split", ["validation", "train"])
+def test_a_split_of_nothing_but_what_tools_leave_is_not_there(tmp_path, split):
+    files = {k: v for k, v in FOLDERS.items() if not k.startswith(split)}
+    files[f"{split}/.ipynb_checkpoints/x.jpg"] = encode(picture())
+    files[f"{split}/.DS_Store"] = b"x"
+    found = d.open_data(folders(tmp_path, files), verbose=False)
+    assert (found.train_count, found.validation_count) == (
+        (4, 4) if split == "validation" else (0, 4)
+    )
+
+
+@pytest.mark.parametrize("inner", ["", "split"])
+def test_records_and_cifar_files_that_tools_leave(tmp_path, inner):
+    names = "._{0} .{0} {0}~ {0}:Zone.Identifier {0}@SynoEAStream @eaDir/{0}".split()
+    for split in ("train", "validation"):
+        place = write(tmp_path / (split if inner else ""), split, [record()])
+        for name in names:
+            left = place / name.format(f"{split}-00000-of-00001")
+            left.parent.mkdir(exist_ok=True)
+            left.write_bytes(b"\0\5\26\7not a record")
+    found = d.open_data(tmp_path, verbose=False)
+    assert (found.format, found.files) == ("tfrecord", {"train": 1, "validation": 1})
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c/data_batch_1.bin").write_bytes(bytes(3073))
+    (tmp_path / "c/._data_batch_1.bin").write_bytes(b"x")
+    assert d.open_data(tmp_path / "c", verbose=False).train_count == 1
+
+
+def test_what_tools_leave_is_no_data_set(tmp_path):
+    for name in ("._train-00000-of-00001", "__MACOSX/train/x.jpg", ".train/a/x.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="No data set in"):
+        d.open_data(tmp_path)

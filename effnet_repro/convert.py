@@ -29,6 +29,7 @@ from effnet_repro.config import (
     Case,
     case_from_dict,
     case_to_dict,
+    earlier_note,
     for_one_device,
     get_case,
     list_some,
@@ -495,6 +496,8 @@ def _find_torch(path, options):
     affine, notes = _torch_affine(said, mean, std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
         affine, notes = None, ()  # ours, centred as published unless the header says otherwise
+    if case and (note := earlier_note(said["case"])):
+        notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=said.get("class_names"), notes=notes)
     if "block0.conv.weight" in state:
         return _Found(state, torch_name, **about)
@@ -607,7 +610,8 @@ def _read_ours(path, weights, given):
     spec = ModelSpec.from_case(case, metadata["num_classes"])
     check_matches(arrays, params(spec))
     names = metadata.get("class_names") or _class_names(spec.num_classes)
-    return Weights(spec, arrays, case, tuple(names), (f"Weights of {file.name}.",))
+    notes = (f"Weights of {file.name}.", earlier_note(metadata["case"]))
+    return Weights(spec, arrays, case, tuple(names), tuple(filter(None, notes)))
 
 
 def _class_names(n):
@@ -648,7 +652,10 @@ def _fit_case(found, guess, given, image_size):
     size = image_size or (_odd_size(native) if found.odd_size else base.image_size)
     notes = tuple(n.replace(f"at {base.image_size} px", f"at {size} px") for n in notes)
     norm = base.input_norm if found.affine is None else "keras"
-    return replace(base, image_size=size, input_norm=norm), notes
+    case = replace(base, image_size=size, input_norm=norm)
+    if found.affine is not None and not (given or found.case):
+        case = replace(case, image_resize="modern")  # others resize between pixel centers
+    return case, notes
 
 
 def _settle(path, found, given, num_classes, image_size, class_names):

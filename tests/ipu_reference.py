@@ -47,7 +47,8 @@ def reference_update(case, spec, weights, slots, images, labels, rate, *, seed=0
         with tf.GradientTape() as tape:
             tape.watch(watched)
             logits = run(ops, spec, tensors, x, FedMasks(ops, spec, fed))
-            loss = ops.mean(cross_entropy(ops, logits, soft, case.label_smoothing))
+            smoothing = case.label_smoothing, case.label_smoothing_over
+            loss = ops.mean(cross_entropy(ops, logits, soft, *smoothing))
         right = ops.sum(ops.cast(ops.sum(logits * targets, -1) >= ops.max(logits, -1), "float32"))
         return tape.gradient(loss, watched), loss, right
 

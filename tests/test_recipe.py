@@ -23,6 +23,7 @@ from effnet_repro.recipe import (
     rmsprop_step,
     sgd_step,
     smooth_targets,
+    steps_per_epoch,
     total_updates,
     trained_segments,
     unscale,
@@ -257,6 +258,50 @@ def test_max_steps_does_not_squeeze_the_schedule():
     assert learning_rate(cut, 7, 100) == learning_rate(CASE, 7, 100)
 
 
+# ---------------------------------------------------------------- device loops
+
+IMAGENET = 1_281_167
+
+
+def published_rate(step, total=583_865, warmup=8_340, loop=104):
+    """Written out: one rate a loop, the one of its first step; 146 drops; linear warm-up."""
+    begin = step // loop * loop
+    rate = 768 / 16_384 * 0.97 ** ((begin * 146) // total)
+    return rate * begin / warmup if begin < warmup else rate
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_published_run_in_device_loops(name):
+    case = override(CASES[name], device_loop=104)
+    steps = steps_per_epoch(case, IMAGENET)
+    assert total_updates(case, steps) == 583_960 == 5_615 * 104
+    some = [*range(0, 1_000, 7), 103, 104, 8_319, 8_320, 8_423, 8_424, 300_000, 583_855, 583_959]
+    ours = [learning_rate(case, i, steps) for i in some]
+    check_close(ours, [published_rate(i) for i in some], rtol=1e-12)
+    assert ours[0] == learning_rate(case, 103, steps) == 0 < learning_rate(case, 104, steps)
+    assert ours[-1] == case.learning_rate * 0.97**145
+
+
+def test_without_device_loops_nothing_changed():
+    one = override(CASE, device_loop=1)
+    assert steps_per_epoch(CASE, IMAGENET) == steps_per_epoch(one, IMAGENET) == 1668
+    for case in (CASE, one):
+        assert total_updates(case, 1668) == 583_800
+        assert learning_rate(case, 1, 1668) == 768 / 16_384 / 8_340
+
+
+@settings(deadline=None)
+@given(st.integers(1, 300), st.floats(0.5, 20), st.integers(2, 500))
+def test_a_run_ends_with_a_whole_loop(loop, epochs, per_epoch):
+    case = override(CASE, device_loop=loop, epochs=epochs, warmup_epochs=0)
+    nominal = total_updates(override(case, device_loop=1), per_epoch)
+    total = total_updates(case, per_epoch)
+    assert total % loop == 0 and nominal <= total < nominal + loop
+    plain = override(case, device_loop=1)
+    last = [learning_rate(case, total - 1 - i, per_epoch) for i in range(loop)]
+    assert set(last) == {learning_rate(plain, total - loop, per_epoch)}
+
+
 def test_plot_schedule_draws_the_rate():
     plt = pytest.importorskip("matplotlib.pyplot")
     ax = plot_schedule(CASE, updates_per_epoch=10)
@@ -302,16 +347,49 @@ def soft_targets(m=12, classes=7):
     return logits, rng.dirichlet(np.ones(classes), size=m).astype("float32")
 
 
+def log_probabilities(logits):
+    """In float64, from the definition."""
+    z = logits.astype("float64")
+    z = z - z.max(1, keepdims=True)
+    return z - np.log(np.exp(z).sum(1, keepdims=True))
+
+
+@pytest.mark.parametrize("classes", [2, 7, 10, 1000])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_cross_entropy_is_the_published_one(backend, classes):
+    """Published: one-hot labels of 1 - e and e/(K-1), made first, then mixed; the mean of -t log p."""
+    pytest.importorskip(backend)
+    rng, e = np.random.default_rng(classes), 0.1
+    logits, labels = rng.normal(size=(9, classes)).astype("float32"), rng.integers(classes, size=9)
+    smooth = np.full((9, classes), e / (classes - 1))
+    smooth[np.arange(9), labels] = 1 - e
+    share = rng.uniform(0.5, 1, (9, 1))
+    smooth = share * smooth + (1 - share) * np.roll(smooth, 1, 0)
+    hard = np.eye(classes)[labels]
+    targets = (share * hard + (1 - share) * np.roll(hard, 1, 0)).astype("float32")
+    ours = cross_entropy(get_ops(backend), logits, targets, e)
+    check_close(
+        np.asarray(ours, "float64"), -(smooth * log_probabilities(logits)).sum(1), rtol=2e-6
+    )
+
+
+def test_the_smoothed_values_of_ten_classes_are_the_published_ones():
+    smooth = smooth_targets(numpy_ops, np.eye(10, dtype="float32"), 0.1)
+    assert smooth[3, 3] == np.float32(0.9) and smooth[3, 4] == np.float32(0.1 / 9)
+    every = smooth_targets(numpy_ops, np.eye(10, dtype="float32"), 0.1, "all")
+    check_close(every[3, 3:5], np.float32([0.91, 0.01]), rtol=1e-6)
+
+
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.1, 0.5])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_cross_entropy_is_tensorflow_1s(backend, label_smoothing):
+def test_cross_entropy_over_all_classes_is_tensorflow_1s(backend, label_smoothing):
     tf = pytest.importorskip("tensorflow")
     pytest.importorskip(backend)
     logits, targets = soft_targets()
     theirs = tf.compat.v1.losses.softmax_cross_entropy(
         targets, logits, label_smoothing=label_smoothing, reduction="none"
     )
-    ours = cross_entropy(get_ops(backend), logits, targets, label_smoothing)
+    ours = cross_entropy(get_ops(backend), logits, targets, label_smoothing, "all")
     check_close(np.asarray(ours), theirs, rtol=1e-5)
 
 
@@ -345,10 +423,10 @@ def test_cross_entropy_gradient_is_softmax_minus_target():
     check_close(tape.gradient(loss, x).numpy(), expected.numpy(), rtol=1e-4, atol=1e-6)
 
 
-@given(st.floats(0, 0.99), st.integers(1, 50))
-def test_smoothed_targets_stay_a_distribution(label_smoothing, classes):
+@given(st.floats(0, 0.99), st.integers(1, 50), st.sampled_from(["others", "all"]))
+def test_smoothed_targets_stay_a_distribution(label_smoothing, classes, over):
     targets = np.random.default_rng(0).dirichlet(np.ones(classes), size=4).astype("float32")
-    smooth = smooth_targets(numpy_ops, targets, label_smoothing)
+    smooth = smooth_targets(numpy_ops, targets, label_smoothing, over)
     assert smooth.dtype == np.float32 and smooth.min() >= 0
     check_close(smooth.sum(-1), np.ones(4, "float32"), rtol=1e-5)
 

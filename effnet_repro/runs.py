@@ -6,8 +6,8 @@
 __all__ = ['NETWORK_FIELDS', 'PROTOCOLS', 'Scores', 'score', 'plot_confusion', 'quiet_stderr', 'write_json', 'append_rows',
            'describe_machine', 'read_metrics', 'plot_run', 'save_curves', 'say_scores', 'score_row', 'write_scores',
            'score_table', 'Run', 'average_until', 'refuse_other_case', 'refuse_other_data', 'data_notes',
-           'refuse_other_run', 'list_fields', 'check_init', 'read_case', 'find_run', 'StopSignals', 'finetune_case',
-           'finetune_budget', 'finetune_size']
+           'refuse_other_run', 'list_fields', 'check_init', 'settle_case', 'read_case', 'find_run', 'StopSignals',
+           'finetune_case', 'finetune_budget', 'finetune_size']
 
 # %% ../nbs/34_runs.ipynb #e602e83c
 import contextlib
@@ -37,9 +37,11 @@ from effnet_repro.config import (
     budget_overrides,
     case_from_dict,
     differing_fields,
+    earlier_fields,
     for_one_device,
     get_case,
     override,
+    say_earlier,
     unknown_name,
 )
 from .network import ModelSpec, segments
@@ -450,6 +452,31 @@ def check_init(
             "Fine-tune on the data set that it was trained on."
         )
 
+# %% ../nbs/34_runs.ipynb #24874386
+def _stored_case(run_dir):
+    "A checkpoint of a run and the case in it, as it was stored; the newest one that can be read"
+    for path in sorted((Path(run_dir) / "checkpoints").glob("epoch-*.safetensors"), reverse=True):
+        with contextlib.suppress(ValueError, OSError):
+            return path, checkpoints.read_metadata(path)["case"]
+    return None, None
+
+
+def settle_case(
+    run_dir,  # Of the run, new or begun
+    case: Case,  # As the command line and the budget say
+    device_loop: int,  # What the runtime takes where the case has None
+    given=(),  # Fields that the user named
+) -> Case:  # Its device loop is a number
+    "Complete a `case` by what its own run, or else the runtime, decides"
+    path, stored = _stored_case(run_dir)
+    if stored is None:
+        return replace(case, device_loop=case.device_loop or device_loop)
+    older = {n: v for n, v in earlier_fields(stored).items() if n not in given}
+    if older:
+        say_earlier(path, stored)
+    case = replace(case, **older)
+    return replace(case, device_loop=case.device_loop or stored.get("device_loop") or device_loop)
+
 # %% ../nbs/34_runs.ipynb #31ce58cf
 def read_case(
     source,  # A run folder or a checkpoint
@@ -548,7 +575,7 @@ def finetune_budget(
 ) -> Tuple[str, dict]:  # The budget's name, and fields of `Case`
     "Take of a budget what concerns a fine-tuning: the batch sizes and the number of updates"
     name, changes = budget_overrides(budget, data_given)
-    wanted = ("global_batch_size", "micro_batch_size", "max_steps")
+    wanted = ("global_batch_size", "micro_batch_size", "max_steps", "device_loop")
     return name, {k: v for k, v in changes.items() if k in wanted}
 
 # %% ../nbs/34_runs.ipynb #e5b9d6eb

@@ -27,12 +27,13 @@ import numpy as np
 
 from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
-from .checkpoint import load_weights
+from .checkpoint import load_metadata, load_weights
 from effnet_repro.config import (
     Case,
     case_from_dict,
     case_to_dict,
     resolve,
+    say_earlier,
     unknown_name,
 )
 from effnet_repro.data import (
@@ -67,6 +68,7 @@ from effnet_repro.recipe import (
     rmsprop_settings,
     rmsprop_step,
     sgd_step,
+    steps_per_epoch,
     total_updates,
     trained_segments,
 )
@@ -89,6 +91,7 @@ from effnet_repro.runs import (
     say_scores,
     score,
     score_row,
+    settle_case,
     write_json,
     write_scores,
 )
@@ -222,7 +225,8 @@ def micro_loss(
             spec.batch_norm and segment.name not in program.trained
         )  # a frozen batch norm stands still
         x = segment.apply(ops, weights, x, None if still else rng)
-    loss = ops.mean(cross_entropy(ops, x, soft, case.label_smoothing))
+    smoothing = case.label_smoothing, case.label_smoothing_over
+    loss = ops.mean(cross_entropy(ops, x, soft, *smoothing))
     return loss * program.loss_scale, loss, count_correct(ops, x, labels)
 
 # %% ../nbs/38_training.ipynb #a1d0fb99
@@ -497,12 +501,12 @@ def updates(
     first_update: int = 0,  # Where to begin
 ):  # Endless stream of dictionaries, one an update: a tf.data.Dataset, or a generator of 1-tuples on JAX
     "Stream the updates of a `case`"
-    per_epoch = data.train_count // case.global_batch_size
+    per_epoch = steps_per_epoch(case, data.train_count)
     last = total_updates(case, per_epoch)
     how = dict(seed=seed, first_update=first_update, area_min=case.crop_area_min)
     args = (data, case.image_size, case.global_batch_size)
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
-    how["preprocessing"] = case.train_preprocessing
+    how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
     if keras.backend.backend() != "tensorflow":
         if _has_jax_gpu() and fits_device(data):
             stream = training_batches(*args, reader="jax", **how)
@@ -603,6 +607,7 @@ def evaluate(
     image_size: int,  # Side to test at, pixels
     batch: int = 64,  # Pictures at a time
     precision: str = "float32",  # Type to compute in
+    image_resize: str = "published",  # Or "modern": as the network was trained, see `30_data`
 ) -> Scores:
     "Measure weights on every validation picture"
     classes = spec.num_classes
@@ -613,7 +618,7 @@ def evaluate(
         )
     predict = predictor(spec, weights, precision)
     batch = max(1, min(batch, data.validation_count))
-    stream = _validation_stream(data, image_size, batch)
+    stream = _validation_stream(data, image_size, batch, image_resize)
     triples = ((predict(images), labels, mask) for images, labels, mask in stream)
     return score(triples, classes, image_size, data.root)
 
@@ -636,7 +641,7 @@ def _explained(data, split, due, doing):
 _MANY = 4096  # pictures: fewer, Python's reader has read before TensorFlow is imported
 
 
-def _validation_stream(data, image_size, batch):
+def _validation_stream(data, image_size, batch, image_resize="published"):
     "The validation batches of the running back end"
     if keras.backend.backend() == "tensorflow":
         reader = validation_batches
@@ -648,7 +653,7 @@ def _validation_stream(data, image_size, batch):
     due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
     doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
     with _explained(data, "validation", due, doing):
-        for one in reader(data, image_size, batch):
+        for one in reader(data, image_size, batch, image_resize=image_resize):
             yield one
             at[0] += batch
 
@@ -816,7 +821,8 @@ class _Record(keras.callbacks.Callback):
             "loss": round(loss, 6),
         }
         row.update(accuracy=round(accuracy, 6), images_per_s=round(follow.images_per_s, 2))
-        row["learning_rate"] = learning_rate(case, follow.update - 1, per_epoch)
+        steps = steps_per_epoch(case, s["data"].train_count)
+        row["learning_rate"] = learning_rate(case, follow.update - 1, steps)
         lasting = {n: v for n, v in row.items() if n != "images_per_s"}  # the same in every run
         row["seconds"] = round(time.perf_counter() - s["started"], 2)
         row.update({"skipped_pictures": len(s["data"].damaged)} if s["data"].damaged else {})
@@ -908,7 +914,7 @@ def estimate(
     rate = n * 1024**3 / (time.perf_counter() - begin)  # multiply-adds a second
     cost = count(case, case.image_size)
     seconds = 3 * cost.macs * case.global_batch_size / (share * rate)
-    updates = total_updates(case, data.train_count // case.global_batch_size)
+    updates = total_updates(case, steps_per_epoch(case, data.train_count))
     updates = min(updates, case.max_steps or updates)
     return {
         "seconds_per_update": seconds,
@@ -1055,7 +1061,8 @@ def _execute_alone(
 ):
     "The run itself, once it has the folder to itself"
     case, folder = program.case, run_dir / "checkpoints"
-    last = min(total_updates(case, per_epoch), case.max_steps or sys.maxsize)
+    last = total_updates(case, steps_per_epoch(case, data.train_count))
+    last = min(last, case.max_steps or sys.maxsize)
     network = build_model(
         program.spec, image_size=case.image_size, dtype="float32", seed=program.seed
     )
@@ -1071,9 +1078,8 @@ def _execute_alone(
     state = dict(program=program, run_dir=run_dir, updates_per_epoch=per_epoch, last_update=last)
     state["follow"] = _Follow(folder, first, last, case.global_batch_size, progress)
     state["save"] = _saver(model, folder, average, per_epoch, keep, extra)
-    measure = lambda w: evaluate(
-        program.spec, w, data, case.image_size, precision=program.precision
-    )
+    how = dict(precision=program.precision, image_resize=case.image_resize)
+    measure = lambda w: evaluate(program.spec, w, data, case.image_size, **how)
     state.update(evaluate=measure, validate_every=validate_every, started=time.perf_counter())
     state["data"] = data
     finished = _fit(model, data, state, first, last, per_epoch)
@@ -1182,6 +1188,7 @@ def train(
         "published": {k: _listed(v) for k, v in published.items()},
     }
     run_dir = Path(run_dir) if run_dir else Path("runs") / resolved.name
+    resolved = settle_case(run_dir, resolved, 1, _named(overrides))
     arrays = None
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
@@ -1190,6 +1197,10 @@ def train(
     return _execute(
         resolved, data, run_dir, arrays, seed, precision, validate_every, keep, progress, notes
     )
+
+
+def _named(overrides):
+    return [name for name, value in overrides.items() if value is not None]
 
 
 def _listed(value):
@@ -1220,6 +1231,7 @@ def finetune(
     _check_backend(backend)
     arrays, metadata, source = load_weights(init, weights)
     trained = case_from_dict(metadata["case"])
+    say_earlier(source, metadata["case"])
     variable_filter = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     image_size = image_size or finetune_size(trained)
     batches = finetune_budget(budget, data_dir is not None)[1]
@@ -1234,6 +1246,7 @@ def finetune(
     check_init(source, metadata, data, trained)
     folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
     run_dir = Path(run_dir) if run_dir else folder / f"finetune-{image_size}"
+    case = settle_case(run_dir, case, 1, _named(overrides))
     notes = {
         "kind": "finetune",
         "init": str(source),
@@ -1268,14 +1281,17 @@ def validate(
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     is_run = source.is_dir()
     run_dir = source.parent if source.name == "checkpoints" else source
-    for name, path in _weight_files(source, weights).items():
+    files = _weight_files(source, weights)
+    say_earlier(source, load_metadata(next(iter(files.values())))["case"])
+    for name, path in files.items():
         arrays, metadata, _ = load_weights(path)
         case = case_from_dict(metadata["case"])
         size, update = image_size or case.image_size, checkpoints.read_metadata(path)["update"]
         if weights == "all" and _is_measured(run_dir, name, update, size, data):
             continue
         spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
-        scores[name] = evaluate(spec, arrays, data, size, batch, choose_precision(precision))
+        how = dict(precision=choose_precision(precision), image_resize=case.image_resize)
+        scores[name] = evaluate(spec, arrays, data, size, batch, **how)
         if weights == "all":
             say_scores(name, scores[name])
         if is_run:
@@ -1342,9 +1358,9 @@ def plot_predictions(
     predict = predictor(ModelSpec.from_case(case, num_classes=len(names)), arrays)
     batch = max(1, min(n, data.validation_count))
     pictures, labels = [], []
-    for i, (images, y, mask) in enumerate(
-        validation_arrays(data, size, max(1, data.validation_count // batch))
-    ):
+    each = max(1, data.validation_count // batch)
+    stream = validation_arrays(data, size, each, image_resize=case.image_resize)
+    for i, (images, y, mask) in enumerate(stream):
         if i < batch and mask[0]:
             pictures.append(images[0])
             labels.append(int(y[0]))

@@ -93,6 +93,39 @@ def origin(
     }
 
 
+def origin_of_run(run_dir, command: Sequence[str], n: int = 1) -> Dict[str, object]:
+    """Return what `write_rows` requires, as a run noted it when it began, and `backend` and `data_fingerprint`.
+
+    - `run_dir`: folder of the run: its environment.json and config.json are read.
+    - `command`: words of the command, or a string, with the data folder as a variable.
+    - `n`: how many runs the row sums up.
+    """
+    read = lambda name: json.loads((Path(run_dir) / name).read_text(encoding="utf-8"))
+    machine, config = read("environment.json"), read("config.json")
+    names = ("device", "revision", "uncommitted_changes", "date", "backend")
+    return {
+        **{k: machine[k] for k in names},
+        "versions": {**machine["versions"], "python": machine["python"]},
+        "command": command if isinstance(command, str) else portable(command),
+        "seed": config["seed"],
+        "n": n,
+        "data_fingerprint": config.get("data_fingerprint", ""),
+    }
+
+
+def write_curve(path, run_dir, command: Sequence[str]) -> None:
+    """Write a run's metrics.csv, a row for each epoch, as a result.
+
+    - `path`: the file; rows of the same case, seed and epoch are replaced.
+    - `run_dir`, `command`: as in `origin_of_run`.
+    """
+    with (Path(run_dir) / "metrics.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
+    rows = [{"case": config["case"]["name"], **row} for row in rows]
+    write_rows(path, rows, ("case", "seed", "epoch"), origin_of_run(run_dir, command))
+
+
 def missing(row: Dict[str, object]) -> List[str]:
     """Return what is wrong with a row's account of where it is from; nothing, if it can be traced."""
     text = {k: "" if row.get(k) is None else str(row[k]).strip() for k in REQUIRED}
@@ -171,3 +204,35 @@ def untraceable(path) -> List[str]:
         rows = [json.load(file)] if path.suffix == ".json" else list(csv.DictReader(file))
     found = [f"{path.name}, row {i}: {w}" for i, row in enumerate(rows, 1) for w in missing(row)]
     return found or ([] if rows else [f"{path.name} has no rows"])
+
+
+def _family(name):
+    found = re.search(r"(?:efficientnet_?|^)(b\d)(?![0-9a-z])", name, re.IGNORECASE)
+    return found[1].lower() if found else None
+
+
+def best_peer(
+    rows: Sequence[Dict[str, object]],
+    ours: Dict[str, object],
+    image_size: Optional[int] = None,
+    columns: Sequence[str] = ("name", "mode", "images_per_s"),
+) -> Optional[Dict[str, object]]:
+    """Return the fastest network of another library that one of our networks may be compared with.
+
+    It is an EfficientNet of the same size, measured in the same call and in the same mode. None, if there is none.
+
+    - `rows`: dictionaries of a speed file.
+    - `ours`: the row of our network.
+    - `image_size`: only peers of this size, pixels; None = of any size.
+    - `columns`: what the file calls name, mode and speed.
+    """
+    name, mode, speed = columns
+    peers = [
+        row
+        for row in rows
+        if not re.match(r"B\d-", str(row[name]))
+        and _family(str(row[name])) == _family(str(ours[name]))
+        and (str(row["call"]), row[mode]) == (str(ours["call"]), ours[mode])
+        and image_size in (None, int(row["image_size"]))
+    ]
+    return max(peers, key=lambda row: float(row[speed]), default=None)

@@ -545,7 +545,8 @@ def bench_speed(a, about, log):
     first = [r for r in chosen if r[3] == 1]
     others = [r for r in chosen if r[3] > 1]
     some = [others[i : i + a.at_once] for i in range(0, len(others), a.at_once)]
-    for how, rounds, rows in ((in_turns, a.rounds, first), *((one_by_one, 3, r) for r in some)):
+    begins = (one_by_one if a.apart else in_turns, a.rounds, first)
+    for how, rounds, rows in (begins, *((one_by_one, 3, r) for r in some)):
         if rows and time.time() - begin < a.seconds:
             how(rows, time.time() + a.compile_seconds, rounds, log, write)
 
@@ -638,6 +639,9 @@ def main():
     parser.add_argument("--compile-seconds", type=float, default=400, help="for some side by side")
     parser.add_argument("--at-once", type=int, default=8, help="so many compile side by side")
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--apart", action="store_true", help="wave 1 one after the other: takes less memory"
+    )
     parser.add_argument("--losses", type=int, default=24, help="updates of the loss curves")
     parser.add_argument("--data", nargs="*", help="folders for the reader; default: the sample set")
     parser.add_argument("--results", default=str(ROOT / "results"), help="where the files are")

@@ -30,6 +30,8 @@ from effnet_repro.network import (
     pack,
     params,
     segments,
+    spec_of_arrays,
+    statistics_note,
     unpack,
 )
 from .ops import Rng, get_ops
@@ -70,16 +72,18 @@ class ParamLayer(keras.layers.Layer):
 
     def build(self, input_shape):
         for i, p in enumerate(self.declare(input_shape)):
-            rng = np.random.default_rng([self.seed, i])
-            self.by_name[p.name] = self.add_weight(
-                name=p.name.replace("/", "."),  # Keras refuses "/" in names
-                shape=p.shape,
-                initializer=lambda shape, dtype=None, p=p, rng=rng: initial_value(p, rng),
-                dtype="float32",
-                autocast=False,
-                trainable=p.trainable,
-            )
+            self.hold(p, np.random.default_rng([self.seed, i]))
         super().build(input_shape)
+
+    def hold(self, p, rng):
+        self.by_name[p.name] = self.add_weight(
+            name=p.name.replace("/", "."),  # Keras refuses "/" in names
+            shape=p.shape,
+            initializer=lambda shape, dtype=None: initial_value(p, rng),
+            dtype="float32",
+            autocast=False,
+            trainable=p.trainable,
+        )
 
     def call(self, x, training=False):
         ops, rng = current_ops(), None
@@ -127,6 +131,16 @@ class SegmentLayer(ParamLayer):
         shape = self.compute_output_shape(x.shape)
         kind = "float32" if len(shape) == 2 else self.compute_dtype
         return keras.KerasTensor(shape, kind)
+
+    def store_proxies(self):
+        "Make room for stored proxy statistics"
+        self.spec = replace(self.spec, stored_proxies=True)
+        self.segment = {s.name: s for s in segments(self.spec)}[self.segment.name]
+        self._tracker.unlock()  # a built layer takes no weights; Keras' own LoRA opens it like this
+        for p in self.segment.params:
+            if p.name not in self.by_name:
+                self.hold(p, None)
+        self._tracker.lock()
 
     def get_config(self):
         own = {"spec": asdict(self.spec), "segment": self.segment.name}
@@ -229,8 +243,20 @@ def load_published(
     model: keras.Model,  # A model made by `build_model`
     variables: Dict[str, np.ndarray],  # Published name ("all/block0/conv/conv2d/kernel") -> array
 ):
-    "Load the variables of a published checkpoint into a model"
-    set_weights(model, unpack(variables))
+    "Load the variables of a published checkpoint into a model; say which proxy statistics it uses"
+    weights, spec = unpack(variables), spec_of(model)
+    if spec.folded:
+        weights = fold_proxies(weights)
+    elif spec.stored_proxies:  # from here on, too
+        weights = unpack(pack(weights), statistics=True)
+    elif spec_of_arrays(spec, weights).stored_proxies:
+        for layer in (la for la in model.layers if isinstance(la, SegmentLayer)):
+            layer.store_proxies()
+        model.train_function = model.test_function = model.predict_function = None
+    set_weights(model, weights)
+    note = statistics_note(variables)
+    if note:
+        print(note)
 
 
 def to_published(
@@ -249,7 +275,8 @@ def fold(
         raise ValueError(
             f"There is no proxy to fold. Received: {spec.name}{', folded' * spec.folded}."
         )
-    folded = build_model(replace(spec, folded=True), image_size=tuple(model.input_shape[1:3]))
+    spec = replace(spec, folded=True, stored_proxies=False)
+    folded = build_model(spec, image_size=tuple(model.input_shape[1:3]))
     set_weights(folded, fold_proxies(get_weights(model)))
     return folded
 

@@ -54,22 +54,26 @@ def norm_act(
         n = Scope(w.weights, w.path("GroupNorm"))
         y = normalise(ops, x, n["gamma"], n.get("beta"), spec.norm_groups, None, activation)
         return y, None
-    gamma, beta, (mean, inv_std) = _proxied(ops, spec, w)
+    gamma, beta, (mean, inv_std) = _proxied(ops, spec, w, rng)
     proxy = (mean, inv_std if divide else None)
     y = normalise(ops, x, gamma, beta, spec.norm_groups, None, activation, proxy)
     return y, None if divide else inv_std
 
 
-def _proxied(ops, spec, w):
+def _proxied(ops, spec, w, rng):
     "Scale, shift and (mean, 1/std) of a norm that swish follows; None without a proxy"
     if not spec.proxy_norm:
         n = Scope(w.weights, w.path("GroupNorm"))
         return n["gamma"], n["beta"], None
     n = Scope(w.weights, w.path("proxy"))
-    if spec.folded:
+    still = rng is None or rng.statistics is None  # inference, or frozen
+    if spec.folded or (spec.stored_proxies and still):
         return n["gamma"], n["beta"], (n["mean"], n["inv_std"])
     order = ("gamma", "beta", "gamma_prime", "beta_prime")
-    return n["gamma"], n["beta"], proxy_statistics(ops, *(n[k] for k in order))
+    mean, inv_std = proxy_statistics(ops, *(n[k] for k in order))
+    if spec.stored_proxies:
+        rng.statistics.update({n.path("mean"): mean, n.path("inv_std"): inv_std})
+    return n["gamma"], n["beta"], (mean, inv_std)
 
 # %% ../nbs/13_mbconv.ipynb #0123f8e8
 def _moving_or_batch(ops, w, x, rng):
@@ -129,7 +133,7 @@ def expand(
     kernel = w["conv/conv2d/kernel"]
     if ops.conv_normalise is None or spec.batch_norm:
         return norm_act(ops, spec, w, group_conv(ops, x, kernel, strides), rng)[0]
-    gamma, beta, proxy = _proxied(ops, spec, w)
+    gamma, beta, proxy = _proxied(ops, spec, w, rng)
     return ops.conv_normalise(x, kernel, strides, gamma, beta, spec.norm_groups, proxy)
 
 # %% ../nbs/13_mbconv.ipynb #72661217
@@ -145,7 +149,7 @@ def spatial(
     "Convolve in groups, normalise, activate, squeeze and excite"
     x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
     if ops.normalise_gate is not None and not spec.batch_norm:
-        gamma, beta, proxy = _proxied(ops, spec, w)
+        gamma, beta, proxy = _proxied(ops, spec, w, rng)
         names = ("1/conv/conv2d/kernel", "1/conv/conv2d/bias", "2/conv/conv2d/kernel")
         k1, b1, k2, b2 = (w_se[n] for n in (*names, "2/conv/conv2d/bias"))
         gate = (k1[0, 0], b1, k2[0, 0], b2)

@@ -122,6 +122,9 @@ class ModelSpec:
     folded: bool = (
         False  # Proxy statistics stored instead of computed: inference only, see 12_proxy_norm
     )
+    stored_proxies: bool = (
+        False  # Proxy statistics stored beside their vectors, and used at inference: see 14_network
+    )
 
     def __post_init__(self):
         if self.size not in SIZE_TABLE:

@@ -44,12 +44,14 @@ from effnet_repro.network import (
     input_affine,
     pack,
     params,
+    spec_of_arrays,
+    statistics_note,
     unpack,
 )
 from .scaling import SIZE_TABLE, ModelSpec
 
 # %% ../nbs/39_convert.ipynb #a61233ba
-_MARKS = {"BN": "batch_norm/gamma", "LN_PN": "proxy/beta_prime", "GN": "GroupNorm/gamma"}
+_MARKS = {"BN": "batch_norm/moving_mean", "LN_PN": "proxy/beta_prime", "GN": "GroupNorm/gamma"}
 
 
 def _misfits(spec, shapes, name_of):
@@ -226,9 +228,9 @@ def write_tf1(
 # %% ../nbs/39_convert.ipynb #e4767c0d
 def _find_tf1(path, options):
     variables, others = read_tf1(path)
-    notes = ()
+    notes = tuple(filter(None, [statistics_note(variables)]))
     if others:
-        notes = (f"Left out {len(others)} variables that are not weights: {list_some(others)}.",)
+        notes += (f"Left out {len(others)} variables that are not weights: {list_some(others)}.",)
     return _Found(unpack(variables), notes=notes)
 
 # %% ../nbs/39_convert.ipynb #322db425
@@ -607,7 +609,7 @@ def _read_ours(path, weights, given):
         raise ValueError(
             f"{path} holds {case.name}. Received: case={given.name!r}. Leave `case` out."
         )
-    spec = ModelSpec.from_case(case, metadata["num_classes"])
+    spec = spec_of_arrays(ModelSpec.from_case(case, metadata["num_classes"]), arrays)
     check_matches(arrays, params(spec))
     names = metadata.get("class_names") or _class_names(spec.num_classes)
     notes = (f"Weights of {file.name}.", earlier_note(metadata["case"]))
@@ -664,6 +666,8 @@ def _settle(path, found, given, num_classes, image_size, class_names):
     guess = network_of(shapes, found.name_of)
     case, assumed = _fit_case(found, guess, given, image_size)
     spec = ModelSpec.from_case(case, guess.num_classes)
+    every = [p for p in params(replace(spec, stored_proxies=True)) if p.name.startswith("all/")]
+    spec = spec_of_arrays(spec, {p.name for p in every if found.name_of(p.name) in shapes})
     own = [p.name for p in params(spec) if p.name.startswith("all/")]
     declared = [p._replace(name=found.name_of(p.name)) for p in params(spec) if p.name in own]
     asked = f"asked for: {spec.name} of {case.name}" if given else "nearest"

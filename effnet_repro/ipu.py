@@ -43,11 +43,13 @@ from effnet_repro.config import (
 from .data import DataSet, open_data, training_batches, validation_batches
 from effnet_repro.network import (
     check_matches,
+    drop_statistics,
     fold_proxies,
     initial_weights,
     params,
     run,
     segments,
+    spec_of_arrays,
 )
 from .norms import EPSILON, normalise
 from .ops import NumpyOps, Rng, TFOps
@@ -952,7 +954,7 @@ def evaluate(
     folded, sets = replace(spec, folded=True) if spec.proxy_norm else spec, {}
     for name, arrays in weights.items():
         own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
-        check_matches(own, params(spec))
+        check_matches(own, params(spec_of_arrays(spec, own)))
         sets[name] = fold_proxies(own) if folded is not spec and not spec.folded else own
     configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
     how = dict(shard=(index, count), image_resize=case.image_resize)
@@ -1290,6 +1292,7 @@ def train(
     resolved = settle_case(run_dir, resolved, DEVICE_LOOP, named)
     if init is not None:
         arrays, metadata, source = checkpoints.load_weights(init, weights)
+        arrays = drop_statistics(arrays, print)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
     done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
@@ -1339,6 +1342,7 @@ def finetune(
     "Train the last layers of a trained network a little more, on single IPUs"
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     arrays, metadata, source = checkpoints.load_weights(init, weights)
+    arrays = drop_statistics(arrays, print)
     trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
     say_earlier(source, metadata["case"])
     check_init(source, metadata, data, trained)

@@ -57,7 +57,7 @@ from effnet_repro.efficientnet import (
     xla_pays,
 )
 from .gpu_ops import add_xla_flags
-from .network import fold_proxies, params, run, segments
+from .network import drop_statistics, fold_proxies, params, run, segments
 from .ops import Rng, TFCPUOps
 from effnet_repro.recipe import (
     add_weight_decay,
@@ -1192,6 +1192,7 @@ def train(
     arrays = None
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
+        arrays = drop_statistics(arrays, print)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
     return _execute(
@@ -1230,6 +1231,7 @@ def finetune(
     "Train the last layers of a trained network a little more, at another resolution"
     _check_backend(backend)
     arrays, metadata, source = load_weights(init, weights)
+    arrays = drop_statistics(arrays, print)
     trained = case_from_dict(metadata["case"])
     say_earlier(source, metadata["case"])
     variable_filter = (variable_filter,) if isinstance(variable_filter, str) else variable_filter

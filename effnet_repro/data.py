@@ -829,11 +829,6 @@ def _decode_accurate(data):
         raise ValueError(f"Not a picture that can be decoded ({text}).") from None
 
 # %% ../nbs/30_data.ipynb #b7e1a90c
-@functools.lru_cache(maxsize=1)
-def _has_fast_dct():
-    return find_spec("simplejpeg") is not None
-
-
 def _decode_fast(data, strict):
     "A JPEG decoded with the fast DCT; None where that cannot be done, or only with a warning"
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not _has_fast_dct():
@@ -857,13 +852,18 @@ def _decode(data, fast=False):
 
 # %% ../nbs/30_data.ipynb #cde0cedf
 @functools.lru_cache(maxsize=1)
+def _has_fast_dct():
+    return find_spec("simplejpeg") is not None
+
+
+@functools.lru_cache(maxsize=1)
 def _say_accurate():
     print(
         "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, whose "
         "colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
     )
 
-
+# %% ../nbs/30_data.ipynb #ea0f7a33
 def _wants_fast_dct(dataset, image_resize):
     "Whether JPEGs are decoded as in the published runs; says so where no decoder can"
     if image_resize == "published" and dataset.format != "cifar" and not _has_fast_dct():
@@ -1288,15 +1288,6 @@ _PREPROCESSING = ("train", "validation")
 _ASPECTS = {"published": (0.75, 1.33), "modern": (3 / 4, 4 / 3)}
 
 
-class _How(NamedTuple):
-    "What the three readers are told about the images"
-
-    image_size: int
-    image_resize: str
-    random: bool  # Crops and flips; False = the validation crop
-    first_update: int
-
-
 def _check_request(image_size, area_min, preprocessing):
     if preprocessing not in _PREPROCESSING:
         raise unknown_name("preprocessing", preprocessing, _PREPROCESSING)
@@ -1311,7 +1302,16 @@ def _check_resize(image_resize):
     if image_resize not in _RESIZES:
         raise unknown_name("image_resize", image_resize, _RESIZES)
 
+# %% ../nbs/30_data.ipynb #b39b9f4c
+class _How(NamedTuple):
+    "What the three readers are told about the images"
 
+    image_size: int
+    image_resize: str
+    random: bool  # Crops and flips; False = the validation crop
+    first_update: int
+
+# %% ../nbs/30_data.ipynb #8f925e0e
 def _train_inputs(dataset, plan, chance, update, begin, end, known_sizes=None):
     "What decoding needs: encoded pictures or their numbers, crops (n, 4), flips and labels (n,)"
     split = dataset.splits["train"]
@@ -1686,7 +1686,8 @@ def _published_cutter():
         second = jnp.minimum(low + 1, size[:, None] - 1)
         return low.astype("int32"), second.astype("int32"), at - low
 
-    def cut(pixels, begin, width, part, scale, corner, flips, zero, side):
+    def cut(pixels, begin, width, part, numbers, zero, side):
+        scale, corner, flips = numbers
         y0, y1, fy = taps(corner[:, 0], side, scale[:, 0], part[:, 2], zero)
         x0, x1, fx = taps(corner[:, 1], side, scale[:, 1], part[:, 3], zero)
         mirror = lambda x: jnp.where(flips[:, None], part[:, 3:] - 1 - x, x)
@@ -1700,8 +1701,8 @@ def _published_cutter():
         upper = line(y0)
         return _cut_off(upper + _rounded((line(y1) - upper) * fy[:, :, None, None], zero))
 
-    compiled = jax.jit(cut, static_argnums=8)
-    return lambda *args: compiled(*args[:-1], np.int32(0), args[-1])
+    compiled = jax.jit(cut, static_argnums=6)
+    return lambda *args: compiled(*args[:4], args[4:-1], np.int32(0), args[-1])
 
 # %% ../nbs/30_data.ipynb #5857cb77
 @functools.lru_cache(maxsize=1)

@@ -512,6 +512,24 @@ def test_crops_do_not_depend_on_company():
         np.testing.assert_array_equal(alone[0], together[i])
 
 
+def sampled_boxes(size, boxes, aspects, n):
+    "What the operation draws that the published code calls: top, left, height, width"
+
+    def sample(i):
+        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
+            [*size, 3],
+            boxes[None],
+            seed=tf.stack([tf.constant(5, tf.int64), i]),
+            min_object_covered=0.1,
+            aspect_ratio_range=aspects,
+            area_range=(0.05, 1.0),
+            max_attempts=100,
+        )
+        return tf.concat([begin[:2], extent[:2]], 0)
+
+    return np.stack(list(tf.data.Dataset.range(n).map(sample).as_numpy_iterator()))
+
+
 @pytest.mark.parametrize(
     "size, box",
     [
@@ -525,20 +543,7 @@ def test_crops_do_not_depend_on_company():
 def test_crops_are_distributed_as_tensorflow_draws_them(size, box):
     n = 6000
     boxes = np.array([box or (0, 0, 1, 1)], np.float32)
-
-    def theirs(i):
-        begin, extent, _ = tf.image.stateless_sample_distorted_bounding_box(
-            [*size, 3],
-            boxes[None],
-            seed=tf.stack([tf.constant(5, tf.int64), i]),
-            min_object_covered=0.1,
-            aspect_ratio_range=(3 / 4, 4 / 3),
-            area_range=(0.05, 1.0),
-            max_attempts=100,
-        )
-        return tf.concat([begin[:2], extent[:2]], 0)
-
-    theirs = np.stack(list(tf.data.Dataset.range(n).map(theirs).as_numpy_iterator()))
+    theirs = sampled_boxes(size, boxes, (0.75, 1.33), n)
     ours = d.draw_crops([size] * n, [boxes if box else boxes[:0]] * n, 5, np.arange(n))
     facts = []
     for crops, last in ((ours, 1), (theirs, 0)):  # theirs never touch the right or lower edge
@@ -557,6 +562,30 @@ def test_crops_are_distributed_as_tensorflow_draws_them(size, box):
         cdf = [np.searchsorted(np.sort(x), grid, "right") / len(x) for x in (a, b)]
         bound = 1.95 * (1 / len(a) + 1 / len(b)) ** 0.5
         assert np.abs(cdf[0] - cdf[1]).max() < bound + (1 / 30 if i > 3 else 0)
+
+
+def test_published_crops_end_at_an_aspect_of_133(sample, monkeypatch):
+    "Large crops, where whole pixels hide nothing: the share that is wider than 1.33"
+
+    def share(crops):
+        _, _, height, width = np.asarray(crops, float).T
+        return (width / height > 1.33 + 0.5 / height).mean()
+
+    n, size, none = 6000, (3000, 3000), np.zeros((0, 4))
+    ours = lambda **more: d.draw_crops([size] * n, [none] * n, 5, np.arange(n), **more)
+    theirs = lambda aspects: sampled_boxes(size, np.array([[0, 0, 1, 1.0]], np.float32), aspects, n)
+    assert share(theirs((0.75, 1.33))) == share(ours()) == 0
+    assert 0.003 < share(theirs((3 / 4, 4 / 3))) < 0.009
+    assert 0.003 < share(ours(aspects=d._ASPECTS["modern"])) < 0.009
+    drawn, draw = [], d.draw_crops  # the readers ask for them
+    monkeypatch.setattr(
+        d, "draw_crops", lambda *a, **k: (drawn.append(k["aspects"]), draw(*a, **k))[1]
+    )
+    for reader in d._READERS:
+        for image_resize in d._RESIZES:
+            drawn.clear()
+            next(iter(d.training_batches(sample, 16, 8, reader=reader, image_resize=image_resize)))
+            assert set(drawn) == {(0.75, 1.33) if image_resize == "published" else (3 / 4, 4 / 3)}
 
 
 def test_boxes_travel_with_their_picture(tmp_path):

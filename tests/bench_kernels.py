@@ -19,8 +19,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from effnet_repro import fused_norm as norm
-from effnet_repro import gpu_ops
+from effnet_repro.kernels import conv, norm, product_norm, tiles
 from effnet_repro.ops import get_ops
 from effnet_repro.results import origin, write_rows
 
@@ -59,7 +58,7 @@ def norm_jobs():
     "(row, function, arguments, bytes)"
     for h, c in WIDE:
         x, g = (draw(i, PICTURES, h, h, c, kind="bfloat16") for i in (0, 1))
-        xg, gg = norm.by_groups(x), norm.by_groups(g)
+        xg, gg = tiles.by_groups(x), tiles.by_groups(g)
         table, v, s = draw(2, PICTURES, 5, c), draw(3, c), draw(4, PICTURES, c)
         ks, m, at = draw(5, PICTURES, 2, c), size(x), dict(height=h, channels=c)
         before, after = dict(at, place="expansion"), dict(at, place="convolution")
@@ -81,22 +80,27 @@ def norm_jobs():
     x = draw(0, PICTURES, 224, 224, 3, kind="bfloat16")
     y = PICTURES * 112 * 112 * 32 * 2
     about = dict(kernel="patches", height=224, channels=3, place="stem")
-    yield about, lambda x: gpu_ops.patches(x, 3, 2), (x,), size(x) + y
+    yield about, lambda x: conv.patches(x, 3, 2), (x,), size(x) + y
 
 
 def product_jobs():
     for h, thin, c in THIN:
         x, g = (draw(i, PICTURES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
-        w, gg = draw(2, thin, c, kind="bfloat16"), norm.by_groups(g)
+        w, gg = draw(2, thin, c, kind="bfloat16"), tiles.by_groups(g)
         table, v, ks = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, 2, c)
         at = dict(height=h, channels=c, place=f"product of {thin}")
-        one = lambda *a: norm._product_moments(*a)[0]
-        apply = lambda *a: norm._product_apply(*a, True)
+        one = lambda *a: product_norm._product_moments(*a)[0]
+        apply = lambda *a: product_norm._product_apply(*a, True)
         yield dict(at, kernel="moments"), one, (x, w), size(x)
         yield dict(at, kernel="apply"), apply, (x, w, table, v, v), size(x, g)
-        yield dict(at, kernel="sums (gradient)"), norm._product_sums, (x, w, gg, table), size(x, g)
+        yield (
+            dict(at, kernel="sums (gradient)"),
+            product_norm._product_sums,
+            (x, w, gg, table),
+            size(x, g),
+        )
         ins = (x, w, gg, table, v, ks)
-        yield dict(at, kernel="both gradients"), norm._product_gradients, ins, size(x, x, g)
+        yield dict(at, kernel="both gradients"), product_norm._product_gradients, ins, size(x, x, g)
 
 
 def conv_jobs():
@@ -106,10 +110,10 @@ def conv_jobs():
         kernel, out = kernel.astype("bfloat16"), -(-h // strides)
         dy = draw(2, PICTURES, out, out, c, kind="bfloat16")
         library = lambda x, w, s=strides: plain(x, w, s)
-        own = lambda x, w, s=strides: gpu_ops.grouped_conv(x, w, s)
+        own = lambda x, w, s=strides: conv.grouped_conv(x, w, s)
         about = dict(channels=c, image_size=h, kernel_size=k, strides=strides)
         about["macs"] = dy.size * 16 * k * k
-        for way, f, turn in (("library", library, lambda v: v), ("strips", own, norm.by_groups)):
+        for way, f, turn in (("library", library, lambda v: v), ("strips", own, tiles.by_groups)):
             ins = (turn(x), kernel, turn(dy))
             forward = lambda x, w, dy, f=f: f(x, w)
             to_x = lambda x, w, dy, f=f: jax.vjp(lambda x: f(x, w), x)[1](dy)[0]

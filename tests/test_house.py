@@ -25,8 +25,8 @@ MODULES = tree.modules()
 LAYERS = [
     "config testing proxy_norm",
     "scaling ops norms checkpoint data recipe augment",
-    "group_conv fused_norm",
-    "mbconv gpu_ops",
+    "group_conv kernels",
+    "mbconv fused_norm gpu_ops",
     "network",
     "pipeline runs efficientnet",
     "results",

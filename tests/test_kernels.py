@@ -4,8 +4,8 @@ import jax
 import numpy as np
 import pytest
 
-from effnet_repro import fused_norm as fused
-from effnet_repro import gpu_ops
+from effnet_repro.kernels import conv, norm, product_norm, tiles
+from effnet_repro.kernels import ops as gpu_ops
 from effnet_repro.norms import normalise
 from effnet_repro.ops import get_ops
 from effnet_repro.testing import relative_error
@@ -61,11 +61,11 @@ def plain_norm(v, groups, activated):
 def own_norm(v, groups, activated):
     gate = tuple(v[k] for k in ("k1", "b1", "k2", "b2")) if "k1" in v else None
     vectors = (v["gamma"], v.get("beta"), v.get("mean"), v.get("inv_std"))
-    x = fused.by_groups(v["x"]) if gate is not None else v["x"]
+    x = tiles.by_groups(v["x"]) if gate is not None else v["x"]
     grouped = x.shape[-1] % 16 == 0 and gate is None and "shortcut" not in v
     more = (gate, v.get("shortcut"), None, groups, activated, grouped)
-    y = fused.fused_norm(x, *vectors, *more)
-    return fused.by_pixels(y) if grouped else y
+    y = norm.fused_norm(x, *vectors, *more)
+    return tiles.by_pixels(y) if grouped else y
 
 
 def draw_norm(shape, parts, seed):
@@ -89,9 +89,9 @@ NORMS = [
 
 @pytest.mark.parametrize("shape, groups, activated, parts, kind", NORMS)
 def test_norm_equals_plain_operations(shape, groups, activated, parts, kind, monkeypatch):
-    for name in ("_REDUCE", "_SUMS"):  # several chunks, the last one not full
-        monkeypatch.setattr(fused, name, (256, 2, 32))
-    monkeypatch.setattr(fused, "_MOST_CHUNKS", 2)
+    for name in ("REDUCE", "SUMS"):  # several chunks, the last one not full
+        monkeypatch.setattr(norm, name, (256, 2, 32))
+    monkeypatch.setattr(norm, "_MOST_CHUNKS", 2)
     arrays = draw_norm(shape, parts, seed=shape[1])
     own = lambda v: own_norm(v, groups, activated)
     compare(own, lambda v: plain_norm(v, groups, activated), arrays, kind, ("x", "shortcut"))
@@ -103,7 +103,7 @@ def test_a_dropped_branch_leaves_the_shortcut():
     rng = np.random.default_rng(1)
     x, shortcut = (jnp.asarray(rng.normal(size=(2, 4, 4, 16)), "float32") for _ in range(2))
     keep = jnp.asarray([0.0, 1.25])
-    y = fused.fused_norm(x, shortcut=shortcut, keep=keep, activated=False)
+    y = norm.fused_norm(x, shortcut=shortcut, keep=keep, activated=False)
     np.testing.assert_array_equal(y[0], shortcut[0])
     branch = normalise(get_ops("jax"), x[1:])
     np.testing.assert_allclose(y[1:], shortcut[1:] + 1.25 * branch, rtol=1e-5, atol=1e-5)
@@ -120,15 +120,15 @@ CONVS = [
 def test_group_convolution_equals_plain_one(shape, size, strides, kind):
     rng, c = np.random.default_rng(2), shape[-1]
     arrays = {"x": rng.normal(size=shape), "kernel": rng.normal(size=(size, size, 16, c)) / 20}
-    conv = lambda v: gpu_ops.grouped_conv(fused.by_groups(v["x"]), v["kernel"], strides)
-    own = lambda v: fused.by_pixels(conv(v))
+    ours = lambda v: conv.grouped_conv(tiles.by_groups(v["x"]), v["kernel"], strides)
+    own = lambda v: tiles.by_pixels(ours(v))
     plain = lambda v: get_ops("jax").conv(v["x"], v["kernel"], strides)
     compare(own, plain, arrays, kind, ("x", "kernel"))
 
 
 def test_norm_groups_must_divide():
     with pytest.raises(ValueError, match="norm_groups=5, channels=24"):
-        fused.fused_norm(np.zeros((1, 2, 2, 24), "float32"), norm_groups=5)
+        norm.fused_norm(np.zeros((1, 2, 2, 24), "float32"), norm_groups=5)
 
 
 @pytest.mark.parametrize("norm, training", [("LN_PN", True), ("GN", False)])
@@ -162,6 +162,6 @@ def test_norm_of_a_product_equals_plain_operations(shape, channels, groups, kind
     arrays["x"], arrays["w"] = rng.normal(size=shape), rng.normal(size=(shape[-1], channels)) / 4
     vectors = lambda v: [v[k] for k in names]
     how = dict(norm_groups=groups, grouped=True)
-    product = lambda v: fused.fused_product_norm(v["x"], v["w"], *vectors(v), **how)
+    product = lambda v: product_norm.fused_product_norm(v["x"], v["w"], *vectors(v), **how)
     plain = lambda v: plain_norm({**v, "x": v["x"] @ v["w"]}, groups, True)
-    compare(lambda v: fused.by_pixels(product(v)), plain, arrays, kind, ("x", "w"))
+    compare(lambda v: tiles.by_pixels(product(v)), plain, arrays, kind, ("x", "w"))

@@ -1,0 +1,179 @@
+"""What all kernels share: two orders in memory, the tiles that a program works on, and loads from them.
+
+Kernels are written in Pallas and compiled through Triton. Without a GPU they are interpreted, slowly and
+exactly, so that tests anywhere check the same code. `nbs/15_fused_norm.ipynb` shows the orders and the tiles at work.
+"""
+
+from typing import NamedTuple
+
+GROUP = 16  # Channels per group of the second order
+#: (elements of a tile, most sub-tiles, widest tile) of a kernel that reduces, one that adds up, and one that maps.
+#: Ours: measured on an H100.
+REDUCE, SUMS, MAP = (1024, 8, 128), (512, 16, 32), (2048, 1, 128)
+
+
+def pallas():
+    "Return JAX, its NumPy, Pallas and Pallas' loads and stores for Triton, imported when first asked for."
+    import jax
+    import jax.numpy as jnp
+    from jax.experimental import pallas as pl
+    from jax.experimental.pallas import triton as plt
+
+    return jax, jnp, pl, plt
+
+
+# ---------------------------------------------------------------- two orders in memory
+
+
+def by_groups(
+    x,  # (N, H, W, C)
+):  # (N, C / 16, H, W, 16)
+    "Bring a group's channels together"
+    n, h, w, c = x.shape
+    return x.reshape(n, h, w, c // GROUP, GROUP).transpose(0, 3, 1, 2, 4)
+
+
+def by_pixels(
+    x,  # (N, C / 16, H, W, 16)
+):  # (N, H, W, C)
+    "Bring a pixel's channels together"
+    n, groups, h, w, _ = x.shape
+    return x.transpose(0, 2, 3, 1, 4).reshape(n, h, w, groups * GROUP)
+
+
+def sides(x):
+    "Return the numbers of images, pixels and channels, in either order."
+    if len(x.shape) == 4:
+        n, h, w, c = x.shape
+        return n, h * w, c
+    n, groups, h, w, _ = x.shape
+    return n, h * w, groups * GROUP
+
+
+def flat(x):
+    "Return x with rows and columns of pixels as one axis."
+    return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
+
+
+# ---------------------------------------------------------------- tiles
+
+
+class Tiles(NamedTuple):
+    "How a kernel cuts an activation of shape (N, pixels, channels)"
+
+    rows: int
+    cols: int
+    subs: int  # Tiles that a program adds up before it reduces
+    grid: tuple
+    pixels: int
+    channels: int
+    whole: bool  # Whether the tiles cover the activation exactly
+
+
+def tiles_for(x, how):
+    """Choose the tiles for an activation; `how` is `REDUCE`, `SUMS` or `MAP`.
+
+    Rows of less than 128 bytes waste memory transactions, so narrow blocks of channels carry a penalty, and idle
+    lanes count as work.
+    """
+    pl = pallas()[2]
+    n, pixels, c = sides(x)
+    elements, subs, widest = how
+    penalty = lambda b: 1.0 if b >= min(c, 64) else {32: 1.4}.get(b, 2.0)
+    cost = lambda b: (-(-c // b) * b * penalty(b), -b if b < 2 * c else b)
+    cols = min((b for b in (128, 64, 32, 16) if b <= widest), key=cost)
+    rows = min(max(elements // cols, 1), pl.next_power_of_2(pixels))
+    chunks = pl.cdiv(pixels, rows * subs)
+    subs = pl.cdiv(pl.cdiv(pixels, chunks), rows)
+    grid = (n, pl.cdiv(pixels, rows * subs), pl.cdiv(c, cols))
+    whole = pixels % (rows * subs) == 0 and c % cols == 0
+    return Tiles(rows, cols, subs, grid, pixels, c, whole)
+
+
+# ---------------------------------------------------------------- programs
+
+
+def interpreted() -> bool:  # True where there is no GPU to compile for
+    "Say whether the kernels are interpreted"
+    return pallas()[0].default_backend() != "gpu"
+
+
+def launch(
+    kernel,  # Function of references
+    grid: tuple,  # Programs along each axis
+    outs,  # Shapes and types of the results
+    *ins,  # Arrays
+    stages: int = 1,  # Steps of a loop that load ahead
+    warps: int = 4,  # Of 32 threads each
+):  # The results
+    "Run a kernel over a grid"
+    _, _, pl, plt = pallas()
+    how = dict(compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages))
+    how = dict(interpret=True) if interpreted() else how
+    return pl.pallas_call(kernel, grid=grid, out_shape=outs, **how)(*ins)
+
+
+def place(t):
+    "Return a program's image, chunk, channels and which of these exist."
+    _, jnp, pl, _ = pallas()
+    cols = pl.program_id(2) * t.cols + jnp.arange(t.cols)
+    return pl.program_id(0), pl.program_id(1), cols, cols < t.channels
+
+
+def window(t, j, sub, cols, inside):
+    "Return the pixels of sub-tile `sub` of chunk `j`, and which elements exist (None: all do)."
+    jnp = pallas()[1]
+    rows = (j * t.subs + sub) * t.rows + jnp.arange(t.rows)
+    mask = None if t.whole else (rows[:, None] < t.pixels) & inside[None, :]
+    return rows[:, None], mask
+
+
+def split_index(v, d):
+    "Return quotient and remainder of whole numbers >= 0."
+    jax, jnp, _, _ = pallas()
+    q = jax.lax.div(v, jnp.full_like(v, d))
+    return q, v - q * d
+
+
+def tile_at(ref, i, rows, cols):
+    "Return where a tile of an image lies, in the order that the array has."
+    if len(ref.shape) == 3:
+        return ref.at[i, rows, cols[None, :]]
+    group, lane = split_index(cols, GROUP)
+    return ref.at[i, group[None, :], rows, lane[None, :]]
+
+
+def read_tile(ref, i, rows, cols, mask):
+    "Return a tile in float32, zeros where `mask` says that nothing is."
+    other = None if mask is None else 0.0
+    return pallas()[3].load(tile_at(ref, i, rows, cols), mask=mask, other=other).astype("float32")
+
+
+def read_row(ref, index, inside):
+    "Return a row of a table in float32, zeros outside."
+    return pallas()[3].load(ref.at[index], mask=inside, other=0.0).astype("float32")
+
+
+def kept(v, mask):
+    "Return v, with zeros where `mask` says that nothing is."
+    return v if mask is None else pallas()[1].where(mask, v, 0.0)
+
+
+# ---------------------------------------------------------------- activation
+
+
+def activate(z, activated, exact):
+    "Return swish(z) and its derivative; z and 1 without activation."
+    jax, jnp, _, plt = pallas()
+    if not activated:
+        return z, jnp.ones_like(z)
+    if exact or interpreted():
+        s = 1.0 / (1.0 + jnp.exp(-z))
+    else:
+        s = 0.5 + 0.5 * plt.approx_tanh(0.5 * z)  # off by 2^-11: less than a bfloat16 rounds
+    return z * s, s * (1 + z * (1 - s))
+
+
+def is_exact(x):
+    "Return whether an activation is of float32: then the sigmoid is, too."
+    return x.dtype == "float32"

@@ -385,7 +385,7 @@ class JAXOps(_Composed):
 
     def conv(self, x, kernel, strides=1):
         if kernel.shape[:2] == (1, 1) and strides == 1 and kernel.shape[2] == x.shape[-1]:
-            # cuDNN's weight gradient of a 1x1 convolution has returned NaN in bfloat16: 16_gpu_ops
+            # cuDNN's weight gradient of a 1x1 convolution has returned NaN in bfloat16: 17_gpu_conv
             return self.jax.lax.dot_general(x, kernel[0, 0], (((3,), (0,)), ((), ())))
         return self.jax.lax.conv_general_dilated(
             x,

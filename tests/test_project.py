@@ -557,9 +557,11 @@ def test_make_says_what_it_runs(target, words):
 
 def names_not_listed(markdown, modules):
     "Public functions and classes of `modules` (name -> text) that the page of all names lacks."
-    row = lambda module, name: (
-        f"({module}.html#{name.lower()})" if module in GENERATED else f"| `{name}` |"
-    )
+
+    def row(module, name):
+        page = tree.page_of(MODULES[module])
+        return f"({tree.page_name(page)}.html#{name.lower()})" if page else f"| `{name}` |"
+
     return [
         f"{module}.{node.name}"
         for module, text in modules.items()

@@ -12,7 +12,6 @@ from typing import NamedTuple
 from .tiles import GROUP, launch, pallas, split_index
 from ..ops import JAXOps, same_padding
 
-
 # %% ../../nbs/17_gpu_conv.ipynb #3bdaf061
 class _Strip(NamedTuple):
     "How outputs side by side meet inputs side by side, and one row meets another"
@@ -94,7 +93,7 @@ def _turned(kernel):
     blocks = kernel[::-1, ::-1].reshape(k, k, GROUP, c // GROUP, GROUP)
     return blocks.transpose(0, 1, 4, 3, 2).reshape(k, k, GROUP, c)
 
-
+# %% ../../nbs/17_gpu_conv.ipynb #9d1f0117
 def _back_strip(size, k):
     top, left = (same_padding(s, k, 2)[0] for s in size)
     first = [(turn + top) % 2 for turn in (0, 1)]
@@ -112,7 +111,7 @@ def _banded_back(kernel, strip, left):
     rows = [jnp.stack([tap(place(i, o)) for o in range(4)], 3) for i in range(4)]
     return jnp.stack(rows, 2).reshape(c // GROUP, k, 4 * GROUP, 4 * GROUP)
 
-
+# %% ../../nbs/17_gpu_conv.ipynb #9d1f0118
 def _input_gradient(dy, kernel, strides, size):
     k = kernel.shape[0]
     if strides == 1:
@@ -228,10 +227,11 @@ def patches(
 
 # %% ../../nbs/17_gpu_conv.ipynb #c7fccc2e
 @functools.lru_cache(maxsize=1)
-def plain_ops():
+def plain_ops() -> JAXOps:  # The same one each time
+    "Make the operations without kernels"
     return JAXOps()
 
-
+# %% ../../nbs/17_gpu_conv.ipynb #9d1f011a
 @functools.lru_cache(maxsize=1)
 def _differentiable_patches():
     jax, jnp, _, _ = pallas()
@@ -247,8 +247,12 @@ def _differentiable_patches():
     return call
 
 
-def patch_product(x, kernel, strides):
-    "Neighbourhoods, and the matrix that multiplies them"
+def patch_product(
+    x,  # Images, (N, H, W, channels)
+    kernel,  # (k, k, channels, filters), type of x
+    strides: int,  # Step of the output grid, pixels
+):  # Patches (N, H', W', P) and a matrix (P, filters): their product is the convolution
+    "Write a convolution of few channels as a matrix product"
     k, _, c, f = kernel.shape
     a = _differentiable_patches()(x, k, strides)
     return a, pallas()[1].pad(kernel.reshape(-1, f), ((0, a.shape[-1] - k * k * c), (0, 0)))

@@ -16,13 +16,9 @@ from .tiles import GROUP, by_groups, by_pixels, pallas
 from ..norms import normalise
 from ..ops import JAXOps
 
-
 # %% ../../nbs/18_gpu_ops.ipynb #164a7b8b
-_THIN = 32  # Channels up to which a product is made again rather than read. Ours: measured
-
-
-class GPUOps(JAXOps):
-    "JAX with kernels of our own, for one GPU"
+class _GPUNorms(JAXOps):
+    "JAX with norms of our own"
 
     def __init__(self, group_size=GROUP):
         super().__init__()
@@ -61,6 +57,13 @@ class GPUOps(JAXOps):
         more = dict(shortcut=shortcut, keep=keep, norm_groups=norm_groups)
         return fused_norm(x, gamma, beta, activated=False, **more)
 
+# %% ../../nbs/18_gpu_ops.ipynb #9d1f011e
+_THIN = 32  # Channels up to which a product is made again rather than read
+
+
+class GPUOps(_GPUNorms):
+    "JAX with kernels of our own, for one GPU"
+
     def conv(self, x, kernel, strides=1):
         k, _, per_group, filters = kernel.shape
         same = filters == x.shape[-1] and k in (3, 5) and strides in (1, 2)
@@ -81,7 +84,7 @@ class GPUOps(JAXOps):
         x = self.conv(x, self.cast(kernel, x.dtype), strides)
         return self.normalise(x, gamma, beta, norm_groups, None, "swish", proxy)
 
-
+# %% ../../nbs/18_gpu_ops.ipynb #9d1f011f
 @functools.lru_cache(maxsize=None)
 def _gpu_ops(group_size):
     return GPUOps(group_size)

@@ -9,10 +9,12 @@ __all__ = ['fused_product_norm']
 import functools
 from typing import NamedTuple
 
-from .norm import coefficients, filled, finish
+from .norm import coefficients, finish
 from effnet_repro.kernels.tiles import (
     activate,
     by_groups,
+    dot,
+    filled,
     flat,
     is_exact,
     launch,
@@ -23,7 +25,6 @@ from effnet_repro.kernels.tiles import (
     sides,
     tile_at,
 )
-
 
 # %% ../../nbs/16_product_norm.ipynb #34cde632
 class _Product(NamedTuple):
@@ -47,7 +48,7 @@ def _product_tiles(x, w, rows, subs, cols):
     grid = (n, pl.cdiv(pixels, rows * subs), pl.cdiv(c, cols))
     return _Product(rows, cols, subs, grid, pixels, c, thin, max(16, pl.next_power_of_2(thin)))
 
-
+# %% ../../nbs/16_product_norm.ipynb #9d1f0112
 def _block(ref, rows, cols, limits):
     plt, (high, wide) = pallas()[3], limits
     mask = (rows < high)[:, None] & (cols < wide)[None, :]
@@ -59,10 +60,6 @@ def _thin_rows(ref, i, rows, t):
     plt, at = pallas()[3], pallas()[1].arange(t.deep)
     mask = (rows < t.pixels)[:, None] & (at < t.thin)[None, :]
     return plt.load(ref.at[i, rows[:, None], at[None, :]], mask=mask, other=0.0)
-
-
-def _dot(a, b):
-    return pallas()[1].dot(a, b, preferred_element_type="float32")
 
 # %% ../../nbs/16_product_norm.ipynb #8f4234a6
 def _product_moments(x, w):
@@ -76,11 +73,11 @@ def _product_moments(x, w):
         b = _block(w_ref, jnp.arange(t.deep), cols, w.shape)
         rows = j * size + jnp.arange(t.rows)
         some = jnp.minimum(t.rows, t.pixels - j * size).astype("float32")
-        pivot = _dot(_thin_rows(x_ref, i, rows, t), b).sum(0)[None, :] / some
+        pivot = dot(_thin_rows(x_ref, i, rows, t), b).sum(0)[None, :] / some
 
         def body(sub, sums):
             now = rows + sub * t.rows
-            d = _dot(_thin_rows(x_ref, i, now, t), b) - pivot
+            d = dot(_thin_rows(x_ref, i, now, t), b) - pivot
             d = jnp.where((now < t.pixels)[:, None], d, 0.0)
             return sums[0] + d, sums[1] + d * d
 
@@ -104,7 +101,7 @@ def _product_apply(x, w, table, mean, scale, grouped):
         a, m, b = (read_row(c_ref, (i, k, cols), inside)[None, :] for k in range(3))
         p, s = (read_row(r, (cols,), inside)[None, :] for r in (p_ref, s_ref))
         rows = j * t.rows + jnp.arange(t.rows)
-        e = _dot(_thin_rows(x_ref, i, rows, t), _block(w_ref, jnp.arange(t.deep), cols, w.shape))
+        e = dot(_thin_rows(x_ref, i, rows, t), _block(w_ref, jnp.arange(t.deep), cols, w.shape))
         y = (activate((e - m) * a + b, True, is_exact(x))[0] - p) * s
         mask = (rows < t.pixels)[:, None] & inside[None, :]
         plt.store(tile_at(o_ref, i, rows[:, None], cols), y.astype(o_ref.dtype), mask=mask)
@@ -134,7 +131,7 @@ def _product_sums(x, w, g, table):
         def body(sub, carried):
             sums, (thin, dy) = carried
             ahead, dy = tile(sub + 1), dy.astype("float32")
-            d = _dot(thin, matrix) - m
+            d = dot(thin, matrix) - m
             y, s = activate(d * a + b, True, is_exact(x))
             new = (dy * s, dy * s * d, dy, dy * y)
             return tuple(p + q for p, q in zip(sums, new)), ahead
@@ -164,8 +161,11 @@ def _product_gradients(x, w, g, table, scale, ks):
             a, m, b = (read_row(c_ref, (i, r, cols), inside)[None, :] for r in range(3))
             k0, k1 = (read_row(k_ref, (i, r, cols), inside)[None, :] for r in range(2))
             mask = (rows < t.pixels)[:, None] & inside[None, :]
-            dy = read_tile(g_ref, i, rows[:, None], cols, mask) * read_row(s_ref, (cols,), inside)[None, :]
-            d = _dot(thin, matrix) - m
+            dy = (
+                read_tile(g_ref, i, rows[:, None], cols, mask)
+                * read_row(s_ref, (cols,), inside)[None, :]
+            )
+            d = dot(thin, matrix) - m
             d = dy * activate(d * a + b, True, is_exact(x))[1] * a + k0 + k1 * d
             return d.astype(x.dtype), matrix  # beyond the picture: not stored, and thin is zero
 
@@ -174,8 +174,8 @@ def _product_gradients(x, w, g, table, scale, ks):
             thin, d_x, new = _thin_rows(x_ref, i, rows, t), 0.0, []
             for q in range(blocks):
                 d, matrix = block(q, rows, thin)
-                d_x = d_x + _dot(d, matrix.T)
-                new.append(totals[q] + _dot(thin.T, d))
+                d_x = d_x + dot(d, matrix.T)
+                new.append(totals[q] + dot(thin.T, d))
             mask = (rows < t.pixels)[:, None] & (deep < t.thin)[None, :]
             at = dx_ref.at[i, rows[:, None], deep[None, :]]
             plt.store(at, d_x.astype(dx_ref.dtype), mask=mask)
@@ -208,12 +208,12 @@ def _product_backward(groups, grouped, saved, g):
     p, s = filled(mean, c, 0.0), filled(inv_std, c, 1.0)
     total = _product_sums(x, low, g, table)
     vectors = (filled(gamma, c, 1.0), p, pallas()[1].broadcast_to(s, (n, c)), None)
-    ks, own = finish(total, table, *vectors, pixels, groups, True)
+    ks, own = finish(total, table, vectors, pixels, groups, True)
     d_x, d_w = _product_gradients(x, low, g, table, s, ks)
     given = [None if v is None else d for v, d in zip((gamma, beta, mean, inv_std), own.sum(0))]
     return (d_x, d_w.astype(w.dtype), *given)
 
-
+# %% ../../nbs/16_product_norm.ipynb #9d1f0116
 @functools.lru_cache(maxsize=1)
 def _differentiable_product():
     call = pallas()[0].custom_vjp(lambda *a: _product_forward(*a)[0], nondiff_argnums=(6, 7))

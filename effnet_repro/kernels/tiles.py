@@ -159,6 +159,16 @@ def kept(v, mask):
     return v if mask is None else pallas()[1].where(mask, v, 0.0)
 
 
+def filled(vector, c, value):
+    "Return the vector, or (c,) of `value` where there is none."
+    return pallas()[1].full((c,), value, "float32") if vector is None else vector
+
+
+def dot(a, b):
+    "Return the matrix product with sums in float32."
+    return pallas()[1].dot(a, b, preferred_element_type="float32")
+
+
 # ---------------------------------------------------------------- activation
 
 

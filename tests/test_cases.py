@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import keras
@@ -10,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from effnet_repro import config
 from effnet_repro.augment import draw_mixing
+from effnet_repro.cli import cases_command
 from effnet_repro.config import (
     PUBLISHED_KEYS,
     Case,
@@ -23,7 +26,7 @@ from effnet_repro.config import (
 )
 from effnet_repro.efficientnet import build_model, get_weights, weights_by_name
 from effnet_repro.recipe import trained_segments
-from effnet_repro.scaling import ModelSpec, count
+from effnet_repro.scaling import SIZE_TABLE, ModelSpec, count
 from effnet_repro.training import Program, TrainingModel
 
 PUBLISHED_FILE = Path(__file__).parent / "data" / "published_cases.json"
@@ -48,6 +51,140 @@ def test_resolved_values_are_the_published_ones(name):
     for key in set(published) & {*PUBLISHED_KEYS, *(f.name for f in dataclasses.fields(Case))}:
         if key not in ("optimiser", "pipeline_splits", "available_memory_proportion"):
             assert getattr(case, PUBLISHED_KEYS.get(key, key)) == published[key], key
+
+
+# ---------------------------------------------------------------- the published file's own form
+
+
+def mapping(name, merges=(), **values):
+    """A block with an anchor, as in the published file: each `<<` on its own line."""
+    lines = [f"{name}: &{name}"] + [f"  <<: *{m}" for m in merges]
+    return "\n".join(lines + [f"  {k}: {json.dumps(v)}" for k, v in values.items()]) + "\n"
+
+
+def published_form():
+    """Our cases as a file of the published form: repeated merge keys, native sizes left out, the other key names."""
+    one, text = CASES["B1-G16-LN_PN-Half_16IPU_4x4"], ""
+    common = dict(eight_bit_io=True, enable_half_partials=True, no_stochastic_rounding=True)
+    what = dict(model="efficientnet", dataset="imagenet", standard_imagenet=True)
+    text += mapping("network_base", **what, precision="16.32", **common)
+    same = "disable_variable_offloading lr_schedule label_smoothing epochs enable_recomputation pipeline_schedule"
+    same += " cutmix_version internal_exchange_optimisation_target"
+    same = {key: getattr(one, key) for key in same.split()}
+    train = dict(optimiser="RMSprop", weight_avg_exp=[one.weight_average_decay], pipeline=True)
+    text += mapping("train_base", **same, **train)
+    copy = dict(precision="16.16", disable_variable_offloading=False, offload_fp32_weight_copy=True)
+    text += mapping("copy", **copy)
+    text += mapping("GN", groups=4, proxy_norm=False) + mapping("LN_PN", groups=1, proxy_norm=True)
+    text += mapping("G1", group_dim=1, expand_ratio=6) + mapping(
+        "G16", group_dim=16, expand_ratio=4
+    )
+    for name, case in CASES.items():
+        size, group, norm = name.split("-")[:3]
+        if f"{size}: &" not in text:
+            mixing = {k: getattr(case, k) for k in ("mixup_alpha", "cutmix_lambda")}
+            mixing = {k: v for k, v in mixing.items() if v is not None}
+            text += mapping(size, ["network_base"], model_size=case.model_size, **mixing)
+        if f"{size}-{group}-{norm}: &" not in text:
+            text += mapping(f"{size}-{group}-{norm}", [size, group, norm])
+        merges = ["train_base", f"{size}-{group}-{norm}"]
+        merges += ["copy"] if case.precision == "16.16" else []
+        ours = {v: k for k, v in PUBLISHED_KEYS.items()}
+        wanted = "micro_batch_size gradient_accumulation num_replicas num_stages pipeline_splits"
+        wanted += " enable_conv_dithering internal_exchange_optimisation_target"
+        fields = {k: getattr(case, k) for k in wanted.split()}
+        fields["available_memory_proportion"] = [str(v) for v in case.available_memory_proportion]
+        if "-Half_" in name:
+            fields["image_size"] = case.image_size
+        fields = {ours.get(k, k): v for k, v in fields.items()}
+        text += mapping(name, merges, name_suffix=name.split("_16IPU")[0][3:], **fields)
+    return text
+
+
+def write(tmp_path, text):
+    path = tmp_path / "configs.yml"
+    path.write_text(text)
+    return path
+
+
+def test_a_file_of_the_published_form_gives_the_thirty_cases(tmp_path):
+    text = published_form()
+    assert text.count("  <<: ") > 2 * 30 and text.count("image_size") == 12
+    assert load_cases(write(tmp_path, text)) == CASES
+    name = "B5-G1-GN-Native_16IPU_4x4"  # its last merge wins
+    assert get_case(name, tmp_path / "configs.yml").precision == "16.16"
+
+
+def authors_file():
+    """The authors' own file, which is theirs to hand out: from EFFNET_REPRO_AUTHORS_CONFIGS, or beside the project."""
+    beside = Path(__file__).parents[2] / "shared" / "reference" / "authors_configs.yml"
+    path = Path(os.environ.get("EFFNET_REPRO_AUTHORS_CONFIGS") or beside)
+    return path if path.is_file() else None
+
+
+@pytest.mark.skipif(authors_file() is None, reason="the authors' configs.yml is not here")
+def test_the_authors_own_file_gives_the_thirty_cases():
+    assert load_cases(authors_file()) == CASES
+
+
+def test_the_command_reads_a_file_of_the_published_form(tmp_path, capsys):
+    path = write(tmp_path, published_form())
+    assert cases_command(["--config-path", str(path), "--json"]) == 0
+    theirs = capsys.readouterr().out
+    assert cases_command(["--json"]) == 0
+    assert theirs == capsys.readouterr().out
+
+
+REPEATED = {  # What stands twice, and where: refused, in either form
+    "a key": ("  label_smoothing: 0.1\n", "  label_smoothing: 0.1\n  label_smoothing: 0.2\n"),
+    "the same key with the same value": ("  group_dim: 16\n", "  group_dim: 16\n  group_dim: 16\n"),
+    "a case": (
+        "\nB0-G1-GN-Native",
+        "\nB0-G1-GN-Native_16IPU_2x8: {batch_size: 3}\nB0-G1-GN-Native",
+    ),
+    "an anchored block": ("G16: &G16", "G16: {group_dim: 8}\nG16: &G16"),
+    "a quoted key": ("  groups: 4\n", "  groups: 4\n  'groups': 4\n"),
+    "a quoted << is a key like others": ("  groups: 4\n", "  groups: 4\n  '<<': 1\n  '<<': 2\n"),
+    "two names of one field": ("  groups: 4\n", "  groups: 4\n  norm_groups: 4\n"),
+}
+
+
+@pytest.mark.parametrize("what", REPEATED)
+def test_other_repeated_keys_of_the_published_form_are_refused(tmp_path, what):
+    old, new = REPEATED[what]
+    text = published_form()
+    assert old in text
+    with pytest.raises(ValueError, match="stands twice|has both"):
+        load_cases(write(tmp_path, text.replace(old, new, 1)))
+
+
+OWN = """
+sizes: {B0: &B0 {model_size: 0, mixup_alpha: 0.1}}
+norms: {GN: &GN {norm: GN, norm_groups: 4}}
+cases:
+  mine: {<<: [*B0, *GN], group_size: 16, expand_ratio: 4, image_size: 32,
+    micro_batch_size: 768, gradient_accumulation: 1}
+"""
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        ("<<: [*B0, *GN]", "<<: *B0, <<: *GN"),  # on one line
+        ("{<<: [*B0, *GN]", "\n    {<<: *B0,\n    <<: *GN"),
+        ("group_size: 16", "group_size: 16, group_size: 16"),
+        ("  mine:", "  mine: {}\n  mine:"),
+        ("norms:", "sizes: {}\nnorms:"),
+    ],
+)
+def test_every_repeated_key_of_our_form_is_refused(tmp_path, old, new):
+    assert load_cases(write(tmp_path, OWN))["mine"].norm == "GN"
+    with pytest.raises(ValueError, match="stands twice"):
+        load_cases(write(tmp_path, OWN.replace(old, new, 1)))
+
+
+def test_native_sizes_are_those_of_the_networks():
+    assert config._NATIVE_SIZES == tuple(SIZE_TABLE[f"B{n}"].native for n in range(8))
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

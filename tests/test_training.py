@@ -52,6 +52,33 @@ def test_a_run_cut_in_two_is_the_same_to_the_bit(whole, tmp_path):
     _same_bytes(resumed.checkpoint, whole.checkpoint)
 
 
+LOOPS = {
+    "budget": "case",
+    "global_batch_size": 8,
+    "micro_batch_size": 4,
+    "epochs": 0.1,
+    "warmup_epochs": 0.05,
+    "lr_decay": 1.0,
+    "precision": "float32",
+    "progress": False,
+    "validate_every": None,
+}
+
+
+def test_a_run_goes_on_inside_a_device_loop(tmp_path):
+    """Loops of four training steps, cut after the sixth; the second command need not name the loop."""
+    whole = train(TINY, run_dir=tmp_path / "whole", **LOOPS, device_loop=4, max_steps=8)
+    train(TINY, run_dir=tmp_path / "cut", **LOOPS, device_loop=4, max_steps=6)
+    resumed = train(TINY, run_dir=tmp_path / "cut", **LOOPS, max_steps=8)
+    assert resumed.case.device_loop == 4
+    _same_bytes(resumed.checkpoint, whole.checkpoint)
+    stored = json.loads((tmp_path / "cut" / "config.json").read_text())["case"]
+    assert stored["device_loop"] == 4
+    # 15 training steps, 7 of them warm-up; the eighth has the rate of the fifth
+    rate = read_metrics(whole.run_dir)["learning_rate"].iloc[-1]
+    assert rate == pytest.approx(8 / 2**14 * 4 / 7)
+
+
 def _once_there_is_a_checkpoint(run_dir, act, patience=240):
     """Call `act` as soon as a run has written its first checkpoint."""
     deadline = time.time() + patience

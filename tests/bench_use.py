@@ -20,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -141,6 +142,7 @@ def measure(a, device):
             config = json.loads((work / f"run{i}" / "config.json").read_text())["case"]
             found = rates(rows, config["global_batch_size"])
             whole = {"command_s": round(seconds, 1), "ran": portable(["effnet-train", *words])}
+            whole["jpeg_decoder"] = "simplejpeg" if find_spec("simplejpeg") else "Pillow"
             write(name, {"micro_batch_size": config["micro_batch_size"], **found, **whole})
 
 

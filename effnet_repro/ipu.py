@@ -165,13 +165,15 @@ def machine_options(
     convolutions = _convolution_options(case)
     matmuls = {k: v for k, v in convolutions.items() if k == "partialsType"}
     compilation = {"opt.internalExchangeOptimisationTarget": target}
-    if case.stochastic_rounding:  # else the seed would not decide it
-        compilation["target.deterministicWorkers"] = "portable"
+    # "portable" lets the seed decide how 16-bit sums are rounded
+    workers = "portable" if case.stochastic_rounding else "false"
+    compilation["target.deterministicWorkers"] = workers
     options = {
         "allow_recompute": case.enable_recomputation,
         "compilation_poplar_options": compilation,
         "convolutions.poplar_options": convolutions,
         "matmuls.poplar_options": matmuls,
+        "norms.use_stable_statistics": True,
         "floating_point_behaviour.esr": case.stochastic_rounding,
         "floating_point_behaviour.nanoo": True,
         "optimizations.maximum_cross_replica_sum_buffer_size": 10 * 1024**2,

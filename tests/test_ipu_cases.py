@@ -50,7 +50,9 @@ def test_case_builds_with_its_options(name):
     assert config["auto_select_ipus"] == case.num_replicas * case.num_stages == 16
     assert config["allow_recompute"] is case.enable_recomputation is True
     assert config["floating_point_behaviour.esr"].name == "OFF"
+    assert config["floating_point_behaviour.nanoo"] is config["norms.use_stable_statistics"] is True
     target = {"opt.internalExchangeOptimisationTarget": case.internal_exchange_optimisation_target}
+    target["target.deterministicWorkers"] = "false"
     assert config["compilation_poplar_options"] == target
     assert made["schedule"].name == case.pipeline_schedule == "Grouped"
     assert made["gradient_accumulation_count"] == case.gradient_accumulation

@@ -641,6 +641,16 @@ def test_configuration_types_are_exact():
             config.configure_ipu_system()
 
 
+def test_engine_options():
+    names = ("target.deterministicWorkers", "opt.internalExchangeOptimisationTarget")
+    for name, value in ((names[0], "False"), (names[0], "no"), (names[1], "fast")):
+        with install(), pytest.raises(ValueError, match=f"{value!r} for {name}"):
+            configure(1, compilation_poplar_options={name: value})
+    with install() as m:
+        configure(1, compilation_poplar_options={names[0]: "false", names[1]: "balanced"})
+        assert m.config["compilation_poplar_options"][names[0]] == "false"
+
+
 def test_configuration_checks():
     with install() as m:
         with pytest.raises(TypeError):
@@ -902,6 +912,22 @@ def test_group_norm_is_strided(graph, stable):
     np.testing.assert_allclose(y, by_hand, atol=1e-5)
     assert np.abs(other - by_hand).max() > 0.1
     assert names == ["GroupNorm/beta:0", "GroupNorm/gamma:0", "other/beta:0", "other/gamma:0"]
+
+
+def test_stable_statistics(graph):
+    "A large mean over a small deviation: the short formula cancels, the long one does not"
+    x = (4000 + np.random.default_rng(0).normal(size=(1, 8, 8, 4))).astype("float32")
+    right, found = x.astype("float64").var((1, 2), keepdims=True), {}
+    for stable in (False, True):
+        with install():
+            configure(1, norms__use_stable_statistics=stable)
+            how = dict(center=False, scale=False, epsilon=1e-3, scope=f"s{stable}")
+            y = ipu().normalization_ops.group_norm(x, groups=4, **how)
+            with tf1.Session() as s:
+                found[stable] = s.run(y)
+    wanted = (x - x.astype("float64").mean((1, 2), keepdims=True)) / np.sqrt(right + 1e-3)
+    np.testing.assert_allclose(found[True], wanted, atol=1e-2)
+    assert np.abs(found[False] - wanted).max() > 0.1
 
 
 def test_strided_is_contiguous_with_channels_moved(graph):

@@ -32,6 +32,11 @@ class MergeRemoteBuffersBehaviour(enum.Enum):
     NO_MERGING, MERGE, IF_BENEFICIAL = range(3)
 
 
+# Of `compilation_poplar_options`, as far as this project sets them: name -> values, the default first
+ENGINE_OPTIONS = {
+    "opt.internalExchangeOptimisationTarget": ("cycles", "balanced", "memory"),
+    "target.deterministicWorkers": ("true", "false", "portable"),
+}
 IPUs = typing.Union[int, typing.List[int], typing.Tuple[int, ...]]
 
 
@@ -159,6 +164,10 @@ def configure_ipu_system(config, device="cpu", reset_configuration=True):
             for k, v in value.items():
                 if type(k) is not str or type(v) is not str:
                     raise TypeError(f"{name}[{k!r}] = {v!r}: bad argument type for a string field")
+    for name, legal in ENGINE_OPTIONS.items():
+        value = values["compilation_poplar_options"].get(name, legal[0])
+        if value not in legal:  # the engine refuses it when it is made; said here at once
+            raise ValueError(f"Unrecognised value {value!r} for {name}. Legal: {', '.join(legal)}")
     if values["io_tiles.place_ops_on_io_tiles"] and not values["io_tiles.num_io_tiles"]:
         raise ValueError("Cannot place ops on I/O tiles when io_tiles.num_io_tiles == 0")
     needs_version = (DeviceConnectionType.PRE_COMPILE, DeviceConnectionType.NEVER)

@@ -144,13 +144,18 @@ def _tf1_prefix(path):
     if not path.is_dir():
         return path
     named = re.findall(r'(?m)^model_checkpoint_path: "(.*)"', _text(path / "checkpoint"))
-    found = [path / n for n in named] or [p.with_suffix("") for p in sorted(path.glob("*.index"))]
+    found = [path / n for n in named] or _indexed(path)
     if len(found) != 1:
         raise ValueError(
             f"{path} holds {len(found)} TensorFlow checkpoints ({list_some(p.name for p in found)}). "
             "Name one, e.g. folder/model.ckpt-100."
         )
     return found[0]
+
+
+def _indexed(folder):
+    "Prefixes of the checkpoints in a folder, without what a killed writer left"
+    return [p.with_suffix("") for p in sorted(folder.glob("*.index")) if p.name[0] != "."]
 
 
 def _text(path):
@@ -196,34 +201,100 @@ def read_tf1(
         ) from None
     return variables, others
 
+# %% ../nbs/39_convert.ipynb #4513192e
+_DATA = re.compile(r"\.data-(\d{5})-of-(\d{5})")
+
+
+def _data_files(prefix):
+    "Data files of a checkpoint, and of its forerunners: {how many belong together: paths}"
+    found = {}
+    for path in prefix.parent.glob("*.data-*"):
+        name = _DATA.fullmatch(path.name[len(prefix.name) :])
+        if name and path.name.startswith(prefix.name):
+            found.setdefault(int(name[2]), []).append(path)
+    return found
+
+
+def _data_count(prefix):
+    "How many data files the index of a checkpoint says; None without one"
+    try:
+        with open(f"{prefix}.index", "rb") as file:
+            start = file.read(5)  # an empty key, the header's length, field 1: the number
+    except OSError:
+        return None
+    return start[4] if start[:2] == b"\0\0" and start[3:4] == b"\x08" else None
+
+
+def _remove_leftovers(path):
+    "Delete what writers of this file left when they were killed"
+    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp.*")
+    for left in path.parent.glob(".*.tmp*"):
+        if ours.fullmatch(left.name):
+            left.unlink()
+
+
+def _sync(path):
+    "Force a file, or a folder's list of names, to disk"
+    if os.name != "nt":
+        handle = os.open(str(path), os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
 # %% ../nbs/39_convert.ipynb #f34a4551
 def write_tf1(
-    path,  # Prefix of the checkpoint's two files, e.g. "out/model.ckpt"
+    path,  # Prefix of the checkpoint's files, e.g. "out/model.ckpt"
     arrays: Dict[str, np.ndarray],  # Full name -> array
 ) -> Path:  # `path`
-    "Write weights as a TensorFlow 1 checkpoint under the published names"
+    "Write weights as a TensorFlow 1 checkpoint under the published names, whole or not at all"
     tf = _needed("tensorflow", "A TensorFlow checkpoint")
     path, variables = Path(path), pack(arrays)
     path = path / "model.ckpt" if path.is_dir() else _tf1_prefix(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    endings = (".data-00000-of-00001", ".index")  # the index last: it is what readers look for
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
+        _remove_leftovers(path)
+        count = 2 if _data_count(path) == 1 else 1
         try:
-            tf.raw_ops.SaveV2(
-                prefix=str(temporary),
-                tensor_names=list(variables),
-                shape_and_slices=[""] * len(variables),
-                tensors=[tf.constant(v) for v in variables.values()],
-            )
-            for ending in endings:
-                os.replace(f"{temporary}{ending}", f"{path}{ending}")
+            _save_tf1(tf, temporary, variables, count)
+            _replace_tf1(path, temporary, count)
         except tf.errors.OpError as e:
             raise OSError(str(e).splitlines()[0][:200]) from None
         finally:
-            for left in path.parent.glob(f"{temporary.name}*"):
-                left.unlink()
+            _remove_leftovers(path)
     return path
+
+
+def _save_tf1(tf, prefix, variables, count):
+    "Write a checkpoint of `count` data files"
+    names = list(variables)
+    parts = [f"{prefix}.{i}" for i in range(count)]
+    for i, part in enumerate(parts):
+        own = names[i::count]
+        tensors = [tf.constant(variables[n]) for n in own]
+        how = dict(tensor_names=own, shape_and_slices=[""] * len(own), tensors=tensors)
+        tf.raw_ops.SaveV2(prefix=part, **how)
+    merge = dict(destination_prefix=str(prefix), delete_old_dirs=False)
+    tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, **merge)
+
+
+def _replace_tf1(path, temporary, count):
+    "Put a written checkpoint in the place of another: data, then the index, then the old data goes"
+    new = [f".data-{i:05d}-of-{count:05d}" for i in range(count)]
+    try:
+        for ending in new:
+            _sync(f"{temporary}{ending}")
+            os.replace(f"{temporary}{ending}", f"{path}{ending}")
+        _sync(f"{temporary}.index")
+        _sync(path.parent)
+        os.replace(f"{temporary}.index", f"{path}.index")
+        _sync(path.parent)
+    finally:  # of both: the data files that no index names
+        there = _data_count(path)
+        for files in (f for n, f in _data_files(path).items() if n != there):
+            for file in files:
+                file.unlink()
 
 # %% ../nbs/39_convert.ipynb #e4767c0d
 def _find_tf1(path, options):
@@ -580,7 +651,7 @@ def format_of(
     if path.is_dir():
         if (path / "checkpoints").is_dir() or any(path.glob("epoch-*.safetensors")):
             return "ours"
-        if any(path.glob("*.index")):
+        if _indexed(path):
             return "tf1"
         raise ValueError(
             f"{path} is a folder without a checkpoint. Name the file of weights in it."
@@ -788,4 +859,5 @@ def convert(
     if there.exists() and not overwrite:
         raise FileExistsError(f"{there} exists. Pass overwrite, or choose another name.")
     weights = read(source, kind, **options)
+    _remove_leftovers(there)
     return weights._replace(notes=weights.notes + _WRITERS[to](target, weights))

@@ -17,6 +17,7 @@ import parity_vectors
 import pytest
 import tensorflow as tf
 from safetensors.numpy import load_file, save_file
+from tiny import PYTHON
 
 from effnet_repro import checkpoint, convert
 from effnet_repro.config import get_case
@@ -419,6 +420,23 @@ def test_tf1_files_with_something_wrong(tmp_path):
         convert.read(tmp_path / "cut.ckpt")
     with pytest.raises(ValueError, match="holds 6 TensorFlow checkpoints"):
         convert.read(tmp_path)
+
+
+def test_a_killed_converter_leaves_the_old_or_the_new(tmp_path):
+    """At every sixth moment before and after renames, syncs and deletions; all: tests/kill_converter.py."""
+    command = [sys.executable, str(ROOT / "tests/kill_converter.py"), str(tmp_path), "x.ckpt", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, env=PYTHON)
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {r["killed"] for r in rows} == {True, False} and {r["found"] for r in rows} == {1, 2}
+    for row in rows:
+        assert row["found"] == row["by_folder"] and row["then"] == 3 - row["found"], row
+        assert row["killed"] or row["found"] == 2, row
+        assert {name[len("x.ckpt") :] for name in row["left"]} in (ONE, TWO), row  # nothing else
+
+
+ONE = {".index", ".data-00000-of-00001"}
+TWO = {".index", ".data-00000-of-00002", ".data-00001-of-00002"}
 
 
 # ---------------------------------------------------------------- keras.applications

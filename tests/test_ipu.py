@@ -367,7 +367,8 @@ def test_command_line(short, tmp_path, capsys):
 
 def test_missing_and_wrong_sdk(monkeypatch):
     with pytest.raises(
-        ImportError, match=r"Found: TensorFlow 2\.\d+\.\d+, not Graphcore's build\. Install .*Python 3\.8\)"
+        ImportError,
+        match=r"Found: TensorFlow 2\.\d+\.\d+, not Graphcore's build\. Install .*Python 3\.8\)",
     ):
         ipu.Graphcore()
     broken = ImportError("libpoplar.so: cannot open shared object file")

@@ -28,6 +28,7 @@ import numpy as np
 from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
 from .checkpoint import load_metadata, load_weights
+from .classes import match_classes, match_run
 from effnet_repro.config import (
     Case,
     case_from_dict,
@@ -1027,7 +1028,9 @@ def _fit(model, data, state, first, last, per_epoch):
 # %% ../nbs/38_training.ipynb #01b9d776
 def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep, progress, notes):
     "Train `case` in `run_dir`, from its newest checkpoint, from `weights`, or from scratch"
-    run_dir, program = Path(run_dir), _program(case, data, precision, seed)
+    run_dir = Path(run_dir)
+    data = match_run(run_dir, data)
+    program = _program(case, data, precision, seed)
     per_epoch = data.train_count // case.global_batch_size
     if per_epoch == 0:
         raise ValueError(
@@ -1193,6 +1196,7 @@ def train(
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
         arrays = drop_statistics(arrays, print)
+        data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
     return _execute(
@@ -1245,6 +1249,7 @@ def finetune(
         f"fine-tuning {', '.join(variable_filter)} at {image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
+    data = match_classes(source, metadata, data)
     check_init(source, metadata, data, trained)
     folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
     run_dir = Path(run_dir) if run_dir else folder / f"finetune-{image_size}"
@@ -1287,6 +1292,7 @@ def validate(
     say_earlier(source, load_metadata(next(iter(files.values())))["case"])
     for name, path in files.items():
         arrays, metadata, _ = load_weights(path)
+        data = match_classes(path, metadata, data)
         case = case_from_dict(metadata["case"])
         size, update = image_size or case.image_size, checkpoints.read_metadata(path)["update"]
         if weights == "all" and _is_measured(run_dir, name, update, size, data):
@@ -1354,7 +1360,8 @@ def plot_predictions(
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
 ):  # The axes
     "Show validation pictures with the best guess and its probability; wrong ones name the truth"
-    arrays, metadata, _ = load_weights(source, "last")
+    arrays, metadata, path = load_weights(source, "last")
+    data = match_classes(path, metadata, data)
     case = case_from_dict(metadata["case"])
     size, names = image_size or case.image_size, metadata["class_names"]
     predict = predictor(ModelSpec.from_case(case, num_classes=len(names)), arrays)

@@ -25,7 +25,7 @@ MODULES = tree.modules()
 LAYERS = [
     "config testing proxy_norm",
     "scaling ops norms checkpoint data recipe augment",
-    "group_conv kernels",
+    "group_conv kernels classes",
     "mbconv fused_norm gpu_ops",
     "network",
     "pipeline runs efficientnet",

@@ -30,6 +30,7 @@ import numpy as np
 
 from . import checkpoint as checkpoints
 from .augment import draw_mixing, mix
+from .classes import match_classes, match_run
 from effnet_repro.config import (
     Case,
     budget_overrides,
@@ -1186,6 +1187,7 @@ def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connect
 
 def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
     "The run itself, once it has the folder to itself"
+    data = match_run(run_dir, data)
     spec = ModelSpec.from_case(case, num_classes=data.num_classes)
     per_replica = ipus_per_replica(case.num_stages)
     per_epoch, shard = data.train_count // case.global_batch_size, graphcore.instances
@@ -1295,6 +1297,7 @@ def train(
     if init is not None:
         arrays, metadata, source = checkpoints.load_weights(init, weights)
         arrays = drop_statistics(arrays, print)
+        data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
     done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
@@ -1347,6 +1350,7 @@ def finetune(
     arrays = drop_statistics(arrays, print)
     trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
     say_earlier(source, metadata["case"])
+    data = match_classes(source, metadata, data)
     check_init(source, metadata, data, trained)
     size = image_size or finetune_size(trained)
     case = finetune_case(trained, size, protocol, variable_filter, **overrides)
@@ -1388,6 +1392,7 @@ def validate(
     for kind in kinds:
         arrays, metadata, path = checkpoints.load_weights(source, kind)
         case = case_from_dict(metadata["case"])
+        data = match_classes(path, metadata, data)
         check_init(path, metadata, data, case)
         name = kind if source.is_dir() else path.name
         sets[name], paths[name] = arrays, path

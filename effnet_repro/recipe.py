@@ -123,7 +123,7 @@ def learning_rate(
 # %% ../nbs/32_recipe.ipynb #87ed314c
 def plot_schedule(
     case,  # A case
-    updates_per_epoch=100,  # Weight updates of one epoch; 100 is enough to see the shape
+    updates_per_epoch=100,  # Training steps of one epoch; 100 is enough to see the shape
     ax=None,  # Matplotlib axes; None = new ones
     **line,  # Passed to `ax.plot`, e.g. label
 ):  # The axes
@@ -135,7 +135,7 @@ def plot_schedule(
     total = total_updates(case, updates_per_epoch)
     updates = range(0, total + 1, max(1, total // 5000))  # More points than a figure has pixels
     rates = [learning_rate(case, i, updates_per_epoch) for i in updates]
-    ax.plot([i / updates_per_epoch for i in updates], rates, **line)
+    ax.plot([float(i / updates_per_epoch) for i in updates], rates, **line)
     ax.set(xlabel="epoch", ylabel="learning rate")
     ax.set_ylim(0, None, auto=True)
     ax.set_title("What is the learning rate at each epoch?", fontsize=10)

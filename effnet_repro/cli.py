@@ -262,7 +262,7 @@ _ALIASES = {
     "model_size": {f"B{n}": n for n in SIZES if isinstance(n, int)},
     "optimizer": {"RMSprop": "rmsprop", "SGD": "sgd"},
 }
-# The published command cuts --base-learning-rate-exponent short.
+# Version 2.1 of the published code, and its README, call it so.
 _MORE_FLAGS = {"base_learning_rate_exponent": ["--base-learning-rate"]}
 
 

@@ -74,7 +74,7 @@ class _Network:
     image_size: int  # Side of a training picture, pixels, >= 32
     precision: str = "16.32"  # IPU compute.weights bits; other devices choose their own
     dropout_rate: Optional[float] = None  # Before the classifier; None = the size's own
-    drop_path_rate: float = 0.2  # Stochastic depth at the last block, growing linearly from 0
+    drop_path_rate: float = 0.2  # Of stochastic depth: block i of N drops with rate x i/N, i from 0
     input_norm: str = "imagenet_mean"  # What is done to 0..255 pixels: see 20_efficientnet
 
 # %% ../nbs/00_config.ipynb #22925e0c

@@ -19,7 +19,6 @@ import inspect
 import shutil
 import subprocess
 import sys
-import time
 import warnings
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -69,17 +68,18 @@ from effnet_repro.recipe import (
     trained_segments,
     unscale,
 )
+from .recorder import Course, Recorder, describe_epoch
 from effnet_repro.runs import (
     Run,
     Scores,
+    Stopped,
     StopSignals,
-    append_rows,
-    average_until,
     check_init,
     data_notes,
     describe_machine,
     finetune_case,
     finetune_size,
+    measured_data,
     refuse_other_run,
     save_curves,
     say_scores,
@@ -956,7 +956,7 @@ def evaluate(
     index, count = graphcore.instances
     folded, sets = replace(spec, folded=True) if spec.proxy_norm else spec, {}
     for name, arrays in weights.items():
-        own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
+        own = {n: w for n, w in arrays.items() if not n.startswith(("slots/", checkpoints.AVERAGE))}
         check_matches(own, params(spec_of_arrays(spec, own)))
         sets[name] = fold_proxies(own) if folded is not spec and not spec.folded else own
     configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
@@ -1064,116 +1064,78 @@ def count_ipus(
 
 # %% ../nbs/36_ipu.ipynb #79f0a948
 class _Host:
-    "The host's side of a training: files, metrics, checkpoints, and requests to stop"
+    "The host's side of a training: what the first process writes down, and requests to stop"
 
-    def __init__(self, program, data, run_dir, seed, keep, per_epoch, last):
-        self.program, self.case, self.data, self.seed = program, program.case, data, seed
-        self.run_dir, self.folder, self.keep = run_dir, run_dir / "checkpoints", keep
-        self.per_epoch, self.last, self.stop_requested = per_epoch, last, False
-        self.writes, self.started = program.graphcore.instances[0] == 0, time.perf_counter()
-        self.average, self.data_notes = None, data_notes(data)
-        self.schedule = steps_per_epoch(self.case, data.train_count)
+    def __init__(self, program, recorder, stop):
+        self.program, self.recorder, self.stop = program, recorder, stop
+        self.graphcore = program.graphcore
 
-    def save(self, update):
-        "Write the checkpoint of an update, and the average at the end of an epoch"
-        epoch, inside = divmod(update, self.per_epoch)
-        arrays = get_state(self.program)
-        metadata = {
-            "case": case_to_dict(self.case),
-            "num_classes": self.program.spec.num_classes,
-            "update": update,
-            "epoch": epoch,
-            "seed": self.seed,
-            "precision": self.case.precision,
-            "whole_epoch": not inside,
-            **self.data_notes,
-        }
-        path = checkpoints.epoch_path(self.folder, epoch, update if inside else None)
-        checkpoints.save(path, arrays, metadata)
-        if not inside and self.average.last_update < update:
-            weights = {n: w for n, w in arrays.items() if n.startswith("all/")}
-            self.average.update(weights, update)
-            self.average.save(self.folder / "average.safetensors")
-        for old in checkpoints.list_checkpoints(self.folder)[: -self.keep]:
-            old.unlink()
-        return path
+    def share_sums(self):
+        "A process knows the loss of its own replicas: let all know all"
+        meter = self.recorder.meter
+        meter.share([sums for (sums,) in gather(self.graphcore, [meter.sums])])
 
-    def end_epoch(self, update, loss, accuracy, images_per_s):
-        "Write a row, a checkpoint and the curves"
-        if not self.writes:
+    def end_epoch(self):
+        self.share_sums()
+        if not self.recorder.writes:
+            self.recorder.meter.reset()
             return
-        rate = learning_rate(self.case, update - 1, self.schedule)
-        row = {"epoch": round(update / self.per_epoch, 4), "update": update, "loss": round(loss, 6)}
-        row.update(accuracy=round(accuracy, 6), images_per_s=round(images_per_s, 2))
-        row.update(learning_rate=rate, seconds=round(time.perf_counter() - self.started, 2))
-        path = self.save(update)
-        metrics = self.run_dir / "metrics.csv"
-        append_rows(metrics, [row], lambda old: int(old["update"]) < update)
-        save_curves(self.run_dir)
-        print(
-            f"epoch {row['epoch']:g}/{self.case.epochs:g}: loss {loss:.3f}, training accuracy {accuracy:.1%}, "
-            f"{images_per_s:.0f} images/s -> {path.name}",
-            flush=True,
-        )
+        row = self.recorder.end_epoch(get_state(self.program))
+        save_curves(self.recorder.run_dir)
+        print(describe_epoch(row, self.recorder.course, self.recorder.newest), flush=True)
+
+    def stop_here(self):
+        "Save what was trained since the last checkpoint"
+        recorder = self.recorder
+        inside = recorder.step % recorder.course.steps_per_epoch
+        if inside:
+            self.share_sums()
+            if recorder.writes:
+                recorder.save(get_state(self.program))
+        print(f"stopped after update {recorder.step}", flush=True)
 
 # %% ../nbs/36_ipu.ipynb #bd249de7
-def _fit(host, first):
-    "Run the updates from `first` on; returns how many are done"
-    sums, since, timed = np.zeros(2), first, (first, time.perf_counter())
-    for update in range(first, host.last):
-        values = host.program.run(learning_rate(host.case, update, host.schedule))[0]
-        if not np.isfinite(values[0]):
-            raise FloatingPointError(
-                f"The loss of update {update + 1} is {values[0]}. The last checkpoint is good; try a smaller "
-                "base_learning_rate_exponent."
-            )
-        if update == since:  # the first update of an epoch compiles, or waits for pictures
-            timed = update + 1, time.perf_counter()
-        sums, done = sums + values, update + 1
-        stop = _anybody_stops(host, done)
-        if done % host.per_epoch and done < host.last and not stop:
-            continue
-        n, seconds = done - timed[0], time.perf_counter() - timed[1]
-        speed = n * host.case.global_batch_size / seconds if n else float("nan")
-        every = gather(host.program.graphcore, [sums])  # a process knows its own replicas' loss
-        host.end_epoch(done, *(np.mean(every, (0, 1)) / (done - since)), speed)
-        sums, since = np.zeros(2), done
-        if stop and done < host.last:
-            return done
-    return host.last
+def _fit(host):
+    "Run the updates that are left"
+    recorder = host.recorder
+    case, course = recorder.course.case, recorder.course
+    while recorder.step < course.last_step:
+        rate = learning_rate(case, recorder.step, course.schedule)
+        loss, accuracy = host.program.run(rate)[0]
+        recorder.step += 1
+        recorder.count(float(loss), float(accuracy))
+        recorder.meter.tick()
+        stop = _anybody_stops(host, recorder.step)
+        if recorder.ends_epoch():
+            host.end_epoch()
+        if stop and recorder.step < course.last_step:
+            raise Stopped
 
 
 def _anybody_stops(host, done):
     "Whether a process was asked to stop: then all do, after the same update; several ask now and then"
-    graphcore = host.program.graphcore
-    if graphcore.popdist is not None and done % 16:
+    if host.graphcore.popdist is not None and done % 16:
         return False
-    return any(part[0] for part in gather(graphcore, [np.float32(host.stop_requested)]))
+    asked = np.float32(host.stop.stop_requested)
+    return any(part[0] for part in gather(host.graphcore, [asked]))
 
 # %% ../nbs/36_ipu.ipynb #ea73a1bd
-def _begin(host, weights):
-    "Give a program its state: the newest checkpoint, or these weights; returns the update to begin with"
-    graphcore, spec, update = host.program.graphcore, host.program.spec, 0
-    arrays = weights or initial_weights(spec, host.seed)
-    if host.writes:
-        host.folder.mkdir(parents=True, exist_ok=True)
-        checkpoints.remove_leftovers(host.folder)
-        newest = checkpoints.latest(host.folder)
-        if newest is not None:
-            arrays, metadata = checkpoints.load(newest)
-            update = metadata["update"]
-            print(f"going on from {newest.name}, update {update}", flush=True)
-    own = {n: w for n, w in arrays.items() if not n.startswith("slots/")}
-    check_matches(own, params(spec))
+def _begin(host, found, weights):
+    "Give a program its state: the newest checkpoint, or these weights"
+    graphcore, spec = host.graphcore, host.program.spec
+    arrays = found[1] if found else weights or initial_weights(spec, host.recorder.facts["seed"])
+    arrays = {n: w for n, w in arrays.items() if not n.startswith(checkpoints.AVERAGE)}
+    check_matches({n: w for n, w in arrays.items() if not n.startswith("slots/")}, params(spec))
     set_state(host.program, arrays)
-    if graphcore.popdist is not None:
-        state = {**get_state(host.program), "update": np.int32(update)}
-        state = broadcast(graphcore, state)
-        update = int(state.pop("update"))
-        set_state(host.program, state)
-    if host.writes:
-        host.average = average_until(host.folder, host.case, update)
-    return update
+    if graphcore.popdist is None:
+        return
+    state = {**get_state(host.program), "update": np.int32(host.recorder.step)}
+    state = broadcast(graphcore, state)
+    if int(state.pop("update")) != host.recorder.step:
+        raise RuntimeError(
+            f"{host.recorder.run_dir}: processes see different checkpoints. Use one shared folder."
+        )
+    set_state(host.program, state)
 
 # %% ../nbs/36_ipu.ipynb #a7585bb3
 def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
@@ -1196,15 +1158,18 @@ def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, c
             f"global_batch_size={case.global_batch_size} exceeds the {data.train_count} training pictures in "
             f"{data.root}. Use a smaller global_batch_size."
         )
-    newest = checkpoints.latest(run_dir / "checkpoints")
-    metadata = checkpoints.read_metadata(newest) if newest else {"update": 0}
-    if newest:
-        refuse_other_run(newest, metadata, data, case, seed)
-    first = metadata["update"]
-    last = total_updates(case, steps_per_epoch(case, data.train_count))
-    last = min(last, case.max_steps or sys.maxsize)
-    if newest and first >= last:
-        return Run(run_dir, case, first, True, newest, newest.parent / "average.safetensors", {})
+    schedule = steps_per_epoch(case, data.train_count)
+    last = min(total_updates(case, schedule), case.max_steps or sys.maxsize)
+    course = Course(case, per_epoch, last, keep=keep, schedule=schedule)
+    recorder = Recorder(run_dir, course, _facts(case, data, seed), len(data.damaged), shard)
+    recorder.writes &= connection != "PRE_COMPILE"
+    found = recorder.find()
+    if found is not None:
+        refuse_other_run(found[0], found[2], data, case, seed)
+    recorder.resume(found)
+    average, first = recorder.folder / "average.safetensors", recorder.step
+    if first >= last:
+        return Run(run_dir, case, first, True, recorder.newest, average, {})
     local = case.num_replicas // shard[1] * per_replica
     options = machine_options(case, None if graphcore.popdist else local, connection)
     configure(graphcore, options, per_replica)
@@ -1219,44 +1184,55 @@ def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, c
         return element_stream(case, spec, pictures, seed, first, shard)
 
     program = TrainingProgram(graphcore, case, spec, dataset)
-    host = _Host(program, data, run_dir, seed, keep, per_epoch, last)
     if connection == "PRE_COMPILE":
         set_state(program, weights or initial_weights(spec, seed))
         program.run(0.0)
         print(f"{case.name}: compiled; nothing was run", flush=True)
         return Run(run_dir, case, 0, False, None, None, {})
-    begun = _begin(host, weights)
-    if begun != first:
-        raise RuntimeError(
-            f"{run_dir}: processes see different checkpoints. Use one shared folder."
-        )
-    _describe_run(host, notes)
-    with StopSignals(host):
-        done = _fit(host, first)
+    with StopSignals() as stop:
+        host = _Host(program, recorder, stop)
+        _begin(host, found, weights)
+        _describe_run(recorder, data, notes)
+        try:
+            _fit(host)
+            finished = True
+        except Stopped:
+            host.stop_here()
+            finished = False
     program.close()
-    average, newest = host.folder / "average.safetensors", checkpoints.latest(host.folder)
-    return Run(run_dir, case, done, done >= last, newest, average, {})
+    return Run(run_dir, case, recorder.step, finished, recorder.newest, average, {})
+
+# %% ../nbs/36_ipu.ipynb #5d9b8da5
+def _facts(case, data, seed):
+    "What every checkpoint of a run says of it"
+    return {
+        "case": case_to_dict(case),
+        "num_classes": data.num_classes,
+        "seed": seed,
+        "precision": case.precision,
+        **data_notes(data),
+    }
 
 
-def _describe_run(host, notes):
+def _describe_run(recorder, data, notes):
     "Write config.json and environment.json"
-    if not host.writes:
+    if not recorder.writes:
         return
-    data, case = host.data, host.case
+    case = recorder.course.case
     config = {
         "case": case_to_dict(case),
         "num_classes": data.num_classes,
-        "seed": host.seed,
+        "seed": recorder.facts["seed"],
         "precision": case.precision,
         "backend": "graphcore",
         "data": {"root": data.root, "format": data.format, "builtin": data.builtin},
         "pictures": {"train": data.train_count, "validation": data.validation_count},
         **notes,
     }
-    write_json(host.run_dir / "config.json", config)
+    write_json(recorder.run_dir / "config.json", config)
     ipus = case.num_replicas * ipus_per_replica(case.num_stages)
     machine = describe_machine("graphcore", f"{ipus} IPUs, {describe_tensorflow()}")
-    write_json(host.run_dir / "environment.json", machine)
+    write_json(recorder.run_dir / "environment.json", machine)
 
 # %% ../nbs/36_ipu.ipynb #cea57e87
 def _with_scores(done, data_dir, how):
@@ -1386,24 +1362,24 @@ def validate(
     kinds = [weights] if weights != "both" else ["last", "average"]
     if not source.is_dir():
         kinds = ["last"]
-    elif weights == "both" and not (source / "checkpoints" / "average.safetensors").exists():
+    elif weights == "both" and not checkpoints.has_average(checkpoints.newest_file(source)):
         kinds = ["last"]  # the run ended before its first epoch did
-    sets, paths = {}, {}
+    sets = {}
     for kind in kinds:
         arrays, metadata, path = checkpoints.load_weights(source, kind)
         case = case_from_dict(metadata["case"])
         data = match_classes(path, metadata, data)
         check_init(path, metadata, data, case)
         name = kind if source.is_dir() else path.name
-        sets[name], paths[name] = arrays, path
+        sets[name] = arrays
     say_earlier(source, metadata["case"])
     spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
     size = image_size or case.image_size
     scores = evaluate(graphcore, case, spec, sets, data, size, ipus, batch)
-    for name, found in scores.items() if source.is_dir() else ():
-        if graphcore.instances[0] == 0:
-            update = checkpoints.read_metadata(paths[name])["update"]
-            write_scores(source, name, found, update, data)
+    if source.is_dir() and graphcore.instances[0] == 0:
+        place = measured_data(data)
+        for name, found in scores.items():
+            write_scores(source, name, found, checkpoints.read_update(source, name), place)
     return scores
 
 # %% ../nbs/36_ipu.ipynb #a229fbbc

@@ -4,12 +4,11 @@
 
 # %% auto #0
 __all__ = ['PRECISIONS', 'RecipeOptimizer', 'make_optimizer', 'Program', 'micro_loss', 'use_devices', 'TrainingModel', 'updates',
-           'predictor', 'evaluate', 'device_name', 'environment', 'estimate', 'choose_precision', 'train', 'finetune',
-           'validate', 'record', 'plot_predictions']
+           'predictor', 'evaluate', 'device_name', 'environment', 'training_state', 'estimate', 'choose_precision',
+           'train', 'finetune', 'validate', 'record', 'plot_predictions']
 
 # %% ../nbs/38_training.ipynb #c1a9b58b
 import contextlib
-import csv
 import functools
 import json
 import os
@@ -20,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional, Sequence, Union
+from typing import Callable, Dict, NamedTuple, Optional, Sequence, Union
 
 import keras
 import numpy as np
@@ -60,6 +59,7 @@ from effnet_repro.efficientnet import (
 from .gpu_ops import add_xla_flags
 from .network import drop_statistics, fold_proxies, params, run, segments
 from .ops import Rng, TFCPUOps
+from .recorder import Course, Recorder, describe_epoch
 from effnet_repro.recipe import (
     add_weight_decay,
     count_correct,
@@ -77,16 +77,16 @@ from .results import origin_of_run, write_rows
 from effnet_repro.runs import (
     Run,
     Scores,
+    Stopped,
     StopSignals,
-    append_rows,
-    average_until,
     check_init,
     data_notes,
     describe_machine,
     finetune_budget,
     finetune_case,
     finetune_size,
-    read_metrics,
+    measured_data,
+    read_rows,
     refuse_other_run,
     save_curves,
     say_scores,
@@ -609,6 +609,7 @@ def evaluate(
     batch: int = 64,  # Pictures at a time
     precision: str = "float32",  # Type to compute in
     image_resize: str = "published",  # Or "modern": as the network was trained, see `30_data`
+    between: Optional[Callable[[], None]] = None,  # Called before each batch; may raise
 ) -> Scores:
     "Measure weights on every validation picture"
     classes = spec.num_classes
@@ -620,8 +621,13 @@ def evaluate(
     predict = predictor(spec, weights, precision)
     batch = max(1, min(batch, data.validation_count))
     stream = _validation_stream(data, image_size, batch, image_resize)
-    triples = ((predict(images), labels, mask) for images, labels, mask in stream)
-    return score(triples, classes, image_size, data.root)
+
+    def measured(images, labels, mask):
+        if between is not None:
+            between()
+        return predict(images), labels, mask
+
+    return score((measured(*one) for one in stream), classes, image_size, data.root)
 
 # %% ../nbs/38_training.ipynb #2d0aef83
 @contextlib.contextmanager
@@ -682,45 +688,25 @@ def environment() -> dict:  # What `environment.json` holds
     return describe_machine(keras.backend.backend(), device_name())
 
 # %% ../nbs/38_training.ipynb #7c6f7d5b
-def _save_state(path, model, update, epoch, extra):
-    "Write weights and slots of a training model"
+def training_state(
+    model: TrainingModel,  # On JAX after `jax_state_sync`
+) -> Dict[str, np.ndarray]:  # Weights by full name, and "slots/<slot>/<full name>"
+    "Read weights and slots of a training model"
     arrays = get_weights(model.network)
     by_id = {id(v): n for n, v in weights_by_name(model.network).items()}
     names = [by_id[id(v)] for v in model.trainable_variables]
     for slot, values in model.optimizer.slots.items():
-        pairs = zip(names, values)
-        arrays.update(
-            {f"slots/{slot}/{n}": np.array(keras.ops.convert_to_numpy(v)) for n, v in pairs}
-        )
-    broken = [n for n, a in arrays.items() if not np.isfinite(a).all()]
-    if broken:
-        raise FloatingPointError(
-            f"After update {update} {len(broken)} arrays hold values that are not finite, such as "
-            f"{broken[0]}; they were not saved. {_last_good(path.parent)}"
-        )
-    program = model.program
-    metadata = {
-        "case": case_to_dict(program.case),
-        "num_classes": program.spec.num_classes,
-        "update": update,
-        "epoch": epoch,
-        "seed": program.seed,
-        **extra,
-    }
-    return checkpoints.save(path, arrays, metadata)
+        for name, value in zip(names, values):
+            arrays[f"slots/{slot}/{name}"] = np.array(keras.ops.convert_to_numpy(value))
+    return arrays
 
 
-def _last_good(folder):
-    newest = checkpoints.latest(folder)
-    good = f"The last good checkpoint is {newest}." if newest else "There is no checkpoint yet."
-    return f"{good} Try a smaller base_learning_rate_exponent, or precision='float32'."
-
-
-def _restore_state(path, model, data):
-    "Read what `_save_state` wrote into a training model; returns the metadata"
-    arrays, metadata = checkpoints.load(path)
+def _restore_state(found, model, data):
+    "Put what a checkpoint holds, (path, arrays, metadata), into a training model"
+    path, arrays, metadata = found
     refuse_other_run(path, metadata, data, model.program.case, model.program.seed)
-    set_weights(model.network, {n: a for n, a in arrays.items() if not n.startswith("slots/")})
+    apart = ("slots/", checkpoints.AVERAGE)
+    set_weights(model.network, {n: a for n, a in arrays.items() if not n.startswith(apart)})
     by_id = {id(v): n for n, v in weights_by_name(model.network).items()}
     for slot, values in model.optimizer.slots.items():
         for v, target in zip(model.trainable_variables, values):
@@ -733,140 +719,80 @@ def _restore_state(path, model, data):
                 )
             target.assign(value)
     model.optimizer.iterations.assign(metadata["update"])
-    return metadata
 
 # %% ../nbs/38_training.ipynb #dc854c59
-class _Stop(Exception):
-    "Raised after a finished update when somebody asked to stop"
+class _Loop(keras.callbacks.Callback):
+    "Tells the recorder of steps and epochs, draws the progress bar, and stops when asked"
 
-
-class _Follow(keras.callbacks.Callback):
-    "Watches updates: progress bar, mean loss and accuracy, speed, non-finite loss, requests to stop"
-
-    def __init__(self, folder, first_update, last_update, pictures, progress):
+    def __init__(self, recorder, stop, write_down, progress):
         super().__init__()
-        self.folder, self.update, self.last = folder, first_update, last_update
-        self.pictures, self.progress = pictures, progress
-        self.stop_requested, self.bar, self.seconds, self.timed, self.since = (
-            False,
-            None,
-            0.0,
-            0,
-            None,
-        )
+        self.recorder, self.stop, self.write_down = recorder, stop, write_down
+        self.progress, self.bar, self.unread = progress, None, None
 
     def on_train_begin(self, logs=None):
         from tqdm import tqdm
 
         if self.bar is None:
-            total = dict(total=self.last, initial=self.update, unit="update")
-            self.bar = tqdm(**total, disable=not self.progress, mininterval=2, dynamic_ncols=True)
-        self.since = None
+            total = dict(total=self.recorder.course.last_step, initial=self.recorder.step)
+            shown = dict(unit="update", mininterval=2, dynamic_ncols=True)
+            self.bar = tqdm(**total, **shown, disable=not self.progress)
 
     def on_epoch_begin(self, epoch, logs=None):
-        self.sums, self.steps, self.unread = np.zeros(2), 0, None
-        self.seconds, self.timed, self.since = 0.0, 0, None
+        self.recorder.meter.start_clock()
 
     def on_train_batch_end(self, batch, logs=None):
-        self._read()  # of the update before: the device is busy with this one meanwhile
-        now = time.perf_counter()
-        if self.since is not None:  # the first update of an epoch compiles, or waits for pictures
-            self.seconds, self.timed = self.seconds + now - self.since, self.timed + 1
-        self.since, self.update, self.unread = now, self.update + 1, logs
+        self._read()  # of the step before: the device is busy with this one meanwhile
+        self.recorder.meter.tick()
+        self.recorder.step, self.unread = self.recorder.step + 1, logs
         self.bar.update()
-        if self.stop_requested:
+        if self.stop.stop_requested and not self.recorder.ends_epoch():
             self._read()
-            raise _Stop
+            raise Stopped
 
     def on_epoch_end(self, epoch, logs=None):
         self._read()
+        self.write_down()
+        self.stop.check()
 
     def _read(self):
-        "Wait for the newest update and take in its loss and accuracy"
+        "Wait for the newest step, and hand its loss and accuracy on"
         if self.unread is None:
             return
-        values = np.array([float(self.unread["loss"]), float(self.unread["accuracy"])])
-        self.sums, self.steps, self.unread = self.sums + values, self.steps + 1, None
-        if not np.isfinite(values[0]):
-            raise FloatingPointError(
-                f"The loss of update {self.update} is {values[0]}. {_last_good(self.folder)}"
-            )
-        speed = {"images_per_s": f"{self.images_per_s:.0f}"} if self.timed else {}
-        self.bar.set_postfix(loss=f"{values[0]:.3f}", **speed, refresh=False)
-
-    @property
-    def images_per_s(self):
-        return self.timed * self.pictures / self.seconds if self.seconds else float("nan")
+        loss, accuracy = (float(self.unread[n]) for n in ("loss", "accuracy"))
+        self.unread = None
+        self.recorder.count(loss, accuracy)
+        speed = self.recorder.meter.images_per_s
+        shown = {"images_per_s": f"{speed:.0f}"} if speed == speed else {}
+        self.bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
 
     def close(self):
         if self.bar is not None:
             self.bar.close()
 
 # %% ../nbs/38_training.ipynb #e7bad01f
-class _Record(keras.callbacks.Callback):
-    "At the end of an epoch: validate, average, save, write rows, events and the figure"
-
-    def __init__(self, state):
-        super().__init__()
-        self.state = state
-
-    def on_epoch_end(self, epoch, logs=None):
-        s, follow = self.state, self.state["follow"]
-        if keras.backend.backend() == "jax":
-            self.model.jax_state_sync()
-        loss, accuracy = follow.sums / max(follow.steps, 1)
-        case, per_epoch = s["program"].case, s["updates_per_epoch"]
-        row = {
-            "epoch": round(follow.update / per_epoch, 4),
-            "update": follow.update,
-            "loss": round(loss, 6),
-        }
-        row.update(accuracy=round(accuracy, 6), images_per_s=round(follow.images_per_s, 2))
-        steps = steps_per_epoch(case, s["data"].train_count)
-        row["learning_rate"] = learning_rate(case, follow.update - 1, steps)
-        lasting = {n: v for n, v in row.items() if n != "images_per_s"}  # the same in every run
-        row["seconds"] = round(time.perf_counter() - s["started"], 2)
-        row.update({"skipped_pictures": len(s["data"].damaged)} if s["data"].damaged else {})
-        path = s["save"](follow.update, lasting)
-        done = follow.update >= s["last_update"]
-        if s["validate_every"] and (done or (epoch + 1) % s["validate_every"] == 0):
-            scores = s["last_scores"] = s["evaluate"](get_weights(self.model.network))
-            row.update(
-                validation_top1=scores.top1,
-                validation_top5=scores.top5,
-                validation_loss=scores.loss,
-            )
-        append_rows(
-            s["run_dir"] / "metrics.csv", [row], lambda old: int(old["update"]) < follow.update
-        )
-        _write_events(s, row)
-        save_curves(s["run_dir"])
-        _say_epoch(row, case, path)
-
-
-def _say_epoch(row, case, path):
-    valid = f", validation top-1 {row['validation_top1']:.1%}" if "validation_top1" in row else ""
-    timed = row["images_per_s"] == row["images_per_s"]  # an epoch of one update is not
-    speed = f", {row['images_per_s']:.0f} images/s" if timed else ""
-    print(
-        f"epoch {row['epoch']:g}/{case.epochs:g}: loss {row['loss']:.3f}, training accuracy "
-        f"{row['accuracy']:.1%}{valid}{speed} -> {path.name}",
-        flush=True,
-    )
-
-# %% ../nbs/38_training.ipynb #98157194
-def _write_events(state, row):
+class _Events:
     "TensorBoard scalars, by update; left out where TensorBoard is not installed"
-    try:
-        from tensorboard.summary import Writer
-    except ImportError:
-        return
-    if "writer" not in state:
-        state["writer"] = Writer(str(state["run_dir"] / "events"))
-    for name, value in row.items():
-        if name not in ("epoch", "update"):
-            state["writer"].add_scalar(name, float(value), row["update"])
-    state["writer"].flush()
+
+    def __init__(self, folder):
+        self.folder, self.writer = folder, None
+
+    def write(self, row):
+        try:
+            from tensorboard.summary import Writer
+        except ImportError:
+            return
+        self.writer = self.writer or Writer(str(self.folder))
+        for name, value in row.items():
+            if name not in ("epoch", "update"):
+                self.writer.add_scalar(name, float(value), row["update"])
+        self.writer.flush()
+
+
+def _show_epoch(recorder, row, events):
+    "Write a row's events and the figure, and print it"
+    events.write(row)
+    save_curves(recorder.run_dir)
+    print(describe_epoch(row, recorder.course, recorder.newest), flush=True)
 
 # %% ../nbs/38_training.ipynb #eb84504a
 def _needed_gib(case, pictures):
@@ -977,53 +903,63 @@ def _spans(first, last, per_epoch):
     return spans
 
 # %% ../nbs/38_training.ipynb #977b1a55
-def _saver(model, folder, average, per_epoch, keep, extra):
-    "A function that writes the checkpoint of an update, and the average at the end of an epoch"
+class _Parts(NamedTuple):
+    "What the functions of a run share"
 
-    def save(update, row=None):
-        epoch, inside = divmod(update, per_epoch)
-        path = checkpoints.epoch_path(folder, epoch, update if inside else None)
-        more = {**extra, "whole_epoch": not inside, "row": row}
-        _save_state(path, model, update, epoch, more)
-        if not inside and average.last_update < update:
-            average.update(
-                {n: w for n, w in get_weights(model.network).items() if n.startswith("all/")},
-                update,
-            )
-            average.save(folder / "average.safetensors")
-        for old in checkpoints.list_checkpoints(folder)[:-keep]:
-            old.unlink()
-        return path
+    model: TrainingModel
+    data: DataSet
+    recorder: Recorder
+    stop: StopSignals
+    events: _Events
 
-    return save
+    def measure(self, averaged=None) -> Scores:  # `averaged`: weights in place of the model's own
+        program, weights = self.model.program, get_weights(self.model.network)
+        case, weights = program.case, {**weights, **(averaged or {})}
+        how = dict(precision=program.precision, image_resize=case.image_resize)
+        how["between"] = self.stop.check
+        return evaluate(program.spec, weights, self.data, case.image_size, **how)
+
+    def sync(self):
+        if keras.backend.backend() == "jax":
+            self.model.jax_state_sync()
+
+    def end_epoch(self):
+        self.sync()
+        row = self.recorder.end_epoch(training_state(self.model), self.measure)
+        _show_epoch(self.recorder, row, self.events)
 
 # %% ../nbs/38_training.ipynb #b72e855a
-def _fit(model, data, state, first, last, per_epoch):
-    "Run the updates from `first` to `last`; returns whether they were all done"
-    follow, case = state["follow"], model.program.case
-    coming = lambda: range(follow.update, follow.update + 4)  # read, but not yet used
-    order = lambda u: update_pictures(data, case.global_batch_size, u, model.program.seed)
+def _fit(parts, progress):
+    "Run the updates that are left"
+    model, recorder, case = parts.model, parts.recorder, parts.model.program.case
+    coming = lambda: range(recorder.step, recorder.step + 4)  # read, but not yet used
+    order = lambda u: update_pictures(parts.data, case.global_batch_size, u, model.program.seed)
     due = lambda: np.concatenate([order(u) for u in coming()])
     doing = lambda: (
         f"micro_batch_size={case.micro_batch_size} at {case.image_size} pixels: use less"
     )
+    loop = _Loop(recorder, parts.stop, parts.end_epoch, progress)
+    course = recorder.course
     try:
-        with StopSignals(follow), _explained(data, "train", due, doing):
-            for begin, end, steps in _spans(first, last, per_epoch):
-                stream = updates(model.program.case, data, model.program.seed, follow.update)
-                how = dict(
-                    initial_epoch=begin, epochs=end, steps_per_epoch=steps, verbose=0, shuffle=False
-                )
-                model.fit(stream, callbacks=[follow, _Record(state)], **how)
-    except _Stop:
-        if keras.backend.backend() == "jax":
-            model.jax_state_sync()
-        path = state["save"](follow.update)
-        print(f"stopped after update {follow.update}, saved {path.name}", flush=True)
-        return False
+        with _explained(parts.data, "train", due, doing):
+            for begin, end, steps in _spans(
+                recorder.step, course.last_step, course.steps_per_epoch
+            ):
+                stream = updates(case, parts.data, model.program.seed, recorder.step)
+                how = dict(initial_epoch=begin, epochs=end, steps_per_epoch=steps)
+                model.fit(stream, callbacks=[loop], verbose=0, shuffle=False, **how)
     finally:
-        follow.close()
-    return True
+        loop.close()
+
+# %% ../nbs/38_training.ipynb #0db36e36
+def _stop_here(parts):
+    "Save what was trained since the last checkpoint, and say so"
+    recorder = parts.recorder
+    if recorder.step != recorder.saved_step:
+        parts.sync()
+        recorder.save(training_state(parts.model))
+    where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
+    print(f"stopped after update {recorder.step}{where}", flush=True)
 
 # %% ../nbs/38_training.ipynb #01b9d776
 def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep, progress, notes):
@@ -1063,63 +999,75 @@ def _execute_alone(
     program, data, run_dir, weights, per_epoch, validate_every, keep, progress, notes
 ):
     "The run itself, once it has the folder to itself"
-    case, folder = program.case, run_dir / "checkpoints"
-    last = total_updates(case, steps_per_epoch(case, data.train_count))
-    last = min(last, case.max_steps or sys.maxsize)
+    case = program.case
+    schedule = steps_per_epoch(case, data.train_count)
+    last = min(total_updates(case, schedule), case.max_steps or sys.maxsize)
     network = build_model(
         program.spec, image_size=case.image_size, dtype="float32", seed=program.seed
     )
     if weights is not None:
         set_weights(network, weights)
-    model = TrainingModel(network, program)
-    first = _begin(run_dir, model, data)
-    if first < last:
-        _describe_run(run_dir, program, data, notes)
-        _say_estimate(case, data)
-    average = average_until(folder, case, first)
-    extra = {"precision": program.precision, **data_notes(data)}
-    state = dict(program=program, run_dir=run_dir, updates_per_epoch=per_epoch, last_update=last)
-    state["follow"] = _Follow(folder, first, last, case.global_batch_size, progress)
-    state["save"] = _saver(model, folder, average, per_epoch, keep, extra)
-    how = dict(precision=program.precision, image_resize=case.image_resize)
-    measure = lambda w: evaluate(program.spec, w, data, case.image_size, **how)
-    state.update(evaluate=measure, validate_every=validate_every, started=time.perf_counter())
-    state["data"] = data
-    finished = _fit(model, data, state, first, last, per_epoch)
-    measured = finished and validate_every is not None
-    scores = _final_scores(state, average, network) if measured else {}
-    average_path = folder / "average.safetensors"
-    return Run(
+    recorder = Recorder(
         run_dir,
-        case,
-        state["follow"].update,
-        finished,
-        checkpoints.latest(folder),
-        average_path,
-        scores,
+        Course(case, per_epoch, last, validate_every, keep, schedule),
+        _facts(program, data),
+        len(data.damaged),
     )
+    with StopSignals() as stop:
+        events = _Events(run_dir / "events")
+        parts = _Parts(TrainingModel(network, program), data, recorder, stop, events)
+        try:
+            _begin(parts, notes)
+            _fit(parts, progress)
+            scores = {} if validate_every is None else _final_scores(parts)
+            finished = True
+        except Stopped:
+            _stop_here(parts)
+            scores, finished = {}, False
+    average = recorder.folder / "average.safetensors"
+    return Run(run_dir, case, recorder.step, finished, recorder.newest, average, scores)
+
+
+def _facts(program, data):
+    "What every checkpoint of a run says of it"
+    return {
+        "case": case_to_dict(program.case),
+        "num_classes": program.spec.num_classes,
+        "seed": program.seed,
+        "precision": program.precision,
+        **data_notes(data),
+    }
 
 # %% ../nbs/38_training.ipynb #fb50d3f7
-def _begin(run_dir, model, data):
-    "Restore the newest checkpoint, if there is one; returns the update to begin with"
-    folder, metrics = run_dir / "checkpoints", run_dir / "metrics.csv"
-    for place in (run_dir, folder):
-        checkpoints.remove_leftovers(place)
-    newest = checkpoints.latest(folder)
-    if newest is None:
-        return 0
-    metadata = _restore_state(newest, model, data)
-    update, row = metadata["update"], metadata.get("row")
-    print(f"going on from {newest.name}, update {update}", flush=True)
-    known = read_metrics(run_dir) if metrics.exists() else {"update": []}
-    if "update" not in known:
-        raise ValueError(f"{metrics} has no column `update`. Mend it, or move it away.")
-    known = list(known["update"])
-    if row and update not in known:  # killed between the checkpoint and its row
-        append_rows(metrics, [row], lambda old: int(old["update"]) < update)
-    return update
+def _begin(parts, notes):
+    "Go on from the newest checkpoint, if there is one, and describe what is still to be done"
+    recorder, program = parts.recorder, parts.model.program
+    found = recorder.find()
+    if found is not None:
+        _restore_state(found, parts.model, parts.data)
+    recorder.resume(found)
+    if recorder.step < recorder.course.last_step:
+        _describe_run(recorder.run_dir, program, parts.data, notes)
+        _say_estimate(program.case, parts.data)
+    parts.stop.check()
+    row = recorder.complete_row(parts.measure)
+    if recorder.last_scores is not None:
+        _show_epoch(recorder, row, parts.events)
 
 
+def _final_scores(parts):
+    "Validate the last weights, if that was not just done, and the averaged ones; write both down"
+    recorder, average = parts.recorder, parts.recorder.average
+    scores = {"last": recorder.last_scores or parts.measure()}
+    if average.count:
+        scores["average"] = parts.measure(average.arrays())
+    at, place = {"last": recorder.step, "average": average.last_update}, measured_data(parts.data)
+    for kind, s in scores.items():
+        say_scores(kind, s)
+        write_scores(recorder.run_dir, kind, s, at[kind], place, in_any_case=True)
+    return scores
+
+# %% ../nbs/38_training.ipynb #7de1e4b0
 def _describe_run(run_dir, program, data, notes):
     config = {
         "case": case_to_dict(program.case),
@@ -1135,19 +1083,6 @@ def _describe_run(run_dir, program, data, notes):
     }
     write_json(run_dir / "config.json", config)
     write_json(run_dir / "environment.json", environment())
-
-
-def _final_scores(state, average, network):
-    "Validate the last weights, if that was not just done, and the averaged ones; write both down"
-    run_dir, measure, weights = state["run_dir"], state["evaluate"], get_weights(network)
-    scores = {"last": state.get("last_scores") or measure(weights)}
-    if average.count:
-        scores["average"] = measure({**weights, **average.arrays()})
-    at = {"last": state["follow"].update, "average": average.last_update}
-    for kind, s in scores.items():
-        say_scores(kind, s)
-        write_scores(run_dir, kind, s, at[kind], state["data"])
-    return scores
 
 # %% ../nbs/38_training.ipynb #a97b0eaf
 def _check_backend(backend):
@@ -1286,55 +1221,51 @@ def validate(
             )
     source, scores = Path(source), {}
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
-    is_run = source.is_dir()
+    is_run, place = source.is_dir(), measured_data(data)
     run_dir = source.parent if source.name == "checkpoints" else source
     files = _weight_files(source, weights)
-    say_earlier(source, load_metadata(next(iter(files.values())))["case"])
-    for name, path in files.items():
-        arrays, metadata, _ = load_weights(path)
-        data = match_classes(path, metadata, data)
-        case = case_from_dict(metadata["case"])
-        size, update = image_size or case.image_size, checkpoints.read_metadata(path)["update"]
-        if weights == "all" and _is_measured(run_dir, name, update, size, data):
+    say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
+    for name, (path, kind) in files.items():
+        metadata = load_metadata(path)
+        data, case = match_classes(path, metadata, data), case_from_dict(metadata["case"])
+        size, update = image_size or case.image_size, checkpoints.read_update(path, kind)
+        if weights == "all" and _is_measured(run_dir, (name, update, size), place):
             continue
+        arrays = load_weights(path, kind)[0]
         spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
         how = dict(precision=choose_precision(precision), image_resize=case.image_resize)
         scores[name] = evaluate(spec, arrays, data, size, batch, **how)
         if weights == "all":
             say_scores(name, scores[name])
         if is_run:
-            write_scores(run_dir, name, scores[name], update, data)
+            write_scores(run_dir, name, scores[name], update, place)
     return scores
 
 # %% ../nbs/38_training.ipynb #abab5d5c
 def _weight_files(source, weights):
-    "What there is to measure: name -> file"
+    "What there is to measure: name -> (file or run folder, which of its weights)"
     if weights not in ("last", "average", "both", "all"):
         raise unknown_name("weights", weights, ("last", "average", "both", "all"))
-    newest = checkpoints._newest(source)
+    newest = checkpoints.newest_file(source)
     if newest == source:
-        return {source.name: source}
-    average = newest.parent / "average.safetensors"
+        return {source.name: (source, "auto")}
     if weights == "all":
-        found = {p.stem: p for p in checkpoints.list_checkpoints(newest.parent)}
+        files = checkpoints.list_checkpoints(newest.parent)
+        found = {p.stem: (p, "last") for p in files}
     else:
-        found = {"last": newest} if weights in ("last", "both") else {}
-    if weights == "average" or (weights != "last" and average.exists()):
-        found["average"] = average  # a run that ended within its first epoch has none
+        found = {"last": (newest, "last")} if weights in ("last", "both") else {}
+    if weights == "average" or (weights != "last" and checkpoints.has_average(newest)):
+        found["average"] = source, "average"
     return found
 
 
-def _is_measured(run_dir, name, update, image_size, data):
-    "Whether validation.csv holds these weights, be it under another name"
-    path = run_dir / "validation.csv"
-    if not path.exists():
-        return False
-    want = (name == "average", str(update), str(image_size), data.root)
-    with path.open(newline="") as file:
-        return any(
-            (r["weights"] == "average", r.get("update"), r["image_size"], r.get("data")) == want
-            for r in csv.DictReader(file)
-        )
+def _is_measured(run_dir, what, place):
+    "Whether validation.csv holds (name, update, image size) on these images, be it under another name"
+    name, update, image_size = what
+    want = [name == "average", str(update), str(image_size), *place.values()]
+    columns = ("update", "image_size", *place)
+    have = lambda row: [row.get("weights") == "average", *(row.get(c) for c in columns)]
+    return any(have(row) == want for row in read_rows(Path(run_dir) / "validation.csv")[0])
 
 # %% ../nbs/38_training.ipynb #44a901eb
 def record(

@@ -24,7 +24,7 @@ from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 from effnet_repro import checkpoint, training
 from effnet_repro import data as d
 from effnet_repro.config import Case, for_one_device, get_case, load_cases, override
-from effnet_repro.runs import StopSignals
+from effnet_repro.runs import StopSignals, read_metrics
 from effnet_repro.training import finetune, train, validate
 
 quick = settings(
@@ -463,7 +463,7 @@ def test_the_second_interrupt_stops_at_once(capsys):
 
 def test_killed_between_checkpoint_and_row(tmp_path, monkeypatch):
     "The row of an epoch is in its checkpoint, too, and the next run writes it."
-    from effnet_repro import training
+    from effnet_repro import recorder
 
     class Killed(BaseException):
         pass
@@ -471,13 +471,13 @@ def test_killed_between_checkpoint_and_row(tmp_path, monkeypatch):
     def die(*_):
         raise Killed
 
-    monkeypatch.setattr(training, "append_rows", die)
+    monkeypatch.setattr(recorder, "write_rows", die)
     with pytest.raises(Killed):
         train(TINY, run_dir=tmp_path, **SMOKE)
     monkeypatch.undo()
     monkeypatch.setattr(training, "save_curves", lambda run_dir: None)
     train(TINY, run_dir=tmp_path, **SMOKE)
-    assert training.read_metrics(tmp_path)["update"].tolist() == [2]
+    assert read_metrics(tmp_path)["update"].tolist() == [2]
 
 
 def test_a_set_without_validation_pictures_trains(tmp_path, capsys):

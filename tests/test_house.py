@@ -29,7 +29,7 @@ LAYERS = [
     "mbconv fused_norm gpu_ops",
     "network",
     "pipeline runs efficientnet",
-    "results",
+    "results recorder",
     "training ipu planner convert",
     "cli",
 ]

@@ -15,6 +15,7 @@ import csv
 import datetime
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -132,11 +133,13 @@ def measure(a, device):
         os.environ.get("BENCH_LOG", os.devnull), "a"
     ) as log:
         work, network = Path(folder), a.case.rpartition("_16IPU")[0]
-        bare = bare_step(network, case.image_size, a.micro_batch_size, log)
-        write("bare step", {"micro_batch_size": a.micro_batch_size, **bare})
+        if re.search(a.only, "bare step"):
+            bare = bare_step(network, case.image_size, a.micro_batch_size, log)
+            write("bare step", {"micro_batch_size": a.micro_batch_size, **bare})
         records = repeat_records(a.images, work / "photographs", a.records)
         print(f"{records:,} records", flush=True)
-        for i, (name, words) in enumerate(runs(a, work)):
+        chosen = [(name, words) for name, words in runs(a, work) if re.search(a.only, name)]
+        for i, (name, words) in enumerate(chosen):
             words = [a.case, "--budget", "case", "--seed", str(SEED), *words]
             seconds, rows = run_command(words, work / f"run{i}", log)
             config = json.loads((work / f"run{i}" / "config.json").read_text())["case"]
@@ -154,6 +157,7 @@ def main():
     p.add_argument("--micro-batch-size", type=int, default=384)
     p.add_argument("--epochs", type=int, default=12, help="of the resident set")
     p.add_argument("--steps", type=int, default=52, help="training steps on the photographs")
+    p.add_argument("--only", default="", help="regular expression over the names of the runs")
     p.add_argument("--records", type=int, default=20000, help="photographs at least")
     p.add_argument("--results", type=Path, default=ROOT / "results")
     a = p.parse_args()

@@ -1,5 +1,6 @@
 """Command lines: what they print, what they refuse and their exit statuses."""
 
+import contextlib
 import csv
 import io
 import json
@@ -20,7 +21,10 @@ from PIL import Image
 
 from effnet_repro import cli
 from effnet_repro.checkpoint import load_metadata
-from effnet_repro.config import case_from_dict, get_case, load_cases
+from effnet_repro.cli.kit import run_program
+from effnet_repro.cli.options import finish_run
+from effnet_repro.cli.validate import validation_rows
+from effnet_repro.config import case_from_dict, case_to_dict, get_case, load_cases
 
 ROOT = Path(__file__).parents[1]
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -334,7 +338,7 @@ def test_any_command_line_is_a_consistent_case_or_one_line(capsys, words):
         return
     made = plan(*words)
     case, asked = made.case, dict(zip(words[1:], words[2:]))
-    assert case_from_dict(json.loads(json.dumps(cli.case_to_dict(case)))) == case
+    assert case_from_dict(json.loads(json.dumps(case_to_dict(case)))) == case
     assert case.micro_batch_size * case.gradient_accumulation == case.global_batch_size
     for flag, field in (
         ("--image-size", "image_size"),
@@ -401,7 +405,7 @@ def translated(pictures, tmp_path_factory):
             line = string.Template(f"{row['ours']} {row['test']}").substitute(variables)
             name, *words = shlex.split(line)
             out, err = io.StringIO(), io.StringIO()
-            with cli.contextlib.redirect_stdout(out), cli.contextlib.redirect_stderr(err):
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
                 status = cli.main([name.split("effnet-")[1], *words])
             done[row["title"]] = (status, out.getvalue(), err.getvalue())
     return done
@@ -448,10 +452,10 @@ def test_the_published_fine_tuning_is_the_short_one(translated):
 
 def test_validation_is_done_once_and_for_the_right_case(run, refused, translated, pictures):
     run_dir = translated[""]["RESTORE_PATH"]
-    rows = cli._validation_rows(run_dir)
+    rows = validation_rows(run_dir)
     assert [r["weights"] for r in rows] == ["last", "average"]
     status, out, _ = run("validate", run_dir, "--data-dir", pictures, "--json")
-    assert status == 0 and json.loads(out) == cli._validation_rows(run_dir)
+    assert status == 0 and json.loads(out) == validation_rows(run_dir)
     other = refused("validate", run_dir, "--config", "B0-G1-GN-Native_16IPU_2x8")
     assert "norm: LN_PN there, GN here" in other and "group_size: 16 there, 1 here" in other
     file = next(Path(run_dir, "checkpoints").glob("epoch-*"))
@@ -475,7 +479,7 @@ def test_stopping_is_an_exit_status_of_its_own(monkeypatch, capsys):
         raise KeyboardInterrupt
 
     command = cli.COMMANDS["cases"]._replace(run=stop)
-    assert cli._call(command, []) == 130
+    assert run_program(command, []) == 130
     assert capsys.readouterr().err == "effnet-cases: interrupted\n"
 
 
@@ -483,7 +487,7 @@ def test_a_run_that_was_stopped_says_how_it_goes_on(capsys, tmp_path):
     class Stopped:
         finished, run_dir = False, tmp_path
 
-    assert cli._finish(Stopped, None) == 130
+    assert finish_run(Stopped, None) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -504,7 +508,7 @@ def test_the_published_file_is_read_as_it_is(refused, tmp_path):
 
 def test_an_error_that_nobody_foresaw(monkeypatch, capsys):
     command = cli.COMMANDS["cases"]._replace(run=lambda args: {}["missing"])
-    assert cli._call(command, []) == 1
+    assert run_program(command, []) == 1
     line = capsys.readouterr().err
     assert len(line.splitlines()) == 1 and "KeyError" in line and "--debug" in line
 

@@ -1,0 +1,34 @@
+"""Train, fine-tune, validate and look things up from a shell, with one answer for every mistake.
+
+A file for each command; `kit` makes a function a program, `fields` and `options` read flags, `resolve`
+says what will run.
+"""
+
+from effnet_repro.cli.cases import cases_command
+from effnet_repro.cli.convert import convert_command
+from effnet_repro.cli.doctor import doctor_command
+from effnet_repro.cli.finetune import finetune_command
+from effnet_repro.cli.kit import COMMANDS, EXIT_STATUSES, Command, UsageError, main
+from effnet_repro.cli.options import BACKENDS
+from effnet_repro.cli.plan import plan_command
+from effnet_repro.cli.resolve import Plan, plan_training
+from effnet_repro.cli.train import train_command
+from effnet_repro.cli.validate import validate_command
+
+__all__ = [
+    "BACKENDS",
+    "COMMANDS",
+    "EXIT_STATUSES",
+    "Command",
+    "Plan",
+    "UsageError",
+    "cases_command",
+    "convert_command",
+    "doctor_command",
+    "finetune_command",
+    "main",
+    "plan_command",
+    "plan_training",
+    "train_command",
+    "validate_command",
+]

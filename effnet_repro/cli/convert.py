@@ -1,0 +1,85 @@
+"""`effnet-convert`: weights of other programs in and out."""
+
+import os
+from pathlib import Path
+
+from effnet_repro.cli.fields import config_arguments, named_case
+from effnet_repro.cli.kit import UsageError, choice, program, real_number, whole_number
+from effnet_repro.convert import FORMATS, convert
+
+
+def _convert_arguments(parser):
+    parser.add_argument("source", metavar="SOURCE", help="run folder, file, or TensorFlow prefix")
+    parser.add_argument("target", metavar="TARGET", help="file to write, or TensorFlow prefix")
+    form = choice("format", FORMATS)
+    formats = ", ".join(FORMATS)
+    parser.add_argument(
+        "--from", dest="source_format", type=form, metavar="FORMAT", help=f"one of {formats}"
+    )
+    parser.add_argument("--to", type=form, metavar="FORMAT", help="likewise; default: see TARGET")
+    parser.add_argument(
+        "--case", "--config", metavar="CASE", help="what SOURCE must hold; default: see its shapes"
+    )
+    parser.add_argument(
+        "--weights",
+        type=choice("weights", ("auto", "last", "average")),
+        metavar="NAME",
+        help="of a run folder: last, average, or auto, the average of a long run",
+    )
+    parser.add_argument(
+        "--image-size", type=whole_number, metavar="N", help="pixels; default: the case's"
+    )
+    parser.add_argument(
+        "--num-classes",
+        type=whole_number,
+        metavar="N",
+        help="of a new classifier, if SOURCE has none",
+    )
+    parser.add_argument("--class-names", metavar="FILE", help="a name a line, by label")
+    parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
+    for flag, what in (("--input-mean", "mean"), ("--input-std", "deviation")):
+        of = f"{what} of 0..1 pixels that a PyTorch file was trained with"
+        parser.add_argument(flag, type=real_number, nargs=3, metavar=("R", "G", "B"), help=of)
+    parser.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+    config_arguments(parser)
+
+
+_CONVERT_OPTIONS = "weights image_size num_classes arch input_mean input_std".split()
+
+
+def _convert_options(args):
+    "The flags of effnet-convert that were given, as `read` takes them"
+    given = {n: getattr(args, n) for n in _CONVERT_OPTIONS if getattr(args, n) is not None}
+    if given.get("image_size", 32) < 32 or given.get("num_classes", 1) < 1:
+        raise UsageError("--image-size must be at least 32, --num-classes at least 1.")
+    if args.class_names:
+        given["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+    if args.case:
+        given["case"] = named_case(args.case, args.config_path)
+    return given
+
+
+@program(
+    "convert",
+    _convert_arguments,
+    """
+    effnet-convert ckpt/model.ckpt-109200 b0.safetensors --case B0-G16-LN_PN-Half_16IPU_2x8
+    effnet-convert tf_efficientnet_b0.safetensors imagenet.safetensors
+    effnet-convert efficientnetb0.h5 imagenet.safetensors --class-names labels.txt
+    effnet-convert runs/b1 b1.safetensors --to torch
+    effnet-convert runs/b1 published.ckpt --weights average
+    """,
+)
+def convert_command(args):
+    "Turn weights of TensorFlow 1, Keras or PyTorch into ours, or ours into theirs."
+    options = _convert_options(args)
+    if not args.debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    there = dict(to=args.to, source_format=args.source_format, overwrite=args.overwrite)
+    done = convert(args.source, args.target, **there, **options)
+    size = f"{sum(a.size for a in done.arrays.values()):,} numbers in {len(done.arrays)} arrays"
+    print(
+        f"{args.source} -> {args.target}: {done.spec.name}, {done.spec.num_classes} classes, {size}"
+    )
+    for note in done.notes:
+        print(f"  {note}")

@@ -1,0 +1,220 @@
+"""`effnet-doctor`: what is installed, what it runs on, and what a case would cost.
+
+The trial runs a few micro-batches of the real training step on the real images; a weight update is
+`gradient_accumulation` of them.
+"""
+
+import contextlib
+import importlib.util
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+
+from effnet_repro import __version__
+from effnet_repro.cli.fields import config_arguments, field_arguments
+from effnet_repro.cli.kit import choice, one_line, program
+from effnet_repro.cli.options import (
+    data_arguments,
+    data_dir_of,
+    machine_arguments,
+    precision_of,
+    start_keras,
+)
+from effnet_repro.cli.resolve import plan_training, show_plan
+from effnet_repro.config import CHOICES, override
+
+
+def _installed():
+    "Package -> version, of what matters here"
+    found = {"python": platform.python_version(), "effnet_repro": __version__}
+    names = ("numpy", "safetensors", "keras", "tensorflow", "tensorflow-cpu", "jax", "torch")
+    for name in names:
+        with contextlib.suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
+
+
+def _tensorflow_devices():
+    "Devices of TensorFlow, and whether a group convolution trains on them"
+    import tensorflow as tf
+
+    x, kernel = tf.ones((1, 4, 4, 32)), tf.ones((3, 3, 16, 32))
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        y = tf.nn.conv2d(x, kernel, 1, "SAME")
+    tape.gradient(y, kernel).numpy()
+    return ", ".join(
+        d.name.split("physical_device:")[-1] for d in tf.config.list_physical_devices()
+    )
+
+
+def _jax_devices():
+    import jax
+
+    return ", ".join(str(d) for d in jax.devices())
+
+
+def _back_ends(problems):
+    "Back end -> its devices, or what is wrong with it"
+    found = {}
+    for name, devices in (("tensorflow", _tensorflow_devices), ("jax", _jax_devices)):
+        if importlib.util.find_spec(name) is None:
+            found[name] = "not installed"
+            continue
+        try:
+            found[name] = devices()
+        except (
+            Exception
+        ) as e:  # whatever a broken installation raises is what the user needs to read
+            found[name] = f"does not work: {one_line(e)}"
+            problems.append(f"{name} {found[name]}")
+    if all(v == "not installed" for v in found.values()):
+        problems.append("no back end. In the project's folder, run: pip install -e '.[keras]'")
+    return found
+
+
+def _settings():
+    "Environment variables that change speed or bits, and what unset means"
+    unset = {
+        "KERAS_BACKEND": "the first back end that is installed",
+        "TF_ENABLE_ONEDNN_OPTS": "oneDNN on (x86 Linux)",
+        "TF_NUM_INTEROP_THREADS": "set to 1 by effnet_repro: runs repeat to the bit",
+        "TF_OVERRIDE_GLOBAL_THREADPOOL": "set to 1 by effnet_repro: each core classifies its part",
+        "OMP_NUM_THREADS": "all cores",
+        "XLA_FLAGS": "none",
+        "DATA_DIR": "the built-in sample set",
+        "CONFIG_PATH": "the published cases",
+        "EFFNET_REPRO_CACHE": "~/.cache/effnet_repro",
+    }
+    return {k: os.environ.get(k) or f"unset: {v}" for k, v in unset.items()}
+
+
+def _trial(case, data, precision, updates=3):
+    "Time the training step of `case`, one micro-batch an update; returns measured facts"
+    import keras
+
+    from effnet_repro import training
+
+    one = override(case, global_batch_size=case.micro_batch_size, gradient_accumulation=1)
+    program = training._program(one, data, precision, 0)
+    network = training.build_model(program.spec, image_size=one.image_size, dtype="float32", seed=0)
+    model, times = training.TrainingModel(network, program), [time.perf_counter()]
+    clock = keras.callbacks.LambdaCallback(
+        on_train_batch_end=lambda batch, logs: (
+            float(logs["loss"]),
+            times.append(time.perf_counter()),
+        )
+    )
+    stream = training.updates(one, data, 0)
+    how = dict(steps_per_epoch=updates + 1, epochs=1, verbose=0, shuffle=False)
+    model.fit(stream, callbacks=[clock], **how)
+    seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:]))
+    return {
+        "first micro-batch, with compilation (s)": round(times[1] - times[0], 2),
+        "micro-batch (s)": round(seconds, 3),
+        "images per second": round(case.micro_batch_size / seconds, 1),
+        "peak memory (GiB)": _peak_memory_gib(),
+    }
+
+
+def _peak_memory_gib():
+    "Of this process so far; not the accelerator's"
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak / 2 ** (30 if sys.platform == "darwin" else 20), 2)
+
+
+def _cost(plan, data, args):
+    "What the planned run would take here: modelled, then measured"
+    from effnet_repro.training import _found_gib, _memory_warning, estimate
+
+    if data.train_count < plan.case.global_batch_size:
+        raise ValueError(
+            f"global_batch_size={plan.case.global_batch_size} exceeds the {data.train_count} training "
+            f"pictures in {data.root}. Use a smaller --global-batch-size."
+        )
+    e = estimate(plan.case, data)
+    cost = {"updates": e["updates"], "epochs": plan.case.epochs}
+    cost["pictures an update"] = plan.case.global_batch_size
+    cost["modelled: update (s)"] = round(e["seconds_per_update"], 3)
+    cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
+    cost["memory here (GiB)"] = round(_found_gib() or 0, 1) or "unknown"
+    if warning := _memory_warning(plan.case):
+        cost["not tried"] = warning
+    elif not args.no_trial:
+        trial = _trial(plan.case, data, precision_of(args))
+        seconds = trial["micro-batch (s)"] * plan.case.gradient_accumulation
+        cost.update({f"measured: {k}": v for k, v in trial.items()})
+        cost["measured: update (s)"] = round(seconds, 3)
+        cost["measured: whole run (hours)"] = round(seconds * e["updates"] / 3600, 3)
+    return cost
+
+
+def _doctor_arguments(parser):
+    parser.add_argument(
+        "case", nargs="?", metavar="CASE", help="say what this case would cost, too"
+    )
+    parser.add_argument("--config", metavar="CASE", help="the same, as published")
+    config_arguments(parser)
+    data_arguments(parser)
+    parser.add_argument(
+        "--budget",
+        type=choice("budget", ("auto", "case", "demo", "smoke")),
+        default="auto",
+        metavar="NAME",
+        help="as in effnet-train",
+    )
+    machine_arguments(parser, CHOICES["precision"])
+    parser.add_argument("--no-trial", action="store_true", help="model the cost only")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    field_arguments(parser)
+
+
+@program(
+    "doctor",
+    _doctor_arguments,
+    """
+    effnet-doctor
+    effnet-doctor --data-dir /data/imagenet
+    effnet-doctor B0-G16-LN_PN-Half_16IPU_2x8 --budget case --micro-batch-size 32
+    """,
+)
+def doctor_command(args):
+    "Say what is installed, what data is found, and what a case would cost here; status 1 if something is wrong."
+    plan = plan_training(args) if args.case or args.config else None
+    problems, report = [], {"versions": _installed(), "settings": _settings()}
+    start_keras(args)
+    with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        report["back ends"] = _back_ends(problems)
+        from effnet_repro.data import open_data
+
+        try:
+            how = {"on_corrupt": args.on_corrupt, "verbose": False}
+            data = open_data(data_dir_of(args), args.data_format, **how)
+            report["data"] = {"found": data.describe().split("data: ", 1)[1]}
+        except (ValueError, OSError) as e:
+            data, report["data"] = None, {"found": "nothing usable"}
+            problems.append(one_line(e))
+        if plan and data and not any("does not work" in p for p in problems):
+            title = f"{plan.case.name}, budget {plan.budget}"
+            try:
+                report[title] = _cost(plan, data, args)
+            except ValueError as e:
+                report[title] = {"does not run": ""}
+                problems.append(one_line(e))
+    report["problems"] = {str(i): p for i, p in enumerate(problems, 1)} or {"none": ""}
+    if args.json:
+        print(json.dumps(report, indent=1))
+    else:
+        if plan:
+            show_plan(plan)
+        for title, facts in report.items():
+            print(f"\n{title}\n" + "\n".join(f"  {k:<26} {v}".rstrip() for k, v in facts.items()))
+    return 1 if problems else 0

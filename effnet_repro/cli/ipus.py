@@ -1,0 +1,180 @@
+"""The same commands on IPUs: `--device ipu` takes the runtime of `36_ipu` instead of Keras."""
+
+import shlex
+
+from effnet_repro.cli.fields import given_fields
+from effnet_repro.cli.kit import UsageError, choice, whole_number
+from effnet_repro.cli.options import data_dir_of, finish_run
+from effnet_repro.cli.resolve import LAYOUT_FIELDS, Plan, batch_fields, show_plan
+from effnet_repro.config import CHOICES, budget_overrides, differing_fields
+from effnet_repro.ipu import (
+    choose_device,
+    finetune_layout,
+    ipus_per_replica,
+    poprun_command,
+    resolve_for_ipus,
+)
+from effnet_repro.runs import finetune_case, finetune_size
+from effnet_repro.scaling import ModelSpec
+
+
+def ipu_arguments(parser, trains=True):
+    "Flags for IPUs; `trains` adds those of a training."
+    group = parser.add_argument_group("IPUs")
+    group.add_argument(
+        "--device",
+        type=choice("device", ("auto", "ipu", "keras")),
+        default="auto",
+        metavar="NAME",
+        help="ipu; keras, on a CPU or GPU; auto: an IPU where there is one",
+    )
+    group.add_argument(
+        "--ipus",
+        type=whole_number,
+        metavar="N",
+        help="over all processes; default: poprun's, or 16",
+    )
+    group.add_argument(
+        "--print-poprun", action="store_true", help="print the poprun line, and stop"
+    )
+    if trains:
+        connect = group.add_mutually_exclusive_group()
+        connect.add_argument(
+            "--compile-only", action="store_true", help="needs no IPU; runs nothing"
+        )
+        connect.add_argument(
+            "--on-demand", action="store_true", help="take IPUs only while it runs"
+        )
+
+
+def runs_on_ipus(args):
+    "Whether this command runs on IPUs; asked for without Graphcore's build, the error says what to install"
+    planned = args.device == "ipu" and getattr(args, "dry_run", False)  # needs no SDK
+    chosen = "ipu" if planned else choose_device(args.device)
+    if chosen != "ipu" and (
+        getattr(args, "compile_only", False) or getattr(args, "on_demand", False)
+    ):
+        raise UsageError("--compile-only and --on-demand are for IPUs. Add --device ipu.")
+    if chosen == "ipu":
+        _refuse_keras_flags(args)
+    return chosen == "ipu"
+
+
+def _refuse_keras_flags(args):
+    "On IPUs there are no back ends, and the precision is a case's: 16.32, not bfloat16"
+    given = {"--backend": args.backend, "--precision": args.precision}
+    for flag, value in given.items():
+        if value not in (None, "auto", *CHOICES["precision"]):
+            raise UsageError(f"{flag} {value} is for Keras. Leave it out with --device ipu.")
+
+
+def _without(words, flags):
+    "The words of a command line without some flags: name -> how many values each takes"
+    kept, skip = [], 0
+    for word in words:
+        name, *value = word.split("=", 1)
+        if skip:
+            skip -= 1
+        elif name in flags:
+            skip = 0 if value else flags[name]
+        else:
+            kept.append(word)
+    return kept
+
+
+def print_poprun(args, command, case, source=None):
+    "Print the line that runs these words in several processes"
+    gone = {"--print-poprun": 0, "--no-validation": 0, "--device": 1}
+    if command == "train":
+        gone["--config"] = 1
+    else:
+        names = {"validate": ["--run-dir"], "finetune": ["--init-path", "--init"]}[command]
+        gone.update({flag: 1 for flag in ("--restore-path", *names)})
+    words, first = _without(args.words, gone), args.case if command == "train" else args.source
+    if first is not None:
+        words.remove(first)
+    if data_dir_of(args) and not any(w.split("=")[0] == "--data-dir" for w in words):
+        words += ["--data-dir", args.data_dir]  # it came from the environment
+    rest = " ".join(map(shlex.quote, words))
+    source = None if source is None else shlex.quote(str(source))
+    print(poprun_command(case, command, rest, args.ipus or 16, source=source))
+    return 0
+
+
+def _ipu_options(args):
+    "What `ipu.train` and `ipu.finetune` take beside fields"
+    connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
+    names = ("ipus", "seed", "data_format", "on_corrupt", "weights", "keep")
+    how = {name: getattr(args, name) for name in names}
+    return {**how, "validation": not args.no_validation, "connection": connection}
+
+
+def _warn_of_memory(case):
+    "Say so when a micro-batch exceeds the modelled memory of an IPU; only a machine knows for sure"
+    from effnet_repro import planner
+
+    if not case.pipeline_splits:
+        return
+    prediction = planner.predict(ModelSpec.from_case(case), planner.Plan.from_case(case))
+    if not prediction.fits:
+        print(f"warning: {planner.memory_warning(prediction)}", flush=True)
+
+
+def ipu_case(args, start):
+    "The case that effnet-train runs on IPUs; how many; and the fields behind it"
+    given, data_given = given_fields(args), data_dir_of(args) is not None
+    asked, stages = given.get("num_replicas"), given.get("num_stages", start.num_stages)
+    each = ipus_per_replica(max(1, stages))
+    ipus = args.ipus or (asked * each if asked else 16)
+    if asked and asked * each != ipus:
+        raise UsageError(f"{asked} replicas of {each} IPUs are not --ipus {ipus}. Leave one out.")
+    batches = batch_fields(given, start.micro_batch_size, start.global_batch_size, ipus // each)
+    given = {k: v for k, v in given.items() if k not in ("gradient_accumulation", "num_replicas")}
+    given.update(batches)
+    if stages == 1:
+        given.setdefault("pipeline_splits", ())
+    try:
+        return resolve_for_ipus(start, ipus, args.budget, data_given, **given), ipus, given
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def train_on_ipus(args, start, run_dir):
+    "effnet-train with Graphcore's runtime"
+    case, ipus, given = ipu_case(args, start)
+    budget = budget_overrides(args.budget, data_dir_of(args) is not None)[0]
+    own, differing = given_fields(args), differing_fields(start, case)
+    layout = {n: f"{ipus} IPUs" for n in LAYOUT_FIELDS}
+    reasons = {n: "flag" if n in own else layout.get(n, f"budget {budget}") for n in differing}
+    show_plan(Plan(case, start, {}, budget, reasons))
+    _warn_of_memory(case)
+    if args.dry_run:
+        return 0
+    from effnet_repro.ipu import train
+
+    how = {**_ipu_options(args), "budget": args.budget, "init": args.init_path, "ipus": ipus}
+    run = train(start, data_dir_of(args), run_dir, **how, **given)
+    return 0 if args.compile_only else finish_run(run, args)
+
+
+def finetune_on_ipus(args, source, trained):
+    "effnet-finetune with Graphcore's runtime"
+    given = given_fields(args)
+    parts = given.pop("variable_filter", ("Top",))
+    size = given.pop("image_size", None) or finetune_size(trained)
+    micro = given.pop("micro_batch_size", None)
+    try:
+        case = finetune_case(trained, size, args.protocol, parts, **given)
+        case = finetune_layout(case, args.ipus or 16, micro)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    reasons = {n: "flag" if n in given else "fine-tuning" for n in differing_fields(trained, case)}
+    show_plan(Plan(case, trained, {}, "", reasons))
+    if args.dry_run:
+        return 0
+    from effnet_repro.ipu import finetune
+
+    how = {**_ipu_options(args), "variable_filter": parts, "protocol": args.protocol}
+    how.update(image_size=size, micro_batch_size=micro)
+    run = finetune(source, data_dir_of(args), args.run_dir, **how, **given)
+    return 0 if args.compile_only else finish_run(run, args)

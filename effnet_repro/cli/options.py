@@ -1,0 +1,224 @@
+"""Flags of a run that are no fields of a case, what they come to, and how a run ends.
+
+`--precision` takes both kinds of value: `bfloat16` is what this machine computes in, `16.32` is what the case
+says for an IPU.
+"""
+
+import importlib.util
+import os
+import shlex
+import sys
+
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.cli.fields import config_arguments, named_case
+from effnet_repro.cli.kit import UsageError, choice, whole_number
+from effnet_repro.config import unknown_name
+from effnet_repro.ipu import has_graphcore_wheel
+from effnet_repro.runs import quiet_stderr, read_case
+
+BACKENDS = ("tensorflow", "jax")
+
+
+_PRECISIONS = ("auto", "float32", "bfloat16", "float16")
+
+
+def data_arguments(parser):
+    "Flags that name the data."
+    parser.add_argument(
+        "--data-dir",
+        metavar="DIR",
+        default=os.environ.get("DATA_DIR") or None,
+        help="TFRecords, class folders or CIFAR; default: $DATA_DIR, or the built-in sample set, "
+        "which `sample` names, too",
+    )
+    parser.add_argument(
+        "--data-format",
+        type=choice("data format", ("tfrecord", "folder", "cifar")),
+        metavar="FORMAT",
+        help="tfrecord, folder or cifar; default: as the files look",
+    )
+    parser.add_argument(
+        "--on-corrupt",
+        choices=("refuse", "skip"),
+        default="refuse",
+        help="what to do about damaged pictures: stop at the first one, or decode all before the "
+        "run and leave them out; default: refuse",
+    )
+
+
+def machine_arguments(parser, more=()):
+    "Flags for what computes; `more` are further precisions."
+    parser.add_argument(
+        "--backend",
+        type=choice("back end", BACKENDS),
+        metavar="NAME",
+        help="tensorflow or jax; default: $KERAS_BACKEND, or the first that is installed",
+    )
+    legal = (*_PRECISIONS, *more)
+    parser.add_argument(
+        "--precision",
+        type=choice("precision", legal),
+        metavar="TYPE",
+        help=f"type to compute in: {', '.join(legal)}",
+    )
+
+
+def run_arguments(parser):
+    "Flags of a run that are no fields of a case."
+    parser.add_argument("--run-dir", metavar="DIR", help="where everything is written")
+    parser.add_argument(
+        "--budget",
+        type=choice("budget", ("auto", "case", "demo", "smoke")),
+        default="auto",
+        metavar="NAME",
+        help="case: as published; demo: minutes on the sample set; smoke: two updates; auto: case "
+        "with a data set, else demo",
+    )
+    parser.add_argument(
+        "--seed", type=whole_number, default=0, help="of weights, order, crops and masks"
+    )
+    every = parser.add_mutually_exclusive_group()
+    every.add_argument(
+        "--validate-every",
+        type=whole_number,
+        metavar="N",
+        default=1,
+        help="epochs; 0 = only at the end",
+    )
+    every.add_argument(
+        "--no-validation", action="store_true", help="never; effnet-validate does it afterwards"
+    )
+    parser.add_argument(
+        "--keep", type=whole_number, metavar="N", default=2, help="checkpoints to keep"
+    )
+    parser.add_argument(
+        "--weights",
+        type=choice("weights", ("auto", "last", "average")),
+        default="auto",
+        metavar="NAME",
+        help="which of the run to begin from: last, average, auto (the average of a long run)",
+    )
+    parser.add_argument("--no-progress", action="store_true", help="no progress bar")
+    parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
+
+
+def data_dir_of(args):
+    "The folder of data, None for the built-in set."
+    return None if args.data_dir == "sample" else args.data_dir
+
+
+def one_of(args, what, **flags):
+    "The value of several spellings of one thing"
+    given = {k: v for k, v in flags.items() if v is not None}
+    if len(set(given.values())) > 1:
+        listed = ", ".join(f"{k}={v}" for k, v in given.items())
+        raise UsageError(f"More than one {what}: {listed}. Keep one.")
+    return next(iter(given.values()), None)
+
+
+def source_arguments(parser):
+    "Flags that name trained weights and data."
+    parser.add_argument("source", nargs="?", metavar="SOURCE", help="run folder or checkpoint file")
+    parser.add_argument("--restore-path", metavar="PATH", help="the same, as published")
+    parser.add_argument(
+        "--config", metavar="CASE", help="the case that SOURCE must hold; may be left out"
+    )
+    config_arguments(parser)
+    data_arguments(parser)
+
+
+def _named_source(args, **more):
+    "Where the weights are"
+    source = one_of(args, "source", SOURCE=args.source, restore_path=args.restore_path, **more)
+    if source is None:
+        raise UsageError("Which run folder or checkpoint?")
+    return source
+
+
+def checked_source(args, **more):
+    "Where the weights are, checked against the case if one is given"
+    source = _named_source(args, **more)
+    expected = named_case(args.config, args.config_path) if args.config else None
+    load_metadata(source)
+    try:
+        return source, read_case(source, expected)
+    except ValueError as e:
+        raise UsageError(str(e).replace("`case`", "--config")) from None
+
+
+def precision_of(args):
+    "The precision of this machine; a case's, such as 16.32, means auto."
+    return args.precision if args.precision in _PRECISIONS else "auto"
+
+
+def run_options(args):
+    "What train and finetune take beside fields"
+    if args.keep < 1:
+        raise UsageError(
+            "--keep must be at least 1: the newest checkpoint is what a run goes on from."
+        )
+    if args.validate_every < 0 or args.seed < 0:
+        raise UsageError("--validate-every and --seed must be at least 0.")
+    return {
+        "budget": args.budget,
+        "seed": args.seed,
+        "precision": precision_of(args),
+        "backend": args.backend,
+        "data_format": args.data_format,
+        "on_corrupt": args.on_corrupt,
+        "validate_every": None if args.no_validation else args.validate_every,
+        "weights": args.weights,
+        "keep": args.keep,
+        "progress": not args.no_progress and sys.stderr.isatty(),
+    }
+
+
+def start_keras(args):
+    """Choose Keras' back end before Keras is imported.
+
+    TensorFlow writes two notes on stderr before it looks at its own log level. They would stand above the one line
+    that an error leaves, so the first use of the device is kept quiet; `--debug` shows everything.
+    """
+    has = lambda package: importlib.util.find_spec(package) is not None
+    chosen = args.backend or os.environ.get("KERAS_BACKEND")
+    chosen = chosen or next((b for b in BACKENDS if has(b)), BACKENDS[0])
+    if chosen not in BACKENDS:
+        raise UsageError(str(unknown_name("back end", chosen, BACKENDS, "KERAS_BACKEND")))
+    missing = [package for package in ("keras", chosen) if not has(package)]
+    if missing:
+        raise ImportError(
+            f"{' and '.join(missing)} not found. In the project's folder, run: pip install -e "
+            + ("'.[keras,jax]'" if chosen == "jax" else "'.[keras]'")
+            + (
+                ", in a virtual environment of their own: this one has Graphcore's TensorFlow, which they "
+                "would replace. On IPUs use --device ipu"
+                if has_graphcore_wheel()
+                else ""
+            )
+        )
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = chosen
+    if args.debug:
+        return
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    with quiet_stderr():
+        from effnet_repro.training import device_name
+
+        device_name()
+
+
+def finish_run(run, args):
+    "Say what to do next, whole commands on the same data; the exit status"
+    if not run.finished:
+        print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
+        return 130
+    damaged = None if args.on_corrupt == "refuse" else args.on_corrupt
+    flags = {
+        "--data-dir": args.data_dir,
+        "--data-format": args.data_format,
+        "--on-corrupt": damaged,
+    }
+    given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
+    words = shlex.join([str(run.run_dir), *given])
+    print(f"written to {run.run_dir}; next:\n  effnet-finetune {words}\n  effnet-validate {words}")
+    return 0

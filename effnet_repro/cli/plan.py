@@ -1,0 +1,156 @@
+"""`effnet-plan`: lay a case out on IPUs, as modelled."""
+
+import json
+
+from effnet_repro.cli.fields import config_arguments, named_case
+from effnet_repro.cli.kit import (
+    UsageError,
+    choice,
+    format_table,
+    program,
+    real_number,
+    whole_number,
+)
+from effnet_repro.config import CHOICES
+from effnet_repro.scaling import ModelSpec
+
+
+def _plan_arguments(parser):
+    parser.add_argument("case", metavar="CASE", help="a published case; effnet-cases lists them")
+    config_arguments(parser)
+    parser.add_argument(
+        "--ipus", type=whole_number, metavar="N", help="IPUs in all; default: the case's (16)"
+    )
+    parser.add_argument(
+        "--image-size", type=whole_number, metavar="N", help="pixels; default: the case's"
+    )
+    parser.add_argument(
+        "--stages",
+        type=whole_number,
+        nargs="+",
+        metavar="N",
+        default=[1, 2, 4],
+        help="numbers to try",
+    )
+    parser.add_argument(
+        "--global-batch-size", type=whole_number, metavar="N", help="pictures in a weight update"
+    )
+    parser.add_argument(
+        "--pipeline-schedule",
+        type=choice("schedule", CHOICES["pipeline_schedule"]),
+        metavar="NAME",
+        help="Grouped, Interleaved or Sequential; default: the case's",
+    )
+    parser.add_argument(
+        "--memory-mb", type=real_number, metavar="MB", default=900, help="of one IPU; default: 900"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="draw the plans as well: .png, .svg, .pdf")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _plan_summary(found):
+    "A modelled plan as plain values"
+    laid_out = found.plan
+    stages = [
+        {
+            "stage": i,
+            "begins at": name,
+            "forward ms": round(1e3 * found.forward_s[i], 3),
+            "backward ms": round(1e3 * found.backward_s[i], 3),
+            **{f"{k} MB": round(v[i] / 1e6, 1) for k, v in found.memory.items()},
+            "total MB": round(found.stage_bytes[i] / 1e6, 1),
+        }
+        for i, name in enumerate(("block0", *laid_out.splits))
+    ]
+    return {
+        "stages x replicas": f"{laid_out.num_stages} x {laid_out.num_replicas}",
+        "micro-batch": laid_out.micro_batch_size,
+        "accumulation": laid_out.gradient_accumulation,
+        "schedule": laid_out.pipeline_schedule,
+        "images/s": round(found.images_per_s, 1),
+        "busy": round(found.busy, 3),
+        "update ms": round(1e3 * found.update_s, 3),
+        "fits": found.fits,
+        "stages": stages,
+    }
+
+
+def _draw_stages(summary):
+    "The stages as a table, with a bar as long as each one works"
+    longest = max(s["forward ms"] + s["backward ms"] for s in summary["stages"])
+    rows = []
+    for s in summary["stages"]:
+        forward, both = (round(24 * x / longest) for x in (s["forward ms"], s["backward ms"]))
+        rows.append({**s, "f forward, b backward": "f" * forward + "b" * both})
+    return format_table(rows, "  ")
+
+
+def _both_plans(args):
+    "The case, and the published plan (None where it does not apply) and the best, as modelled"
+    from effnet_repro.planner import MK2, Plan, memory_warning, plan, predict
+
+    case = named_case(args.case, args.config_path)
+    given = lambda value, default: default if value is None else value
+    num_ipus = given(args.ipus, case.num_stages * case.num_replicas)
+    spec, chip = ModelSpec.from_case(case), MK2._replace(memory_bytes=1e6 * args.memory_mb)
+    size = given(args.image_size, case.image_size)
+    batch = given(args.global_batch_size, case.global_batch_size)
+    if min(num_ipus, batch, *args.stages) < 1 or size < 32 or args.memory_mb <= 0:
+        raise UsageError(
+            "--ipus, --stages and --global-batch-size must be at least 1, --image-size at least 32, "
+            "--memory-mb above 0."
+        )
+    name = args.pipeline_schedule or case.pipeline_schedule
+    asked = (num_ipus, size, batch, name)
+    own = (case.num_stages * case.num_replicas, case.image_size, case.global_batch_size)
+    found = {}
+    if asked == (*own, case.pipeline_schedule):
+        found["published plan"] = predict(spec, Plan.from_case(case), chip=chip)
+    choices = dict(global_batch_size=batch, stages=tuple(args.stages), pipeline_schedule=name)
+    try:
+        found["best plan"] = plan(spec, size, num_ipus, chip=chip, **choices)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    notes = [f"{k}: {memory_warning(p)}" for k, p in found.items() if not p.fits]
+    return f"{spec.name}, {size} px, {num_ipus} IPUs, {batch} pictures an update", found, notes
+
+
+@program(
+    "plan",
+    _plan_arguments,
+    """
+    effnet-plan B4-G16-LN_PN-Native_16IPU_4x4
+    effnet-plan B4-G16-LN_PN-Native_16IPU_4x4 --ipus 64 --image-size 300
+    effnet-plan B0-G16-LN_PN-Half_16IPU_2x8 --stages 2 4 --json
+    effnet-plan B5-G16-GN-Native_16IPU_4x4 --figure plan.png
+    """,
+)
+def plan_command(args):
+    "Plan a pipeline: the published plan of a case and the fastest that fits, as modelled."
+    title, found, notes = _both_plans(args)
+    summaries = {k: _plan_summary(p) for k, p in found.items()}
+    if args.figure:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        from effnet_repro.planner import plot_plan
+
+        size = (9, 2.8 * len(found))
+        fig, axes = plt.subplots(
+            len(found), 2, figsize=size, squeeze=False, sharey="col", layout="constrained"
+        )
+        for pair, (name, p) in zip(axes, found.items()):
+            plot_plan(p, pair)
+            pair[0].set_ylabel(f"{name}\n{pair[0].get_ylabel()}")
+        fig.savefig(args.figure)
+        plt.close(fig)
+    if args.json:
+        print(json.dumps({"modelled": title, **summaries, "notes": notes}, indent=1))
+        return
+    print(f"{title}. All numbers are modelled, none is measured.")
+    for name, summary in summaries.items():
+        facts = ", ".join(f"{k} {v}" for k, v in summary.items() if k not in ("stages", "fits"))
+        print(f"\n{name}: {facts}\n{_draw_stages(summary)}")
+    print("".join(f"\nnote: {n}" for n in notes), end="\n" if notes else "")

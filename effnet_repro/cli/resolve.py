@@ -1,0 +1,125 @@
+"""What will run: the case, then the budget, then the flags.
+
+The rule for batches, in order: a `--global-batch-size` stands; else `--gradient-accumulation` makes the
+product, with what is not given taken from the case (or the budget, which has one replica); else the global
+batch of the case or budget is kept, whatever the other two say. Stages change no arithmetic at all.
+"""
+
+from typing import Dict, NamedTuple
+
+from effnet_repro.cli.fields import given_fields, named_case
+from effnet_repro.cli.kit import UsageError, format_table
+from effnet_repro.cli.options import data_dir_of, one_of
+from effnet_repro.config import Case, budget_overrides, case_to_dict, override, resolve
+
+LAYOUT_FIELDS = ("micro_batch_size", "global_batch_size", "gradient_accumulation", "num_replicas")
+LAYOUT_FIELDS += ("num_stages", "pipeline_splits")
+
+
+def batch_fields(given, micro, whole, replicas):
+    "Micro-batch and global batch from the flags, and from what holds without them"
+    k = given.get("gradient_accumulation")
+    m, r, g = (given.get(f) for f in ("micro_batch_size", "num_replicas", "global_batch_size"))
+    if any(v is not None and v < 1 for v in (k, m, r, g, given.get("num_stages"))):
+        raise UsageError("Batch sizes, accumulation, replicas and stages must be at least 1.")
+    if k is None:
+        if r is not None and (g or whole) % ((m or 1) * r):
+            raise UsageError(
+                f"{r} replicas of micro-batches of {m or 1} do not divide the global batch {g or whole}. "
+                "Give --gradient-accumulation to change it."
+            )
+        return {n: v for n, v in (("micro_batch_size", m), ("global_batch_size", g)) if v}
+    if g is None:
+        return {
+            "micro_batch_size": m or micro,
+            "global_batch_size": (m or micro) * k * (r or replicas),
+        }
+    m = m or g // (k * (r or 1))
+    if m < 1 or (m * k * r != g if r else g % (m * k)):
+        raise UsageError(
+            f"micro-batch {m} x accumulation {k} x replicas {r or 'any'} is not the global batch {g}. "
+            "Leave one of them out."
+        )
+    return {"micro_batch_size": m, "global_batch_size": g}
+
+
+class Plan(NamedTuple):
+    "What a command line comes to"
+
+    case: Case  # What will run, on one device
+    start: Case  # What it was made from
+    overrides: dict  # Fields for `training.train` or `training.finetune`
+    budget: str  # Name of the budget
+    reasons: Dict[str, str]  # Field that differs -> why
+
+
+def _reason(name, given, batches, budget):
+    if name in ("num_replicas", "num_stages", "pipeline_splits"):
+        asked = given.get(name)
+        note = (
+            f"; {asked} asked: arithmetic of the batch only"
+            if name == "num_replicas" and asked
+            else ""
+        )
+        return f"one device{note}"
+    if name == "gradient_accumulation":
+        return "keeps the global batch"
+    return "flag" if name in given else "product of the flags" if name in batches else budget
+
+
+def plan_training(
+    args,  # Parsed flags of effnet-train or effnet-doctor
+) -> Plan:
+    "Work out what a command line will train"
+    name = one_of(args, "case", CASE=args.case, config=args.config)
+    if name is None:
+        raise UsageError("Which case? effnet-cases lists them.")
+    start, given = named_case(name, args.config_path), given_fields(args)
+    data_given = data_dir_of(args) is not None
+    try:
+        budget = budget_overrides(args.budget, data_given, args.config_path)[0]
+        base = resolve(start, budget, data_given, args.config_path)[0]
+        replicas = start.num_replicas if budget == "case" else 1
+        batches = batch_fields(given, base.micro_batch_size, base.global_batch_size, replicas)
+        own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
+        case, changed = resolve(start, budget, data_given, args.config_path, **own, **batches)
+        _check_layout(start, given)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    reasons = {n: _reason(n, given, batches, f"budget {budget}") for n in changed}
+    return Plan(case, start, {**own, **batches}, budget, reasons)
+
+
+def _check_layout(case, given):
+    "Stages and splits have no effect on one device, but must fit each other"
+    splits, stages = given.get("pipeline_splits"), given.get("num_stages")
+    if splits is not None:
+        override(case, num_stages=stages or case.num_stages, pipeline_splits=splits)
+
+
+def show_plan(plan):
+    "Print the resolved case; IPU fields only where they differ"
+    ipu = set(Case.__annotations__)
+    rows = []
+    for field, value in case_to_dict(plan.case).items():
+        if field in ipu and field not in plan.reasons:
+            continue
+        form = lambda v: (
+            "-"
+            if v is None
+            else " ".join(map(str, v)) or "-"
+            if isinstance(v, (list, tuple))
+            else str(v)
+        )
+        differs = field in plan.reasons
+        rows.append({"field": field, "this run": form(value)})
+        rows[-1]["the case says"] = form(getattr(plan.start, field)) if differs else None
+        rows[-1]["because"] = plan.reasons.get(field)
+    rate = f"{plan.case.learning_rate:g}"
+    rows.append(
+        {"field": "learning_rate", "this run": rate, "the case says": None, "because": None}
+    )
+    if plan.case.learning_rate != plan.start.learning_rate:
+        rows[-1]["the case says"] = f"{plan.start.learning_rate:g}"
+        rows[-1]["because"] = "2**exponent x global batch"
+    print(format_table(rows), flush=True)

@@ -1,0 +1,76 @@
+"""`effnet-train`: train a case, or go on with an interrupted run."""
+
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.cli.fields import config_arguments, field_arguments
+from effnet_repro.cli.ipus import ipu_arguments, ipu_case, print_poprun, runs_on_ipus, train_on_ipus
+from effnet_repro.cli.kit import program
+from effnet_repro.cli.options import (
+    data_arguments,
+    data_dir_of,
+    finish_run,
+    machine_arguments,
+    one_of,
+    run_arguments,
+    run_options,
+    start_keras,
+)
+from effnet_repro.cli.resolve import plan_training, show_plan
+from effnet_repro.config import CHOICES, case_from_dict
+from effnet_repro.scaling import mod32_warning
+
+
+def _train_arguments(parser):
+    parser.add_argument("case", nargs="?", metavar="CASE", help="a name from effnet-cases")
+    parser.add_argument("--config", metavar="CASE", help="the same, as published")
+    config_arguments(parser)
+    data_arguments(parser)
+    run_arguments(parser)
+    machine_arguments(parser, CHOICES["precision"])
+    parser.add_argument(
+        "--restore-path", metavar="DIR", help="run folder to go on in; it must exist"
+    )
+    parser.add_argument(
+        "--init-path",
+        "--init",
+        metavar="PATH",
+        help="run folder or checkpoint whose weights to begin with",
+    )
+    ipu_arguments(parser)
+    field_arguments(parser)
+
+
+@program(
+    "train",
+    _train_arguments,
+    """
+    effnet-train B0-G16-LN_PN-Half_16IPU_2x8
+    effnet-train B0-G16-LN_PN-Half_16IPU_2x8 --dry-run
+    effnet-train B1-G16-LN_PN-Half_16IPU_4x4 --data-dir /data/imagenet --run-dir runs/b1 --micro-batch-size 64
+    effnet-train --config-path config.yml --config B0-G1-GN-Native_16IPU_2x8 --no-validation
+    """,
+)
+def train_command(args):
+    "Train a case; the same command again goes on with an interrupted run."
+    plan, options = plan_training(args), run_options(args)
+    run_dir = one_of(args, "run folder", run_dir=args.run_dir, restore_path=args.restore_path)
+    if args.print_poprun:
+        case, args.ipus, _ = ipu_case(args, plan.start)
+        return print_poprun(args, "train", case)
+    if runs_on_ipus(args):
+        return train_on_ipus(args, plan.start, run_dir)
+    print(f"{plan.case.name}, budget {plan.budget}")
+    show_plan(plan)
+    if args.restore_path:
+        load_metadata(args.restore_path)
+    if args.init_path:
+        trained = case_from_dict(load_metadata(args.init_path)["case"])
+        warning = mod32_warning(trained.image_size, plan.case.image_size)
+        print("" if not warning else f"warning: {warning}", end="\n" if warning else "", flush=True)
+    if args.dry_run:
+        return 0
+    start_keras(args)
+    from effnet_repro.training import train
+
+    how = {**options, "init": args.init_path, "config_path": args.config_path}
+    run = train(plan.start, data_dir_of(args), run_dir, **how, **plan.overrides)
+    return finish_run(run, args)

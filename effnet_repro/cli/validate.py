@@ -1,0 +1,114 @@
+"""`effnet-validate`: measure the checkpoints of a run, or a file of weights."""
+
+import contextlib
+import csv
+import sys
+from pathlib import Path
+
+from effnet_repro.cli.ipus import ipu_arguments, print_poprun, runs_on_ipus
+from effnet_repro.cli.kit import (
+    UsageError,
+    choice,
+    format_arguments,
+    print_rows,
+    program,
+    whole_number,
+)
+from effnet_repro.cli.options import (
+    checked_source,
+    data_dir_of,
+    machine_arguments,
+    precision_of,
+    source_arguments,
+    start_keras,
+)
+
+
+def _validate_arguments(parser):
+    source_arguments(parser)
+    parser.add_argument("--run-dir", metavar="DIR", help="the same as SOURCE")
+    parser.add_argument(
+        "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
+    )
+    parser.add_argument(
+        "--weights",
+        type=choice("weights", ("all", "both", "last", "average")),
+        default="all",
+        metavar="NAME",
+        help="of a run folder: all (new ones only), or measured again: both (last and average), last, average",
+    )
+    parser.add_argument(
+        "--micro-batch-size",
+        "--batch-size",
+        type=whole_number,
+        metavar="N",
+        help="pictures at a time; default: 64, or 8 on each IPU",
+    )
+    machine_arguments(parser)
+    ipu_arguments(parser, trains=False)
+    format_arguments(parser)
+
+
+def validation_rows(run_dir):
+    "The rows of a run's validation.csv."
+    path = Path(run_dir) / "validation.csv"
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@program(
+    "validate",
+    _validate_arguments,
+    """
+    effnet-validate runs/B0-G16-LN_PN-Half_16IPU_2x8
+    effnet-validate runs/b1/checkpoints/average.safetensors --data-dir /data/imagenet --image-size 240
+    effnet-validate runs/b1 --weights both --json
+    """,
+)
+def validate_command(args):
+    "Measure a checkpoint, or every checkpoint of a run, on all validation pictures."
+    low = lambda value, least: value is not None and value < least
+    if low(args.micro_batch_size, 1) or low(args.image_size, 32):
+        raise UsageError("--micro-batch-size must be at least 1, --image-size at least 32.")
+    source, trained = checked_source(args, run_dir=args.run_dir)
+    if args.print_poprun:
+        return print_poprun(args, "validate", trained, source)
+    quiet = (
+        contextlib.redirect_stdout(sys.stderr)
+        if args.json or args.csv
+        else contextlib.nullcontext()
+    )
+    with quiet:
+        on_ipus = runs_on_ipus(args)
+        if not on_ipus:
+            start_keras(args)
+        print(f"{trained.name}, trained at {trained.image_size} px")
+        if on_ipus:
+            from effnet_repro.ipu import validate
+        else:
+            from effnet_repro.training import validate
+
+        how = {
+            "precision": precision_of(args),
+            "backend": args.backend,
+            "data_format": args.data_format,
+            "on_corrupt": args.on_corrupt,
+        }
+        how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
+        if on_ipus:
+            how = {k: v for k, v in how.items() if k not in ("precision", "backend")}
+            how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
+        if how["batch"] is None:  # the runtimes know
+            del how["batch"]
+        scores = validate(source, data_dir_of(args), **how)
+    source = Path(source)
+    if source.is_dir():
+        rows = validation_rows(source.parent if source.name == "checkpoints" else source)
+    else:
+        names = ("top1", "top5", "loss", "pictures", "image_size")
+        rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]
+    short = lambda v: f"{float(v):.4f}" if "." in str(v) and "-" not in str(v) else v
+    brief = lambda row: {k: short(v) for k, v in row.items() if k != "data"}
+    print_rows(rows, args, brief)

@@ -1,5 +1,6 @@
 """Every field of a case is a flag, and says in --help what its comment in `00_config` says."""
 
+import ast
 import dataclasses
 import functools
 import inspect
@@ -31,14 +32,18 @@ def named_case(name, path):
 
 
 def field_comments():
-    "Field of a case -> its comment in the source"
+    "Field of a case -> its comment in the source, on whichever of its lines that stands"
     found = {}
     for kind in Case.__mro__[:-1]:
         try:
             text = inspect.getsource(kind)
         except OSError:  # installed without sources
             continue
-        found.update(re.findall(r"(?m)^    (\w+): .*?  # (.+)$", text))
+        for node in ast.parse(text).body[0].body:
+            lines = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
+            comment = re.search(r"(?m)  # (.+)$", lines)
+            if isinstance(node, ast.AnnAssign) and comment:
+                found[node.target.id] = comment[1]
     return found
 
 

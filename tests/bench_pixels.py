@@ -5,6 +5,8 @@ whole images, half of them mirrored. Needs NumPy and JAX only. Prints a line for
 writes it into pixels.csv. Fails where `published` differs by more than one level, or in more than 1e-5 of the values.
 
     python tests/bench_pixels.py --results results
+
+In a copy of the tree without git, EFFNET_REVISION says the revision: see `effnet_repro.results.revision`.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """Kill a converter at its steps and see what is left: python tests/kill_converter.py FOLDER [TARGET [EVERY]]
 
-TARGET is the file to replace, e.g. model.ckpt; EVERY = 3 takes each third step. A step is the
+TARGET is the file to replace, e.g. model.ckpt; EVERY = 3 takes each third step. A step is the moment
 before or after a rename, a sync or a deletion. Prints a JSON line a kill: the number that a reader
 finds (1 = the old weights, 2 = the new ones), by the name of the file and by its folder; the number
 after the next write; and the files that are left then. TensorFlow is imported once; each life is a

@@ -54,6 +54,7 @@ from effnet_repro.network import (
 from .norms import EPSILON, normalise
 from .ops import NumpyOps, Rng, TFOps
 from .pipeline import check_accumulation, split_segments
+from .proxy_norm import half_proxy_statistics
 from effnet_repro.recipe import (
     add_weight_decay,
     count_correct,
@@ -618,8 +619,14 @@ def pipeline(
 class IPUOps(TFOps):
     "The tensor namespace on an IPU: TensorFlow's, with Graphcore's norm and swish"
 
-    def __init__(self, graphcore: Graphcore):
+    def __init__(
+        self,
+        graphcore: Graphcore,
+        compute: str = "float32",  # Type of activations; with float16 the proxies are in float16, too
+    ):
         super().__init__()
+        if compute == "float16":
+            self.proxy_statistics = functools.partial(half_proxy_statistics, self)
         self.swish = graphcore.ipu.nn_ops.swish
         popnn = importlib.import_module("tensorflow.compiler.plugin.poplar.ops.gen_popnn_ops")
         self._group_norm = popnn.popnn_group_norm_training
@@ -711,9 +718,9 @@ def step_variable(
     learning_rate,  # Scalar tensor
     decay_rate: float,  # Of the weight decay, 0 where it does not apply
 ):  # List of (variable, new value)
-    "Compute the update of one weight and its slots, in float32"
+    "Compute the update of one weight and its slots, in float32 from the gradient on"
     weight = ops.cast(slots.get("fp32", var), "float32")
-    gradient = add_weight_decay(unscale(ops, gradient, loss_scale(case)), weight, decay_rate)
+    gradient = _decayed_gradient(ops, case, var, gradient, decay_rate)
     momentum, settings = ops.cast(slots["momentum"], "float32"), rmsprop_settings(case)
     if case.optimizer == "sgd":
         constants = dict(learning_rate=learning_rate, momentum=case.momentum)
@@ -728,6 +735,15 @@ def step_variable(
         new = [(slots["mean_square"], square), (slots["momentum"], momentum)]
     new += [(slots["fp32"], weight)] if "fp32" in slots else []
     return [*new, (var, ops.cast(weight, ops.dtype(var)))]
+
+
+def _decayed_gradient(ops, case, var, gradient, decay_rate):
+    "Add weight decay to a scaled gradient and undo the scale: in the weight's own type, then float32"
+    scale = loss_scale(case)
+    gradient = add_weight_decay(ops.cast(gradient, ops.dtype(var)), var, decay_rate * scale)
+    if case.optimizer == "sgd" or ops.dtype(var) == "float32":  # there the published rate is scaled
+        return unscale(ops, gradient, scale)
+    return ops.cast(gradient * ops.const(1.0 / scale, ops.dtype(var)), "float32")
 
 
 def loss_scale(
@@ -760,7 +776,7 @@ class TrainingProgram:
 
     def _build(self, dataset):
         g, plan = self.graphcore, plan_stages(self.case, self.spec)
-        self.ops = IPUOps(g)
+        self.ops = IPUOps(g, compute_dtype(self.case))
         self.queue, out = infeed(g, dataset()), outfeed(g)
         self.rate = g.v1.placeholder(g.tf.float32, (), "learning_rate")
         stages = Stages(self.ops, self.case, self.spec, plan.splits, self._variable)

@@ -1,10 +1,12 @@
 """Every network of the thirty cases makes one update on the stand-in: python tests/ipu_matrix.py [OUT.csv [ROWS]]
 
 Writes results/ipu_standin.csv: the difference to the written-out recipe (tests/ipu_reference.py), relative
-to the largest value of each array; `changes_difference` is relative to what the updates changed, over all weights or
-slots of a kind, the worst kind. Two networks make a second update, too, and some train with mixing and masks, with
-slots from zero, in float32 and in the 16 bits of their case, loss scale and all. Minutes a network, ROWS at most a call, which is why tests/test_ipu.py runs short ones. With TensorFlow 2.6.3 on Python 3.8, which
-Graphcore's build is made from, the networks without group convolutions run as well.
+to the largest value of each array; `changes_difference` is relative to what the updates changed, over all
+weights or slots of a kind, the worst kind. Two networks make a second update, too, and some train with
+mixing and masks, with slots from zero, in float32 and in the 16 bits of their case, loss scale and all.
+Minutes a network, ROWS at most a call, which is why tests/test_ipu.py runs short ones. With TensorFlow
+2.6.3 on Python 3.8, which Graphcore's build is made from, the networks without group convolutions run as
+well.
 """
 
 import csv

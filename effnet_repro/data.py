@@ -864,9 +864,17 @@ def _say_accurate():
     )
 
 # %% ../nbs/30_data.ipynb #ea0f7a33
+def _has_jpegs(dataset):
+    "Whether there may be JPEGs: the names of class folders' files tell"
+    if dataset.format != "folder":
+        return dataset.format == "tfrecord"
+    files = (path for split in dataset.splits.values() for path in split.files)
+    return any(path.lower().endswith((".jpg", ".jpeg")) for path in files)
+
+
 def _wants_fast_dct(dataset, image_resize):
     "Whether JPEGs are decoded as in the published runs; says so where no decoder can"
-    if image_resize == "published" and dataset.format != "cifar" and not _has_fast_dct():
+    if image_resize == "published" and not _has_fast_dct() and _has_jpegs(dataset):
         _say_accurate()
     return image_resize == "published"
 

@@ -706,7 +706,7 @@ def test_published_window_is_computed_in_float32(height, width, image_size):
 
 
 @pytest.mark.parametrize("image_resize", d._RESIZES)
-@pytest.mark.parametrize("image_size", [1, 2, 6, 7, 64])
+@pytest.mark.parametrize("image_size", [1, 6, 64])
 def test_extreme_shapes_agree(tmp_path, image_size, image_resize):
     shapes = [(1, 1), (1, 10_000), (10_000, 1), (2, 3), (41, 41), (5, 300), (600, 7)]
     records = [record(encode(picture(*shape, i), "PNG")) for i, shape in enumerate(shapes)]
@@ -738,7 +738,7 @@ def test_modern_resize_is_todays():
 
 
 @pytest.mark.skipif(not d._has_fast_dct(), reason="simplejpeg")
-def test_jpegs_of_published_cases_are_decoded_fast(sample, monkeypatch, capsys):
+def test_jpegs_of_published_cases_are_decoded_fast(sample, tmp_path, monkeypatch, capsys):
     encoded = [d._read(sample, "train", i)[0] for i in range(50)]
     theirs = [tf.io.decode_jpeg(e, dct_method="INTEGER_FAST").numpy() for e in encoded]
     for a, b in zip(encoded, theirs):
@@ -752,7 +752,9 @@ def test_jpegs_of_published_cases_are_decoded_fast(sample, monkeypatch, capsys):
         images, _ = d.load_arrays(sample, "validation", 32, how)
         assert np.array_equal(images, kept[how]) == (how == "modern")
     assert capsys.readouterr().out.count("accurate DCT") == 1
+    d._say_accurate.cache_clear()
     next(d.array_batches(sample, 16, 8, image_resize="modern"))
+    d.load_arrays(d.open_data(folders(tmp_path, FOLDERS), verbose=False), "train", 8)  # no JPEGs
     assert capsys.readouterr().out == ""
 
 

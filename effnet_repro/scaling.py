@@ -213,7 +213,7 @@ class Block(NamedTuple):
     residual: bool  # Whether the input is added to the output
     drop_path_rate: float  # Probability that a residual branch is dropped in training
 
-
+# %% ../nbs/01_scaling.ipynb #9d1f0405
 def blocks(
     spec: ModelSpec,  # The network
 ) -> Tuple[Block, ...]:
@@ -258,7 +258,7 @@ class Conv(NamedTuple):
     macs: int  # Multiply-adds
     activations: int  # Elements of its output
 
-
+# %% ../nbs/01_scaling.ipynb #9d1f0407
 def _norm_params(spec, channels, activated=True):
     if not spec.proxy_norm:
         return 2 * channels
@@ -318,7 +318,7 @@ class Counts(NamedTuple):
     activations: int
     segments: Dict[str, Cost]
 
-
+# %% ../nbs/01_scaling.ipynb #9d1f0409
 def count(
     spec: Union[ModelSpec, Case, str],  # The network, a case, or the name of either
     image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's

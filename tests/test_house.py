@@ -24,7 +24,8 @@ MODULES = tree.modules()
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
     "config testing proxy_norm",
-    "scaling ops norms checkpoint data recipe augment",
+    "scaling",
+    "ops norms checkpoint data recipe augment",
     "group_conv kernels classes",
     "mbconv fused_norm gpu_ops",
     "network",

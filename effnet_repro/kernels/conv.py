@@ -10,7 +10,8 @@ import functools
 from typing import NamedTuple
 
 from .tiles import GROUP, launch, pallas, split_index
-from ..ops import JAXOps, same_padding
+from ..ops import JAXOps
+from ..scaling import same_padding
 
 # %% ../../nbs/17_gpu_conv.ipynb #3bdaf061
 class _Strip(NamedTuple):

@@ -8,7 +8,7 @@ from typing import Optional, Sequence
 
 import numpy as np
 
-from effnet_repro.checkpoint import latest, read_metadata
+from effnet_repro.checkpoint import find_checkpoints, read_metadata
 
 
 def has_names(names: Optional[Sequence[str]]) -> bool:
@@ -81,5 +81,5 @@ def match_classes(source, metadata: dict, data):
 
 def match_run(run_dir, data):
     """Return `data` with its labels in the order of the run that goes on in `run_dir`, if there is one."""
-    newest = latest(Path(run_dir) / "checkpoints")
-    return data if newest is None else match_classes(newest, read_metadata(newest), data)
+    found, _ = find_checkpoints(Path(run_dir) / "checkpoints")  # the run says which are damaged
+    return match_classes(found[-1], read_metadata(found[-1]), data) if found else data

@@ -1103,11 +1103,10 @@ class _Host:
     def stop_here(self):
         "Save what was trained since the last checkpoint"
         recorder = self.recorder
-        inside = recorder.step % recorder.course.steps_per_epoch
-        if inside:
+        if not recorder.ends_epoch():
             self.share_sums()
-            if recorder.writes:
-                recorder.save(get_state(self.program))
+        if recorder.writes:
+            recorder.stop(lambda: get_state(self.program))
         print(f"stopped after update {recorder.step}", flush=True)
 
 # %% ../nbs/36_ipu.ipynb #bd249de7

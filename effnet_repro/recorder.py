@@ -295,6 +295,11 @@ class Recorder:
 
         A request to stop, raised by `measure`, leaves the checkpoint and the row.
         """
+        self._end_epoch(arrays)
+        return self.complete_row(measure)
+
+    def _end_epoch(self, arrays):
+        "The checkpoint and the row of an epoch"
         self.last_scores = None
         loss, accuracy = self.meter.means()
         per_epoch, case = self.course.steps_per_epoch, self.course.case
@@ -315,7 +320,15 @@ class Recorder:
         self.save(arrays)
         self._write_metrics()
         self.meter.reset()
-        return self.complete_row(measure)
+
+    def stop(self, arrays: Callable[[], Dict[str, np.ndarray]]):
+        """Write down what was done since the last checkpoint; an epoch that is whole gets its row."""
+        if self.step == self.saved_step:
+            return
+        if self.ends_epoch():
+            self._end_epoch(arrays())
+        else:
+            self.save(arrays())
 
     def complete_row(self, measure: Callable[[], Scores]) -> Optional[dict]:
         """Add the validation to the newest row, if it is due and missing. Returns the row of this step, or None."""

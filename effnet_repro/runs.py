@@ -263,13 +263,10 @@ def read_metrics(
     import pandas as pd
 
     path = Path(run_dir) / "metrics.csv"
-    try:
-        return pd.read_csv(path)
-    except ValueError as e:  # pandas' own errors are of this kind, and UnicodeDecodeError
-        first = str(e).strip().splitlines()[0]
-        raise ValueError(
-            f"{path} is damaged ({first}). The training command, given again, writes it anew."
-        ) from None
+    wrong = read_rows(path)[1]
+    if wrong:
+        raise ValueError(f"{wrong[0]} The training command, given again, writes it anew.")
+    return pd.read_csv(path)
 
 
 def plot_run(
@@ -346,14 +343,17 @@ def measured_data(
     }
 
 
-def _is_same(old, row):
-    "Whether an old row (text) is about the same weights, size and folder"
+def _gives_way(old, row):
+    "Whether a row takes the place of an old one (text): same size and folder, and the same name or weights"
     there = old.get("data") or ""
-    place = (
-        there if "data_fingerprint" in old else str(Path(there).resolve())
-    )  # or an older version
-    same = all(old.get(k) == str(row[k]) for k in ("weights", "image_size"))
-    return same and place == row["data"]
+    place = there if old.get("data_fingerprint") else str(Path(there).resolve())  # older versions
+    if old.get("image_size") != str(row["image_size"]) or place != row["data"]:
+        return False
+    name = old.get("weights") or ""
+    of_average = (name == "average") == (row["weights"] == "average")
+    renamed = of_average and old.get("update") == str(row["update"])  # "last" is an epoch, too
+    changed = old.get("data_fingerprint") != row["data_fingerprint"]
+    return name == row["weights"] or (renamed and changed)
 
 # %% ../nbs/34_runs.ipynb #447a951a
 def write_scores(
@@ -371,12 +371,12 @@ def write_scores(
     path, newer = Path(run_dir) / "validation.csv", []
 
     def keep(old):
-        if not _is_same(old, row):
+        if not _gives_way(old, row):
             return True
         is_today = old.get("data_fingerprint") == row["data_fingerprint"]
         is_newer = is_today and (old.get("update") or "").isdigit() and int(old["update"]) > update
         newer.extend([old["update"]] if is_newer and not in_any_case else [])
-        return bool(newer)
+        return is_newer and not in_any_case
 
     with checkpoints.wait_for_folder(path.parent):
         rows, _ = read_rows(path)

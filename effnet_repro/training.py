@@ -955,9 +955,8 @@ def _fit(parts, progress):
 def _stop_here(parts):
     "Save what was trained since the last checkpoint, and say so"
     recorder = parts.recorder
-    if recorder.step != recorder.saved_step:
-        parts.sync()
-        recorder.save(training_state(parts.model))
+    parts.sync()
+    recorder.stop(lambda: training_state(parts.model))
     where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
     print(f"stopped after update {recorder.step}{where}", flush=True)
 

@@ -1,7 +1,6 @@
 """`effnet-validate`: measure the checkpoints of a run, or a file of weights."""
 
 import contextlib
-import csv
 import sys
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from effnet_repro.cli.options import (
     source_arguments,
     start_keras,
 )
+from effnet_repro.runs import read_rows
 
 
 def _validate_arguments(parser):
@@ -49,13 +49,18 @@ def _validate_arguments(parser):
     format_arguments(parser)
 
 
+#: Columns of validation.csv that are numbers.
+SHARES, COUNTS = ("top1", "top5", "loss"), ("pictures", "image_size", "update")
+
+
 def validation_rows(run_dir):
-    "The rows of a run's validation.csv."
-    path = Path(run_dir) / "validation.csv"
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    "The rows of a run's validation.csv, numbers as numbers."
+    kinds = {**dict.fromkeys(SHARES, float), **dict.fromkeys(COUNTS, int)}
+    number = lambda name, text: kinds[name](text) if name in kinds and text else text
+    rows, wrong = read_rows(Path(run_dir) / "validation.csv")
+    for message in wrong:
+        print(f"left out: {message}", file=sys.stderr)
+    return [{n: number(n, t) for n, t in row.items()} for row in rows]
 
 
 @program(
@@ -109,6 +114,6 @@ def validate_command(args):
     else:
         names = ("top1", "top5", "loss", "pictures", "image_size")
         rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]
-    short = lambda v: f"{float(v):.4f}" if "." in str(v) and "-" not in str(v) else v
-    brief = lambda row: {k: short(v) for k, v in row.items() if k != "data"}
+    short = lambda name, value: f"{value:.4f}" if name in SHARES and value != "" else value
+    brief = lambda row: {n: short(n, v) for n, v in row.items()}
     print_rows(rows, args, brief)

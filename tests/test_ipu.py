@@ -335,15 +335,21 @@ def test_poprun_trains_and_only_the_first_writes(tiny, tmp_path):
 # ---------------------------------------------------------------- runs and checkpoints
 
 
-def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
+def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
+    "Also inside a device loop: one learning rate a loop, 0 in the first"
     from effnet_repro import training
 
+    rates, run = [], ipu.TrainingProgram.run
+    monkeypatch.setattr(ipu.TrainingProgram, "run", lambda p, r: rates.append(r) or run(p, r))
+    five = dict(max_steps=5, device_loop=2)
     with ipu_standin.install():
-        whole = train(tiny, tmp_path / "whole")
+        whole = train(tiny, tmp_path / "whole", **five)
     with ipu_standin.install():
-        train(tiny, tmp_path / "cut", max_steps=1)
+        train(tiny, tmp_path / "cut", max_steps=3, device_loop=2)
+    assert rates[5:] == rates[:3] and rates[0] == rates[1] == 0 < rates[2] == rates[3] < rates[4]
     with ipu_standin.install():
-        cut = train(tiny, tmp_path / "cut")
+        cut = train(tiny, tmp_path / "cut", max_steps=5)  # its own device loop
+        assert rates[5:] == rates[:5]
         with checkpoint.lock_folder(tmp_path / "cut"), pytest.raises(
             RuntimeError, match="in use by"
         ):
@@ -360,9 +366,10 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path):
             with pytest.raises(ValueError, match=f"belongs to a run .*{says}"):
                 train(tiny, other.parent.parent, max_steps=3)
         assert not machine.programs  # refused before anything is compiled
-    assert cut.update == whole.update == 2
+    assert cut.update == whole.update == 5
     (a, meta), (b, _) = checkpoint.load(whole.checkpoint), checkpoint.load(cut.checkpoint)
     assert set(a) == set(b) and meta["precision"] == "32.32"
+    assert meta["case"]["device_loop"] == 2
     for name, value in a.items():
         np.testing.assert_array_equal(value, b[name])
     spec = ModelSpec.from_case(tiny, num_classes=meta["num_classes"])
@@ -419,6 +426,7 @@ def test_run_notebooks_on_ipus_without_keras(tiny, tmp_path, monkeypatch):
     with ipu_standin.install():
         page = run_page("40_train", case=NAME, run_dir=run_dir, budget="case", max_steps=1, **how)
         assert page["resolved"].num_replicas == 2 and set(page["run"].scores) == {"last"}
+        assert page["run"].case.device_loop == ipu.DEVICE_LOOP == 104  # the published one is stored
         small = dict(image_size=32, max_steps=1, global_batch_size=16, warmup_epochs=0)
         tuned = run_page("41_finetune", init=run_dir, **small, **how)["run"]
         scores = run_page("42_validate", run_dir=str(tuned.run_dir), **how)["scores"]

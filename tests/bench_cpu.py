@@ -37,7 +37,8 @@ SPEED = (
 )
 SEED = 0  # of images and weights, in every process
 ARMS = ("G1-GN-Native", "G16-LN_PN-Native", "G16-LN_PN-Half")
-PART_NAMES = ("speed", "operations", "sizes", "reader", "timm")
+PART_NAMES = ("speed", "operations", "sizes", "reader", "timm", "grouped")
+GROUPED = ("tf.nn.conv2d", "keras.ops.conv")  # ways to a group convolution under TensorFlow
 OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "other operations"))
 
 
@@ -196,9 +197,37 @@ def timm(name, size, batch):
     return lambda k: _timed(update if name == "training" else classify, k)
 
 
+def grouped(name, size, batch):
+    """A function that makes k passes over one group convolution, its gradient included, in a way of `GROUPED`."""
+    import keras
+    import tensorflow as tf
+
+    rng = np.random.default_rng(SEED)
+    x = tf.constant(rng.standard_normal((batch, size, size, 448)), tf.float32)
+    kernel = tf.constant(rng.standard_normal((5, 5, 16, 448)) / 20, tf.float32)
+    ways = dict(
+        zip(
+            GROUPED,
+            (
+                lambda x, k: tf.nn.conv2d(x, k, 1, "SAME"),
+                lambda x, k: keras.ops.conv(x, k, 1, "same"),
+            ),
+        )
+    )
+
+    @tf.function
+    def step():
+        with tf.GradientTape() as tape:
+            tape.watch((x, kernel))
+            y = tf.reduce_sum(ways[name](x, kernel) ** 2)
+        return tape.gradient(y, (x, kernel))
+
+    return lambda k: _timed(lambda: [g.numpy() for g in step()], k)
+
+
 def work(kind, name, size, batch):
     """Answer each number of updates on a line of standard input with what they took."""
-    kinds = {"training": training, "inference": inference, "operations": operations, "timm": timm}
+    kinds = {f.__name__: f for f in (training, inference, operations, timm, grouped)}
     run = kinds[kind](name, size, batch)
     run(1)
     first = {"first_s": time.perf_counter() - STARTED, "first_cpu_s": time.process_time()}
@@ -428,8 +457,27 @@ def bench_timm(a):
             worker.close()
 
 
+def bench_grouped(a):
+    """A group convolution and its gradient: TensorFlow's operation, and Keras' way, which compiles with XLA."""
+    size, batch = (8, 1) if a.quick else (14, 8)
+    workers = [Worker("grouped", name, size, batch) for name in GROUPED]
+    take_turns(workers, a.rounds, 1)
+    rows = []
+    for w in workers:
+        row = dict(
+            way=w.label["network"], channels=448, kernel_size=5, image_size=size, batch=batch
+        )
+        row.update(spread([1e3 * r["wall_s"] for r in w.rounds], "ms"), rounds=len(w.rounds))
+        rows.append({**row, **circumstances(len(w.rounds), w.versions)})
+        w.close()
+    write(a.results, "cpu_grouped.csv", rows, ("way", "channels", "kernel_size", "image_size"))
+
+
 PARTS = dict(
-    zip(PART_NAMES, (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm))
+    zip(
+        PART_NAMES,
+        (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm, bench_grouped),
+    )
 )
 
 

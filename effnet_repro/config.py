@@ -102,9 +102,7 @@ class _Recipe(_Batches):
     lr_drops: int = 146  # Equal drops over the run, exponential only
     lr_decay: float = 0.97  # Factor of a drop
     warmup_epochs: float = 5  # Linear warm-up of the learning rate
-    device_loop: Optional[int] = (
-        None  # Training steps that share a learning rate; None = 104 on IPUs, 1 elsewhere
-    )
+    device_loop: Optional[int] = None  # Training steps of one rate; None: 104 on IPUs, else 1
     weight_decay: float = 1e-5  # For kernels, biases and the proxy's own vectors
     loss_scale: float = 128  # Of 16-bit gradients; undone exactly
     weight_average_decay: float = 0.97  # Exponential average over epoch checkpoints
@@ -543,7 +541,7 @@ def earlier_fields(
     "Find the fields that a stored case is too old to have"
     return {name: value for name, value in EARLIER.items() if name not in values}
 
-
+# %% ../nbs/00_config.ipynb #d4ce4653
 def earlier_note(
     values: dict,  # A stored case
 ) -> str:  # "" for a new case

@@ -1379,14 +1379,14 @@ def validate(
         kinds = ["last"]
     elif weights == "both" and not checkpoints.has_average(checkpoints.newest_file(source)):
         kinds = ["last"]  # the run ended before its first epoch did
-    sets = {}
+    sets, updates = {}, {}
     for kind in kinds:
         arrays, metadata, path = checkpoints.load_weights(source, kind)
         case = case_from_dict(metadata["case"])
         data = match_classes(path, metadata, data)
         check_init(path, metadata, data, case)
         name = kind if source.is_dir() else path.name
-        sets[name] = arrays
+        sets[name], updates[name] = arrays, checkpoints.read_update(path, kind)
     say_earlier(source, metadata["case"])
     spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
     size = image_size or case.image_size
@@ -1394,7 +1394,8 @@ def validate(
     if source.is_dir() and graphcore.instances[0] == 0:
         place = measured_data(data)
         for name, found in scores.items():
-            write_scores(source, name, found, checkpoints.read_update(source, name), place)
+            newest = checkpoints.read_update(source, name) <= updates[name]
+            write_scores(source, name, found, updates[name], place, in_any_case=newest)
     return scores
 
 # %% ../nbs/36_ipu.ipynb #a229fbbc

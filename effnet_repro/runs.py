@@ -363,7 +363,7 @@ def write_scores(
     update: int,  # Weight updates behind them
     data,  # `DataSet` they were measured on, or what `measured_data` says of it
     *,
-    in_any_case: bool = False,  # Replace a row of a later step, too: the run itself starts over
+    in_any_case: bool = False,  # Replace a row of a later step, too: the run is at this one
 ) -> bool:  # False when the row of a later step stays
     "Write or replace a row of validation.csv"
     place = data if isinstance(data, dict) else measured_data(data)

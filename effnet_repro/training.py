@@ -744,7 +744,7 @@ class _Loop(keras.callbacks.Callback):
         self._read()  # of the step before: the device is busy with this one meanwhile
         self.recorder.meter.tick()
         self.recorder.step, self.unread = self.recorder.step + 1, logs
-        self.bar.update()
+        self._draw(self.bar.update)
         if self.stop.stop_requested and not self.recorder.ends_epoch():
             self._read()
             raise Stopped
@@ -763,11 +763,15 @@ class _Loop(keras.callbacks.Callback):
         self.recorder.count(loss, accuracy)
         speed = self.recorder.meter.images_per_s
         shown = {"images_per_s": f"{speed:.0f}"} if speed == speed else {}
-        self.bar.set_postfix(loss=f"{loss:.3f}", **shown, refresh=False)
+        self._draw(self.bar.set_postfix, loss=f"{loss:.3f}", **shown, refresh=False)
+
+    def _draw(self, change, **values):
+        with contextlib.suppress(OSError):  # the terminal is gone: the training is not
+            change(**values)
 
     def close(self):
         if self.bar is not None:
-            self.bar.close()
+            self._draw(self.bar.close)
 
 # %% ../nbs/38_training.ipynb #e7bad01f
 class _Events:
@@ -958,7 +962,8 @@ def _stop_here(parts):
     parts.sync()
     recorder.stop(lambda: training_state(parts.model))
     where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
-    print(f"stopped after update {recorder.step}{where}", flush=True)
+    with contextlib.suppress(OSError):  # the terminal is gone
+        print(f"stopped after update {recorder.step}{where}", flush=True)
 
 # %% ../nbs/38_training.ipynb #01b9d776
 def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep, progress, notes):
@@ -1001,11 +1006,6 @@ def _execute_alone(
     case = program.case
     schedule = steps_per_epoch(case, data.train_count)
     last = min(total_updates(case, schedule), case.max_steps or sys.maxsize)
-    network = build_model(
-        program.spec, image_size=case.image_size, dtype="float32", seed=program.seed
-    )
-    if weights is not None:
-        set_weights(network, weights)
     recorder = Recorder(
         run_dir,
         Course(case, per_epoch, last, validate_every, keep, schedule),
@@ -1013,8 +1013,9 @@ def _execute_alone(
         len(data.damaged),
     )
     with StopSignals() as stop:
-        events = _Events(run_dir / "events")
-        parts = _Parts(TrainingModel(network, program), data, recorder, stop, events)
+        parts = _Parts(
+            _build(program, weights), data, recorder, stop, _Events(run_dir / "events")
+        )
         try:
             _begin(parts, notes)
             _fit(parts, progress)
@@ -1025,6 +1026,16 @@ def _execute_alone(
             scores, finished = {}, False
     average = recorder.folder / "average.safetensors"
     return Run(run_dir, case, recorder.step, finished, recorder.newest, average, scores)
+
+# %% ../nbs/38_training.ipynb #63b965c6
+def _build(program, weights):
+    "The network of a run, with these weights or fresh ones, as a model that trains"
+    network = build_model(
+        program.spec, image_size=program.case.image_size, dtype="float32", seed=program.seed
+    )
+    if weights is not None:
+        set_weights(network, weights)
+    return TrainingModel(network, program)
 
 
 def _facts(program, data):
@@ -1237,7 +1248,8 @@ def validate(
         if weights == "all":
             say_scores(name, scores[name])
         if is_run:
-            write_scores(run_dir, name, scores[name], update, place)
+            newest = checkpoints.read_update(run_dir, kind) <= update
+            write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
     return scores
 
 # %% ../nbs/38_training.ipynb #abab5d5c

@@ -341,6 +341,23 @@ def run_campaign(folder, kills, seed, jobs=1, graph=False):
     return happened, chains, wrong
 
 
+def write_result(args, happened, chains, wrong, seconds):
+    """Write the campaign as a row of kills.csv."""
+    from effnet_repro import results
+    from effnet_repro.training import device_name
+
+    total = lambda take: sum(v for k, v in happened.items() if take(k))
+    kills = total(lambda k: k not in DAMAGES)
+    row = {"what": "as users train" if args.graph else "step by step", "kills": kills}
+    row.update(chains=chains, chains_that_differ=wrong, damaged_files=total(lambda k: k in DAMAGES))
+    at = lambda kind: total(lambda k: k not in DAMAGES and k.split()[0] == kind)
+    row.update({f"at_{kind}": at(kind) for kind in KINDS})
+    row["by_sigkill"] = total(lambda k: k.endswith("SIGKILL"))
+    row["seconds"] = round(seconds)
+    about = results.origin(device_name(), ["python", *sys.argv], args.seed, kills)
+    results.write_rows(Path(args.results) / "kills.csv", [row], ("what", "seed"), about)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
@@ -365,6 +382,8 @@ def main():
         f"{kills} kills in {chains} chains, {time.monotonic() - begun:.0f} s; {len(wrong)} differ; {folder}"
     )
     print("\n".join(wrong))
+    if args.results:
+        write_result(args, happened, chains, len(wrong), time.monotonic() - begun)
     sys.exit(bool(wrong))
 
 

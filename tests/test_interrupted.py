@@ -1,6 +1,7 @@
 """Runs of a tiny network that are stopped, damaged and validated, through what a user calls."""
 
 import csv
+import errno
 import json
 import os
 import shutil
@@ -75,7 +76,7 @@ def same(run_dir, whole):
 
 
 def stop_at(monkeypatch, step, number=signal.SIGTERM):
-    "Send a signal to this process during a step: the progress bar counts them."
+    "Send a signal to this process during a step: the progress bar counts them. SIGHUP takes the terminal, too."
     import tqdm
 
     done, update = [0], tqdm.tqdm.update
@@ -84,15 +85,17 @@ def stop_at(monkeypatch, step, number=signal.SIGTERM):
         done[0] += 1
         if done[0] == step:
             os.kill(os.getpid(), number)
+        if done[0] >= step and number == signal.SIGHUP:
+            raise OSError(errno.EIO, "Input/output error")
         return update(bar, *n)
 
     monkeypatch.setattr(tqdm.tqdm, "update", counted)
 
 
-@pytest.mark.parametrize("step", [5, 6])
-def test_a_stop_loses_no_row_and_no_step(images, whole, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step, number", [(5, signal.SIGHUP), (6, signal.SIGTERM)])
+def test_a_stop_loses_no_row_and_no_step(images, whole, tmp_path, monkeypatch, step, number):
     "Within an epoch its loss left out the steps before, in its last step it had no row."
-    stop_at(monkeypatch, step)
+    stop_at(monkeypatch, step, number)
     run = train(TINY, images, tmp_path, **OPTIONS)
     monkeypatch.undo()
     assert not run.finished and run.update == step

@@ -1013,9 +1013,7 @@ def _execute_alone(
         len(data.damaged),
     )
     with StopSignals() as stop:
-        parts = _Parts(
-            _build(program, weights), data, recorder, stop, _Events(run_dir / "events")
-        )
+        parts = _Parts(_build(program, weights), data, recorder, stop, _Events(run_dir / "events"))
         try:
             _begin(parts, notes)
             _fit(parts, progress)

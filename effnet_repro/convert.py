@@ -215,14 +215,15 @@ def _data_files(prefix):
     return found
 
 
-def _data_count(prefix):
-    "How many data files the index of a checkpoint says; None without one"
-    try:
-        with open(f"{prefix}.index", "rb") as file:
-            start = file.read(5)  # an empty key, the header's length, field 1: the number
-    except OSError:
-        return None
-    return start[4] if start[:2] == b"\0\0" and start[3:4] == b"\x08" else None
+def _counts_in_use(prefix):
+    "How many data files the index of a checkpoint names, in a set; every number there when it does not tell"
+    index = Path(f"{prefix}.index")
+    if not index.exists():
+        return set()
+    with index.open("rb") as file:
+        start = file.read(5)  # an empty key, the header's length, field 1: the number
+    plain = len(start) == 5 and start[:2] == b"\0\0" and start[3] == 8 and 0 < start[4] < 128
+    return {start[4]} if plain else set(_data_files(prefix))
 
 
 def _remove_leftovers(path):
@@ -255,7 +256,7 @@ def write_tf1(
     with _explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
-        count = 2 if _data_count(path) == 1 else 1
+        count = next(n for n in (1, 2, 3, 4) if n not in _counts_in_use(path))
         try:
             _save_tf1(tf, temporary, variables, count)
             _replace_tf1(path, temporary, count)
@@ -291,8 +292,8 @@ def _replace_tf1(path, temporary, count):
         os.replace(f"{temporary}.index", f"{path}.index")
         _sync(path.parent)
     finally:  # of both: the data files that no index names
-        there = _data_count(path)
-        for files in (f for n, f in _data_files(path).items() if n != there):
+        used = _counts_in_use(path)
+        for files in (f for n, f in _data_files(path).items() if n not in used):
             for file in files:
                 file.unlink()
 

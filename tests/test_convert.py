@@ -435,6 +435,26 @@ def test_a_killed_converter_leaves_the_old_or_the_new(tmp_path):
         assert {name[len("x.ckpt") :] for name in row["left"]} in (ONE, TWO), row  # nothing else
 
 
+def test_what_an_unreadable_index_may_name_is_left_alone(tmp_path):
+    weights, path = moved(SMALL), tmp_path / "x.ckpt"
+    convert.write_tf1(path, weights.arrays)
+    (tmp_path / "x.ckpt.index").write_bytes(b"cut")
+    before = (tmp_path / "x.ckpt.data-00000-of-00001").read_bytes()
+    replace_file = convert.os.replace
+
+    def full(old, new):
+        if str(new).endswith(".index"):
+            raise OSError(28, "No space left on device")
+        replace_file(old, new)
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(OSError, match="is unchanged"):
+        patch.setattr(convert.os, "replace", full)
+        convert.write_tf1(path, weights.arrays)
+    assert (tmp_path / "x.ckpt.data-00000-of-00001").read_bytes() == before
+    convert.write_tf1(path, weights.arrays)
+    same(convert.read(path).arrays, weights.arrays)
+
+
 ONE = {".index", ".data-00000-of-00001"}
 TWO = {".index", ".data-00000-of-00002", ".data-00001-of-00002"}
 

@@ -1,6 +1,6 @@
-"""What holds for the project as a whole: order of a notebook's cells, light imports, Python 3.8, packaging.
+"""What holds for the project as a whole: light imports, Python 3.8, packaging, the lock, `make`.
 
-How the modules are laid out is in `test_house.py`.
+What a notebook looks like is in `test_notebooks.py`, how the modules are laid out in `test_house.py`.
 
 Each rule is a function that lists what breaks it, and is shown to find a planted mistake.
 """
@@ -8,7 +8,6 @@ Each rule is a function that lists what breaks it, and is shown to find a plante
 import ast
 import configparser
 import importlib.metadata
-import json
 import os
 import re
 import shutil
@@ -22,41 +21,16 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / ".ci"))
 import tree  # noqa: E402
+from test_notebooks import NOTEBOOKS, directives, read  # noqa: E402
 
 PACKAGE = ROOT / "effnet_repro"
 MODULES = tree.modules()
 # Those that a notebook exports; the others are plain modules.
 GENERATED = [name for name, path in MODULES.items() if tree.exported(path)]
-NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
-RUNS = ("40_train", "41_finetune", "42_validate")
 # These need Keras when they are imported; nothing else does.
 WITH_KERAS = {"efficientnet", "training", "export"}
 # The base install, and so all that a module may import at its top.
 BASE = {"numpy", "yaml", "safetensors", "effnet_repro"}
-
-by_stem = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-
-
-def read(path):
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def source(cell):
-    return "".join(cell["source"])
-
-
-def directives(cell):
-    return [line[2:].strip() for line in source(cell).splitlines() if line.startswith("#|")]
-
-
-def parsed(cell):
-    "The cell's statements, without IPython's `%` and `!` lines."
-    text = re.sub(r"(?m)^(\s*)[%!].*$", r"\1pass", source(cell))
-    return ast.parse(text).body
-
-
-def is_import(node):
-    return isinstance(node, (ast.Import, ast.ImportFrom))
 
 
 # ---------------------------------------------------------------- modules and their notebooks
@@ -204,177 +178,6 @@ def test_python_38_sees_mistakes(tmp_path, text):
     (tmp_path / "new.py").write_text(text + "\n")
     assert newer_than_38(tmp_path / "old.py") == []
     assert newer_than_38(tmp_path / "old.py", tmp_path / "new.py")
-
-
-# ---------------------------------------------------------------- notebooks
-
-
-def shape_errors(nb):
-    "Where a notebook leaves the order: default_exp, title and sentence, imports in cells of their own."
-    wrong, cells = [], nb["cells"]
-    first = 0
-    if any(d.startswith("default_exp") for c in cells for d in directives(c)):
-        if directives(cells[0])[:1] == [] or not directives(cells[0])[0].startswith("default_exp"):
-            wrong.append("the first cell is not `#| default_exp`")
-        elif any(
-            line.strip() and not line.startswith("#|") for line in source(cells[0]).splitlines()
-        ):
-            wrong.append("the first cell has more than `#| default_exp`")
-        first = 1
-    while first < len(cells) and "hide" in directives(cells[first]):
-        first += 1
-    title = cells[first]
-    if title["cell_type"] != "markdown" or not re.match(r"# \S.*\n\s*\n?> \S", source(title)):
-        wrong.append("the title cell is not `# Title` and `> one sentence`")
-    elif first + 1 < len(cells) and not (
-        cells[first + 1]["cell_type"] == "markdown" or re.search(r"(?m)^> .*\n\n\S", source(title))
-    ):
-        wrong.append("no paragraph after the title says why")
-    exported = []
-    for number, cell in enumerate(cells):
-        if cell["cell_type"] != "code":
-            continue
-        nodes = [n for n in parsed(cell) if not isinstance(n, ast.Pass)]
-        if any(map(is_import, nodes)) and not all(map(is_import, nodes)):
-            wrong.append(f"cell {number}: imports stand with other code:\n{source(cell)[:200]}")
-        if any(d.split()[:1] in (["export"], ["exports"], ["exporti"]) for d in directives(cell)):
-            exported.append(bool(nodes) and all(map(is_import, nodes)))
-    if True in exported and exported.index(True) > 0:
-        wrong.append("exported code stands before the exported imports")
-    if "exports" in directives(cells[-1]):
-        wrong.append(
-            "the last cell is `#| exports`, on which nbdev's docs fail: end with its lesson"
-        )
-    for number, cell in enumerate(cells):
-        for line in source(cell).splitlines() if cell["cell_type"] == "code" else ():
-            # Quarto's options, such as an alt text, cannot be broken.
-            if len(line) > 120 and not line.startswith("#|"):
-                wrong.append(f"cell {number}: a line of {len(line)} characters: {line[:60]}...")
-    return wrong
-
-
-def output_errors(nb):
-    "Outputs that should not be committed, and a page without any."
-    wrong = []
-    outputs = [(i, o) for i, c in enumerate(nb["cells"]) for o in c.get("outputs", [])]
-    if not outputs and any(c["cell_type"] == "code" for c in nb["cells"]):
-        wrong.append("no cell has an output: run the notebook and commit it with its outputs")
-    for number, output in outputs:
-        if output["output_type"] == "error":
-            wrong.append(f"cell {number}: an error as output")
-        if output.get("name") == "stderr":
-            wrong.append(f"cell {number}: standard error as output")
-        data = output.get("data", {})
-        picture_only = any(k.startswith("image/") for k in data)
-        shown = "" if picture_only else json.dumps([output.get("text"), data])
-        for found in re.findall(r"/tmp/[\w.-]+| at 0x[0-9a-f]{6,}", shown):
-            wrong.append(f"cell {number}: the output differs each time: {found}")
-    return wrong
-
-
-def parameter_errors(nb):
-    "What is wrong with a run notebook's `parameters` cell, which papermill looks for."
-    tagged = [c for c in nb["cells"] if "parameters" in c["metadata"].get("tags", [])]
-    if len(tagged) != 1:
-        return [f"{len(tagged)} cells have the tag `parameters`, not 1"]
-    wrong, names = [], set()
-    for node in ast.parse(source(tagged[0])).body:
-        try:
-            ast.literal_eval(node.value)
-            names |= {target.id for target in getattr(node, "targets", None) or [node.target]}
-        except (AttributeError, ValueError):
-            wrong.append(f"line {node.lineno} of the parameters is not `name = literal`")
-    return wrong + [
-        f"no parameter `{n}`" for n in ("case", "data_dir", "run_dir") if n not in names
-    ]
-
-
-@by_stem
-def test_notebook_order(path):
-    assert shape_errors(read(path)) == []
-
-
-@by_stem
-def test_notebook_has_outputs(path):
-    assert output_errors(read(path)) == []
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_run_notebook_has_parameters(name):
-    path = ROOT / "nbs" / f"{name}.ipynb"
-    if not path.exists():
-        pytest.skip(f"nbs/{name}.ipynb is not written yet")
-    assert parameter_errors(read(path)) == []
-
-
-def cell(text, kind="code", outputs=(), tags=()):
-    metadata = {"tags": list(tags)} if tags else {}
-    return {"cell_type": kind, "source": text, "outputs": list(outputs), "metadata": metadata}
-
-
-GOOD = [
-    cell("#| default_exp a"),
-    cell("# A\n\n> What it is.", "markdown"),
-    cell("Why it is there.", "markdown"),
-    cell("#| export\nimport os"),
-    cell("#| export\ndef f(): return os"),
-    cell("f()", outputs=[{"output_type": "execute_result", "data": {"text/plain": "1"}}]),
-]
-
-
-def test_notebook_rules_accept_a_good_page():
-    assert shape_errors({"cells": GOOD}) == [] and output_errors({"cells": GOOD}) == []
-    page = GOOD[1:3] + [cell("%matplotlib inline\nimport os"), cell("!ls\n1")]
-    assert shape_errors({"cells": page}) == []
-
-
-@pytest.mark.parametrize(
-    "cells, said",
-    [
-        (GOOD[1:2] + GOOD[:1] + GOOD[2:], "first cell is not"),
-        ([cell("#| default_exp a\nx = 1")] + GOOD[1:], "first cell has more"),
-        (GOOD[:1] + [cell("# A", "markdown")] + GOOD[2:], "title cell"),
-        (GOOD[:2] + GOOD[3:], "no paragraph"),
-        (GOOD + [cell("import re\nre.match")], "imports stand with other code"),
-        (GOOD[:3] + [GOOD[4], GOOD[3]], "before the exported imports"),
-        (GOOD + [cell("x = " + "1 + " * 40 + "1")], "a line of 165 characters"),
-    ],
-)
-def test_notebook_order_sees_mistakes(cells, said):
-    assert any(said in w for w in shape_errors({"cells": cells}))
-
-
-@pytest.mark.parametrize(
-    "output, said",
-    [
-        (None, "no cell has an output"),
-        ({"output_type": "error"}, "an error"),
-        ({"output_type": "stream", "name": "stderr", "text": "x"}, "standard error"),
-        (
-            {"output_type": "stream", "name": "stdout", "text": ["in /tmp/x1\n"]},
-            "differs each time",
-        ),
-        (
-            {"output_type": "display_data", "data": {"text/plain": "<A at 0x7f3a01b2c3d4>"}},
-            "differs each time",
-        ),
-    ],
-)
-def test_notebook_outputs_sees_mistakes(output, said):
-    nb = {"cells": GOOD[:5] + [cell("f()", outputs=[output] if output else [])]}
-    assert any(said in w for w in output_errors(nb))
-
-
-@pytest.mark.parametrize(
-    "text, tags, said",
-    [
-        ("case = 'x'", (), "0 cells"),
-        ("case = 'x'\ndata_dir = None", ("parameters",), "no parameter `run_dir`"),
-        ("case = 'x'\ndata_dir = f()\nrun_dir = None", ("parameters",), "not `name = literal`"),
-    ],
-)
-def test_parameters_sees_mistakes(text, tags, said):
-    assert any(said in w for w in parameter_errors({"cells": [cell(text, tags=tags)]}))
 
 
 # ---------------------------------------------------------------- files

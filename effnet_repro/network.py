@@ -214,7 +214,7 @@ def _stored_params(declared):
     rows = (("mean", "zeros"), ("inv_std", "ones"))
     return tuple(Param(at + r, s, init, trainable=False) for at, s in heads for r, init in rows)
 
-
+# %% ../nbs/14_network.ipynb #9d1f0604
 def segments(
     spec: ModelSpec,  # The network
 ) -> Tuple[Segment, ...]:  # In order, from the pictures to the logits

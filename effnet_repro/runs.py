@@ -163,7 +163,7 @@ def read_rows(
     try:
         text = path.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return [], []
     except (UnicodeDecodeError, csv.Error) as e:
         return [], [f"{path} is not a table ({e})."]

@@ -152,7 +152,7 @@ def _tf1_prefix(path):
         )
     return found[0]
 
-
+# %% ../nbs/39_convert.ipynb #9d1f0801
 def _indexed(folder):
     "Prefixes of the checkpoints in a folder, without what a killed writer left"
     return [p.with_suffix("") for p in sorted(folder.glob("*.index")) if p.name[0] != "."]
@@ -225,7 +225,7 @@ def _counts_in_use(prefix):
     plain = len(start) == 5 and start[:2] == b"\0\0" and start[3] == 8 and 0 < start[4] < 128
     return {start[4]} if plain else set(_data_files(prefix))
 
-
+# %% ../nbs/39_convert.ipynb #9d1f0802
 def _remove_leftovers(path):
     "Delete what writers of this file left when they were killed"
     ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.tmp.*")
@@ -266,7 +266,7 @@ def write_tf1(
             _remove_leftovers(path)
     return path
 
-
+# %% ../nbs/39_convert.ipynb #9d1f0804
 def _save_tf1(tf, prefix, variables, count):
     "Write a checkpoint of `count` data files"
     names = list(variables)

@@ -205,21 +205,14 @@ def grouped(name, size, batch):
     rng = np.random.default_rng(SEED)
     x = tf.constant(rng.standard_normal((batch, size, size, 448)), tf.float32)
     kernel = tf.constant(rng.standard_normal((5, 5, 16, 448)) / 20, tf.float32)
-    ways = dict(
-        zip(
-            GROUPED,
-            (
-                lambda x, k: tf.nn.conv2d(x, k, 1, "SAME"),
-                lambda x, k: keras.ops.conv(x, k, 1, "same"),
-            ),
-        )
-    )
+    own = lambda x, k: tf.nn.conv2d(x, k, 1, "SAME")
+    conv = own if name == GROUPED[0] else lambda x, k: keras.ops.conv(x, k, 1, "same")
 
     @tf.function
     def step():
         with tf.GradientTape() as tape:
             tape.watch((x, kernel))
-            y = tf.reduce_sum(ways[name](x, kernel) ** 2)
+            y = tf.reduce_sum(conv(x, kernel) ** 2)
         return tape.gradient(y, (x, kernel))
 
     return lambda k: _timed(lambda: [g.numpy() for g in step()], k)
@@ -473,12 +466,8 @@ def bench_grouped(a):
     write(a.results, "cpu_grouped.csv", rows, ("way", "channels", "kernel_size", "image_size"))
 
 
-PARTS = dict(
-    zip(
-        PART_NAMES,
-        (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm, bench_grouped),
-    )
-)
+MEASURE = (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm, bench_grouped)
+PARTS = dict(zip(PART_NAMES, MEASURE))
 
 
 def main(words=None):

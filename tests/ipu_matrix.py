@@ -22,7 +22,7 @@ import tensorflow as tf
 sys.path.insert(0, str(Path(__file__).parent))
 
 from ipu_reference import make_pictures, reference_update  # noqa: E402
-from test_ipu import (  # noqa: E402
+from ipu_updates import (  # noqa: E402
     CLASSES,
     EVERYTHING,
     PLAIN_SLOTS,
@@ -39,9 +39,9 @@ from effnet_repro.scaling import ModelSpec  # noqa: E402
 TWICE = ("B0-G16-LN_PN", "B2-G1-GN")  # two stages with proxy norm, four stages without
 # Network with everything on, and its precision; a CPU has no 16-bit gradient of group convolutions
 FULL = (("B0-G16-LN_PN", "32.32"), ("B0-G1-GN", "16.32"), ("B5-G1-GN", "16.16"))
-# Those of test_ipu.check_updates
+# Those of ipu_updates.check_updates
 LIMITS = {"weights": 5e-4, "slots": 5e-4, "loss": 2e-5, "changes": 1e-3}
-COMMAND, SEED = "python tests/ipu_matrix.py", 1  # the seed that test_ipu.both gives
+COMMAND, SEED = "python tests/ipu_matrix.py", 1  # the seed that ipu_updates.both gives
 
 
 def measure(network, name, updates, precision=None):
@@ -107,7 +107,10 @@ def main(path, most=99):
     done = {(r["network"], int(r["updates"]), full(r)) for r in here}
     wanted = [(n, 1, p) for n, p in FULL]
     wanted += [(n, 1, None) for n in sorted(networks)] + [(n, 2, None) for n in TWICE]
-    if tf.__version__ < "2.8":  # its CPU kernels have no gradient of group convolutions
+    if tuple(map(int, tf.__version__.split(".")[:2])) < (
+        2,
+        8,
+    ):  # its CPU kernels have no gradient of group convolutions
         wanted = [w for w in wanted if "-G1-" in w[0]]
     for network, updates, precision in [w for w in wanted if w not in done][: int(most)]:
         row = measure(network, networks[network], updates, precision)

@@ -175,7 +175,7 @@ def test_predictions_name_the_truth_in_the_network_s_words(run, sets):
 def test_the_ipu_runtime_does_the_same(sets, tmp_path):
     ipu = pytest.importorskip("effnet_repro.ipu")
     ipu_standin = pytest.importorskip("ipu_standin")
-    from test_ipu import small
+    from ipu_updates import small
 
     case = small(pipeline_splits=("block2b",), model_size="cifar", epochs=1, global_batch_size=16)
     how = dict(ipus=4, budget="case", validation=False)

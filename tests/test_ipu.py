@@ -12,110 +12,27 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import ipu_standin  # noqa: E402
-from ipu_reference import (  # noqa: E402
-    fresh_slots,
-    full_gradient,
-    half_statistics,
-    make_pictures,
-    reference_gradients,
-    reference_step,
-    reference_update,
+from ipu_reference import make_pictures  # noqa: E402
+from ipu_updates import (  # noqa: E402
+    CLASSES,
+    NAME,
+    check_updates,
+    program,
+    shorten,
+    worst_difference,
 )
 
-from effnet_repro import checkpoint, config, ipu, scaling  # noqa: E402
+from effnet_repro import checkpoint, config, ipu  # noqa: E402
 from effnet_repro.config import get_case, override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
 from effnet_repro.norms import EPSILON  # noqa: E402
-from effnet_repro.ops import NumpyOps  # noqa: E402
-from effnet_repro.proxy_norm import proxy_statistics  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
-
-CLASSES = 5
-NAME = "B0-G16-LN_PN-Half_16IPU_2x8"
-
-
-def small(name=NAME, **fields):
-    "A published case at 32 pixels: its network, splits and schedule; 2 replicas, 2N micro-batches of 2"
-    case = get_case(name)
-    micro, n = fields.pop("micro_batch_size", 2), fields.get("num_stages", case.num_stages)
-    shape = dict(image_size=32, micro_batch_size=micro, num_replicas=2)
-    off = dict(precision="32.32", mixup_alpha=0.0, cutmix_lambda=0.0)
-    return override(case, **{**shape, **off, "global_batch_size": micro * 2 * 2 * n, **fields})
 
 
 @pytest.fixture
 def short(monkeypatch):
-    "Networks of three blocks instead of sixteen and more, in two stages"
-    monkeypatch.setattr(scaling, "NET_STAGES", scaling.NET_STAGES[:2])
-    return lambda name=NAME, **fields: small(name, **{"pipeline_splits": ("block2b",), **fields})
-
-
-def program(case, images, labels, **how):
-    "A training program fed with given pictures, update after update"
-    spec, graphcore = ModelSpec.from_case(case, num_classes=CLASSES), ipu.Graphcore()
-    per_replica = ipu.ipus_per_replica(case.num_stages)
-    index, count = graphcore.instances
-    local = case.num_replicas // count * per_replica
-    options = ipu.machine_options(case, None if graphcore.popdist else local)
-    ipu.configure(graphcore, options, per_replica)
-
-    def dataset():
-        batches = tf.data.Dataset.from_tensor_slices((images, labels)).repeat()
-        return ipu.element_stream(case, spec, batches, shard=(index, count))
-
-    return ipu.TrainingProgram(graphcore, case, spec, dataset, **how)
-
-
-def worst_difference(got, wanted):
-    "Largest difference over all arrays, relative to each array's largest value"
-    assert set(got) >= set(wanted)
-    scale = lambda a: np.abs(a).max() + 1e-6
-    return max(np.abs(got[n] - w).max() / scale(w) for n, w in wanted.items())
-
-
-def change_differences(got, wanted, start):
-    "For weights and each kind of slot: the difference of the changes, relative to the size of the change"
-    found = {}
-    for kind in ("all", "slots/mean_square", "slots/momentum"):
-        names = [n for n in wanted if n.startswith(f"{kind}/")]
-        change = [(wanted[n] - start[n]).ravel().astype("float64") for n in names]
-        other = [(got[n] - wanted[n]).ravel().astype("float64") for n in names]
-        if names:
-            size, off = (np.linalg.norm(np.concatenate(v)) for v in (change, other))
-            found[kind.rpartition("/")[2]] = off / size
-    return found
-
-
-def both(case, updates=1, updates_per_run=1, **how):
-    "Updates on the stand-in and by the reference: machine, then (weights and slots, reports) of each, and the start"
-    spec, rates = ModelSpec.from_case(case, num_classes=CLASSES), [0.01] * updates_per_run + [0.005]
-    images, labels = make_pictures(case, CLASSES, updates)
-    weights = initial_weights(spec, seed=1)
-    with ipu_standin.install(**how) as machine:
-        p = program(case, images, labels, updates_per_run=updates_per_run)
-        ipu.set_state(p, weights)
-        runs = range(0, updates, updates_per_run)
-        reports = np.concatenate([p.run(rates[u]) for u in runs])
-        got = ipu.get_state(p)
-    slots, wanted = fresh_slots(case, spec), []
-    start = {**weights, **slots}
-    for u in range(updates):
-        one = (images[u], labels[u], rates[u])
-        weights, slots, *report = reference_update(case, spec, weights, slots, *one, update=u)
-        wanted.append(report)
-    return machine, (got, reports), ({**weights, **slots}, np.array(wanted)), start
-
-
-def check_updates(case, updates=1, updates_per_run=1, **how):
-    "Compare weights, slots, loss and accuracy of some updates"
-    machine, (got, reports), (state, wanted), start = both(case, updates, updates_per_run, **how)
-    np.testing.assert_allclose(reports, wanted, rtol=2e-5)
-    # float32 sums in another order, through the square root of RMSProp
-    assert worst_difference(got, state) < 5e-4
-    # what is left of 24 bits where a change is a thousandth of the value
-    assert max(change_differences(got, state, start).values()) < 1e-3
-    return machine, got
+    return shorten(monkeypatch)
 
 
 # ---------------------------------------------------------------- numbers
@@ -126,77 +43,6 @@ def test_two_updates_with_mixing(short):
     norms = machine.calls["group_norm"]
     assert {(c["groups"], c["strided"], c["epsilon"]) for c in norms} == {(1, True, EPSILON)}
     assert all(c["dtype"] == "float32" for c in norms)
-
-
-EVERYTHING = dict(mixup_alpha=0.2, cutmix_lambda=0.9, micro_batch_size=4)
-# From zero the mean square is the gradient's square, and not one less a thousandth of it
-PLAIN_SLOTS = dict(rmsprop_initial_mean_square=0.0, rmsprop_epsilon=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["16.32", "16.16"])
-def test_training_in_16_bits_with_everything_on(short, precision):
-    "Mixing, masks, weight decay, loss scale and slots, against the recipe written out in the same types"
-    how = dict(precision=precision, offload_fp32_weight_copy=precision == "16.16")
-    depthwise = dict(norm="LN_PN", norm_groups=1)  # a CPU has no 16-bit gradient of wider groups
-    case = short("B0-G1-GN-Native_16IPU_2x8", **how, **depthwise, **EVERYTHING, **PLAIN_SLOTS)
-    _, (got, reports), (state, wanted), start = both(case)
-    np.testing.assert_allclose(reports[:, 0], wanted[:, 0], rtol=5e-3)
-    found = change_differences(got, state, start)
-    assert max(found.values()) < 0.05, found  # 11 bits, through the norms of six segments
-
-
-def test_statistics_and_gradients_of_16_bit_cases_are_16_bits_wide():
-    rng = np.random.default_rng(0)
-    four = [(start + rng.normal(0, 0.3, 64)).astype("float32") for start in (1, 0, 0, 0)]
-    case = override(get_case("B5-G1-GN-Native_16IPU_4x4"), **PLAIN_SLOTS, momentum=0.0)
-    assert case.precision == "16.16" and case.loss_scale == 128
-    with ipu_standin.install(shallow=True):
-        ops = ipu.IPUOps(ipu.Graphcore(), "float16")
-        found = proxy_statistics(ops, *map(tf.constant, four))
-        var = tf.Variable(rng.normal(0, 0.1, 64).astype("float16"))
-        slots = {k: tf.Variable(tf.zeros(64)) for k in ("mean_square", "momentum")}
-        slots["fp32"] = tf.Variable(tf.cast(var, "float32"))
-        scaled = (128e-4 * rng.normal(size=64)).astype("float16")
-        (new, square), *_ = ipu.step_variable(ops, case, slots, var, tf.constant(scaled), 0.1, 1e-5)
-    wanted = half_statistics(ops, *map(tf.constant, four))
-    exact = proxy_statistics(NumpyOps(), *four)
-    for value, right, other in zip(found, wanted, exact):
-        assert value.dtype == tf.float16
-        np.testing.assert_array_equal(value, tf.cast(right, tf.float16))
-        assert 1e-4 < np.abs(value - other).max() < 1e-2
-    g = full_gradient(replace(case, weight_decay=1e-5), scaled, var.numpy(), "float16", True)
-    wide = scaled.astype("float32") / 128 + 1e-5 * var.numpy().astype("float32")
-    share = np.float32(1 - case.rmsprop_decay)
-    assert new is slots["mean_square"]
-    np.testing.assert_allclose(square, share * g**2, rtol=1e-5)
-    assert np.abs(np.sqrt(square / share) / np.abs(wide) - 1).max() > 1e-4
-
-
-def test_the_comparison_notices(short):
-    "Each part of the recipe, changed on one side only, is seen in weights, slots or loss"
-    case = short(**EVERYTHING, **PLAIN_SLOTS, weight_decay=1e-3)
-    spec = ModelSpec.from_case(case, num_classes=CLASSES)
-    images, labels = (v[0] for v in make_pictures(case, CLASSES))
-    weights, slots = initial_weights(spec, seed=1), fresh_slots(case, spec)
-    start, known = {**weights, **slots}, reference_gradients(case, spec, weights, images, labels)
-
-    def update(gradients, **changes):
-        new = reference_step(replace(case, **changes), spec, weights, slots, gradients, 0.01)
-        return {**new[0], **new[1]}
-
-    state = update(known[0])
-    for changes in (dict(mixup_alpha=0.0), dict(label_smoothing_over="all")):
-        other = replace(case, **changes)
-        gradients, loss, _ = reference_gradients(other, spec, weights, images, labels)
-        found = change_differences(update(gradients), state, start)
-        assert min(found.values()) > 1e-2 and abs(loss / known[1] - 1) > 1e-4, changes
-    for changes in (
-        dict(weight_decay=0.0),
-        dict(rmsprop_epsilon=1e-5),
-        dict(rmsprop_decay_exponent=-13),
-    ):
-        found = change_differences(update(known[0], **changes), state, start)
-        assert max(found.values()) > 1e-2, changes
 
 
 def test_two_updates_in_one_run_of_four_stages(short):

@@ -24,7 +24,7 @@ FINETUNE_DIR = $(or $(RUN_DIR),runs/$(CASE)-finetune)
 VALIDATE_DIR = $(or $(RUN_DIR),runs/$(CASE))
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train finetune validate test docs readme bench bench-gpu clean
+.PHONY: help venv train finetune validate test test-long docs readme bench bench-gpu clean
 
 help:  ## list the targets
 	@echo "usage: make TARGET [CASE=...] [DATA_DIR=...] [RUN_DIR=...] [ARGS=\"-p name value\"]"
@@ -57,6 +57,9 @@ validate: $(READY)  ## validate the run in RUN_DIR (default runs/CASE), or the f
 
 test: $(READY)  ## the whole check: library, notebooks, tests, runs, README, site
 	@$(BIN)/python .ci/check $(STEPS)
+
+test-long: $(READY)  ## the tests that take minutes, such as hundreds of kills; `make test` leaves them out
+	$(BIN)/python -m pytest -q -m long tests
 
 docs: $(READY)  ## build the site into _docs
 	@$(BIN)/python .ci/build_docs.py

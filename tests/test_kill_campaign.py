@@ -12,13 +12,25 @@ from tiny import PYTHON
 CAMPAIGN = Path(__file__).parent / "kill_campaign.py"
 
 
-@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="needs fork")
-def test_thirty_kills_leave_what_no_kill_leaves(tmp_path):
-    command = [sys.executable, str(CAMPAIGN), "--kills", "30", "--jobs", "2", "--folder", tmp_path]
+def campaign(folder, *flags):
+    "Run the program; returns (kills, chains that differ)."
+    command = [sys.executable, CAMPAIGN, *flags, "--folder", folder]
     done = subprocess.run(list(map(str, command)), env=PYTHON, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    kills, wrong = re.search(r"(\d+) kills in .* (\d+) differ", done.stdout).groups()
-    assert int(kills) >= 30 and wrong == "0"
+    found = re.search(r"(\d+) kills in .* (\d+) differ", done.stdout)
+    return tuple(map(int, found.groups()))
+
+
+def test_thirty_kills_leave_what_no_kill_leaves(tmp_path):
+    kills, wrong = campaign(tmp_path, "--kills", 30, "--jobs", 2)
+    assert kills >= 30 and wrong == 0
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("flags", [("--kills", 300), ("--kills", 20, "--graph")])
+def test_hundreds_of_kills_leave_what_no_kill_leaves(tmp_path, flags):
+    kills, wrong = campaign(tmp_path, *flags, "--seed", 7, "--jobs", 2)
+    assert kills >= flags[1] and wrong == 0
 
 
 def test_the_campaign_sees_a_difference(tmp_path):

@@ -26,6 +26,7 @@ import tempfile
 import time
 import traceback
 from collections import Counter
+from itertools import chain
 from pathlib import Path
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
@@ -34,7 +35,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from effnet_repro import checkpoint, recorder, runs, scaling, training  # noqa: E402
+from effnet_repro import checkpoint, config, recorder, runs, scaling, training  # noqa: E402
 from effnet_repro.recorder import TIMING  # noqa: E402
 
 KINDS = ("write", "rename", "renamed", "fsync", "delete", "step", "validate", "time")
@@ -292,19 +293,23 @@ def prepare(graph):
 
     tf.config.run_functions_eagerly(True)  # starts no threads: a fork is still safe
     training.validation_batches = training.validation_arrays
-    training.training_batches = lambda *a, read=training.training_batches, **how: numbered(
-        tf, lambda: read(*a, reader="numpy", **how)
-    )
+    read, budgets = training.training_batches, config.read_yaml()
+    training.training_batches = lambda *a, **how: read(*a, reader="numpy", **how)
+    training._tf_updates = lambda *a: streamed(tf, *a)
+    config.read_yaml = lambda path=None: budgets
 
 
-def numbered(tf, make):
-    """A stream of Python's reader as a `tf.data.Dataset`, without the tracing of a decoder."""
-    images, labels = next(iter(make()))
-    signature = (
-        tf.TensorSpec(images.shape, images.dtype),
-        tf.TensorSpec(labels.shape, labels.dtype),
-    )
-    return tf.data.Dataset.from_generator(make, output_signature=signature)
+def streamed(tf, images, controls, first):
+    """What `training.updates` makes of images and of what is drawn, without the tracing of its functions."""
+
+    def steps():
+        for step, (pixels, labels) in enumerate(images, first):
+            yield {"images": pixels, "labels": labels, **controls(step)}
+
+    stream = steps()
+    one = next(stream)
+    signature = {k: tf.TensorSpec(np.shape(v), np.asarray(v).dtype) for k, v in one.items()}
+    return tf.data.Dataset.from_generator(lambda: chain([one], stream), output_signature=signature)
 
 
 def work(campaign, kills, job, jobs, results):

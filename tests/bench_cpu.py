@@ -10,7 +10,6 @@ import argparse
 import datetime
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -20,6 +19,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+from bench_machine import cpu_model, num_cores
 
 STARTED = time.perf_counter()
 CALL = datetime.datetime.now(datetime.timezone.utc).isoformat()[:16]
@@ -267,20 +267,6 @@ class Worker:
 
 
 # ---- rows
-
-
-def cpu_model():
-    """What the processor calls itself."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(n.split(":")[1].strip() for n in lines if n.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
-
-
-def num_cores():
-    """That this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def circumstances(n, versions=None):

@@ -22,7 +22,7 @@ from ipu_updates import (  # noqa: E402
 )
 
 from effnet_repro import checkpoint, config, ipu  # noqa: E402
-from effnet_repro.config import get_case, override  # noqa: E402
+from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
 from effnet_repro.norms import EPSILON  # noqa: E402

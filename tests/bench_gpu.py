@@ -554,6 +554,7 @@ def bench_speed(a, about, log):
 def bench_reader(a, about, log):
     os.environ.update(KERAS_BACKEND="jax", XLA_PYTHON_CLIENT_PREALLOCATE="false")
     from effnet_repro import data as pages
+    from effnet_repro.data import device
 
     def by_tensorflow(*request):
         return pages.tensorflow_arrays(pages.training_batches, *request)
@@ -574,7 +575,7 @@ def bench_reader(a, about, log):
         data = pages.open_data(folder, verbose=False)
         batch = min(256, data.train_count)
         for size in (160, 224, 380):
-            for name, make, pages.fits_device, n in ways:
+            for name, make, device.fits_device, n in ways:
                 stream, speeds, steps = make(data, size, batch), [], max(2, n // batch)
                 for _ in range(6):
                     begin = time.perf_counter()
@@ -587,7 +588,7 @@ def bench_reader(a, about, log):
                 table.add({**row, "batch": batch, **speed})
                 print(*row.values(), speed["pictures_per_s"], flush=True)
                 del stream
-    pages.fits_device = fits
+    device.fits_device = fits
 
 
 def bench_devices(a, about, log):

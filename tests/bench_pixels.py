@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from effnet_repro import data as d  # noqa: E402
+from effnet_repro.data import device, transforms  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 
 LEVELS, SHARE = 1, 1e-5  # what `published` may differ by
@@ -49,11 +49,11 @@ def draw(count, seed):
 
 def on_device(images, rectangles, flips, random, side, image_resize):
     "A function that resizes on the device, as `device_batches` does"
-    sent, cut = d._lay_out(images), d._cutter(image_resize)
-    part = rectangles if random else d._whole(sent.sizes)
+    sent, cut = device.lay_out(images), device.cutter(image_resize)
+    part = rectangles if random else device.whole_images(sent.sizes)
     new, corner = np.tile((side, side), (len(part), 1)), np.zeros((len(part), 2))
     if not random:
-        windows = [d.validation_window(*size, side, image_resize) for size in sent.sizes]
+        windows = [transforms.validation_window(*size, side, image_resize) for size in sent.sizes]
         new, corner = (np.array([w[i] for w in windows]) for i in range(2))
         flips = np.zeros(len(part), bool)
     numbers = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
@@ -62,10 +62,10 @@ def on_device(images, rectangles, flips, random, side, image_resize):
 
 def on_host(image, rectangle, flip, random, side, image_resize):
     if not random:
-        return d._validation_picture(image, side, image_resize)
+        return transforms.validation_image(image, side, image_resize)
     top, left, height, width = rectangle
     cut = image[top : top + height, left : left + width]
-    return d._train_picture(cut, flip, side, image_resize)
+    return transforms.train_image(cut, flip, side, image_resize)
 
 
 def seconds(call, rounds=10):
@@ -103,19 +103,19 @@ def main(words=None):
     parser.add_argument("--results", help="folder of pixels.csv; none = only print")
     args = parser.parse_args(words)
     first, failed = jax.devices()[0], False
-    device = first.device_kind
+    name = first.device_kind
     if first.platform == "cpu":
-        device = f"CPU, {os.cpu_count()} cores"
+        name = f"CPU, {os.cpu_count()} cores"
     command = ["python", "tests/bench_pixels.py", *(sys.argv[1:] if words is None else words)]
     case = draw(args.images, args.seed)
     for side in args.sides:
-        for image_resize in d._RESIZES:
+        for image_resize in transforms.RESIZES:
             for random in (True, False):
                 row = compare(case, random, side, image_resize)
                 share = row["differing"] / row["values"]
-                print(f"{device}, " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+                print(f"{name}, " + ", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
                 if args.results:
-                    about = origin(device, command, args.seed, args.images)
+                    about = origin(name, command, args.seed, args.images)
                     write_rows(Path(args.results) / "pixels.csv", [{**row}], KEYS, about)
                 bad = row["largest"] > LEVELS or share > SHARE
                 failed |= image_resize == "published" and bad

@@ -1,6 +1,12 @@
-"""What tests of several files share: running a command in this process."""
+"""What tests of several files share: running a command in this process, and data sets to read."""
+
+import os
+from pathlib import Path
 
 import pytest
+from pictures import ROOT
+
+from effnet_repro import data as d
 
 
 @pytest.fixture
@@ -31,3 +37,22 @@ def refused(run):
         return err
 
     return call
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def sample(cache_dir):
+    return d.open_data(cache_dir=cache_dir, verbose=False)
+
+
+@pytest.fixture(params=["imagenette128", "imagenet_sample"])
+def real(request):
+    folders = [os.environ.get("EFFNET_REPRO_DATA"), ROOT.parent / "shared" / "data"]
+    for folder in filter(None, folders):
+        if (Path(folder) / request.param).is_dir():
+            return d.open_data(Path(folder) / request.param, verbose=False)
+    pytest.skip(f"no {request.param}: set EFFNET_REPRO_DATA to the folder that holds it")

@@ -5,7 +5,7 @@ import re
 
 import numpy as np
 import pytest
-from test_data import encode, picture, record, write
+from pictures import encode, picture, record, write
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, training

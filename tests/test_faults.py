@@ -16,20 +16,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_data import encode, picture, record, write
+from pictures import encode, picture, quick, record, write
 from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, training
 from effnet_repro import data as d
-from effnet_repro.config import Case, for_one_device, get_case, load_cases, override
+from effnet_repro.config import Case, get_case, load_cases, override
 from effnet_repro.runs import StopSignals, read_metrics
 from effnet_repro.training import finetune, train, validate
-
-quick = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
 
 
 def one_line(error):
@@ -118,171 +114,6 @@ def test_a_configuration_with_one_wrong_character_is_read_or_refused(tmp_path, p
 def test_rules_of_a_case(values, says):
     with pytest.raises(ValueError, match=says) as error:
         override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), **values)
-    one_line(error)
-
-
-# ---------------------------------------------------------------- pictures
-
-
-SHAPES = {"1x1": (1, 1), "1x10000": (1, 10_000), "10000x1": (10_000, 1), "small": (20, 30)}
-
-
-@pytest.fixture(scope="module")
-def odd_shapes(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("odd")
-    records = [record(encode(picture(*s), k)) for s in SHAPES.values() for k in ("JPEG", "PNG")]
-    write(folder, "train", records)
-    return d.open_data(write(folder, "validation", records), verbose=False)
-
-
-def test_pictures_of_every_shape_are_read(odd_shapes):
-    n, how = odd_shapes.train_count, "published" if d._has_fast_dct() else "modern"
-    (theirs,) = d.validation_batches(odd_shapes, 64, n, image_resize=how)
-    (ours,) = d.validation_arrays(odd_shapes, 64, n, image_resize=how)
-    assert np.abs(theirs[0].numpy().astype(int) - ours[0]).max() <= 1
-    for reader in ("tensorflow", "numpy"):
-        images, _ = next(iter(d.training_batches(odd_shapes, 64, n, reader=reader)))
-        assert images.shape == (n, 64, 64, 3)
-
-
-def test_sixteen_bits_become_the_upper_eight():
-    gray = np.arange(0, 65536, 257, dtype=np.uint16).reshape(16, 16)
-    import io
-
-    from PIL import Image
-
-    file = io.BytesIO()
-    Image.fromarray(gray).save(file, "PNG")
-    np.testing.assert_array_equal(d._decode(file.getvalue())[..., 1], gray >> 8)
-
-
-def broken_jpegs():
-    whole = encode(picture(60, 80))
-    zeros = bytearray(whole)
-    zeros[100:400] = bytes(300)
-    return {"cut": whole[: len(whole) // 2], "zeros": bytes(zeros), "no end": whole[:-2]}
-
-
-@pytest.fixture(scope="module")
-def broken_set(tmp_path_factory):
-    "Fifteen good pictures and three broken ones, in both splits."
-    folder = tmp_path_factory.mktemp("broken")
-    good = [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(15)]
-    bad = [record(b) for b in broken_jpegs().values()]
-    records = good[:4] + bad[:1] + good[4:9] + bad[1:] + good[9:]
-    write(folder, "train", records)
-    return write(folder, "validation", records)
-
-
-def test_damaged_pictures_are_left_out_and_named(broken_set, tmp_path, capsys):
-    data = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip")
-    said = capsys.readouterr().out
-    assert (data.train_count, data.validation_count, len(data.damaged)) == (15, 15, 6)
-    assert "6 damaged ones left out" in said and said.count("left out: Not a picture") == 5
-    assert all("train-" in text or "validation-" in text for text in data.damaged)
-    again = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip")
-    assert again == data and "decoding" not in capsys.readouterr().out  # it is remembered
-    streams = [d.training_batches(data, 16, 5, reader=r) for r in ("tensorflow", "numpy")]
-    seen = [[np.asarray(y) for _, (_, y) in zip(range(7), stream)] for stream in streams]
-    np.testing.assert_array_equal(*seen)
-    later = d.training_batches(data, 16, 5, first_update=4, reader="numpy")
-    np.testing.assert_array_equal(next(later)[1], seen[0][4])  # going on sees the same
-    assert sum(mask.sum() for _, _, mask in d.validation_arrays(data, 16, 4)) == 15
-
-
-def test_damaged_pictures_are_refused_by_name(broken_set):
-    data = d.open_data(broken_set, verbose=False)
-    with pytest.raises(ValueError, match="It is picture .* at byte .*on_corrupt='skip'") as error:
-        next(d.array_batches(data, 16, 18))
-    one_line(error)
-    with pytest.raises(ValueError, match="validation split.*on_corrupt='skip'") as error:
-        list(d.validation_arrays(data, 16, 18))
-    one_line(error)
-    with pytest.raises(ValueError, match="Unknown on_corrupt 'ignore'"):
-        d.open_data(broken_set, on_corrupt="ignore")
-
-
-def test_a_run_names_the_damaged_picture_or_leaves_it_out(broken_set, tmp_path):
-    options = {**SMOKE, "global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3}
-    options.update(epochs=2, validate_every=None)
-    with pytest.raises(ValueError, match="picture .* of the train split, at byte") as error:
-        train(TINY, broken_set, tmp_path / "a", **options)
-    one_line(error)
-    run = train(TINY, broken_set, tmp_path / "b", on_corrupt="skip", **options)
-    config = json.loads((run.run_dir / "config.json").read_text())
-    assert run.finished and len(config["skipped_pictures"]) == 6
-    assert "skipped_pictures" in (run.run_dir / "metrics.csv").read_text().splitlines()[0]
-    with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
-        validate(run.run_dir, broken_set)
-    one_line(error)
-    assert validate(run.run_dir, broken_set, on_corrupt="skip")["last"].pictures == 15
-
-
-def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys):
-    """The same batches as TensorFlow's own, from any update on, and the same words about damage."""
-    monkeypatch.setattr(training, "_has_jax_gpu", lambda: True)
-    monkeypatch.setattr(training, "fits_device", lambda data: False)
-    monkeypatch.setattr(training, "_MANY", 0)
-    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
-    case = for_one_device(TINY, global_batch_size=5, micro_batch_size=5)
-    good = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip", verbose=False)
-    stream = d.training_batches(good, 32, 5, seed=2, first_update=4).as_numpy_iterator()
-    for ((ours,), theirs), _ in zip(zip(training.updates(case, good, 2, 4), stream), range(3)):
-        np.testing.assert_array_equal(ours["images"], theirs[0])
-        np.testing.assert_array_equal(ours["labels"], theirs[1])
-    assert sum(mask.sum() for *_, mask in training._validation_stream(good, 32, 4)) == 15
-    bad = d.open_data(broken_set, verbose=False)
-    with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
-        list(training._validation_stream(bad, 32, 4))
-    one_line(error)
-    capsys.readouterr()
-    monkeypatch.setattr(training, "find_spec", lambda name: None)  # without TensorFlow
-    (ours,) = next(training.updates(case, good, 2, 4))
-    theirs = next(d.array_batches(good, 32, 5, seed=2, first_update=4))
-    np.testing.assert_array_equal(ours["images"], theirs[0])
-    assert "pip install tensorflow-cpu" in capsys.readouterr().out
-
-
-@quick
-@given(st.integers(0, 10**6), st.integers(0, 7))
-def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
-    import tensorflow as tf
-
-    data = bytearray(encode(picture(24, 32)))
-    data[place % len(data)] ^= 1 << bit
-    try:
-        ours = d._decode(bytes(data))
-    except ValueError as error:
-        assert "Not a picture that can be decoded" in one_line(error)
-        with pytest.raises(ValueError, match="Not a picture that can be decoded"):
-            d._decode(bytes(data), fast=True)
-        return
-    theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_ACCURATE")
-    np.testing.assert_array_equal(ours, theirs)  # TensorFlow refuses nothing that we take
-    if d._decode_fast(bytes(data), strict=False) is not None:
-        theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_FAST")
-        np.testing.assert_array_equal(d._decode(bytes(data), fast=True), theirs)
-
-
-def test_a_wrong_checksum_is_found_before_the_run(tmp_path):
-    write(tmp_path, "train", [record(encode(picture(40, 50, i))) for i in range(3)])
-    path, split = tmp_path / "train-00000-of-00001", d.open_data(tmp_path).splits["train"]
-    raw = bytearray(path.read_bytes())
-    raw[split.offset[1] + split.length[1] - 40] ^= 1  # still a JPEG
-    path.write_bytes(raw)
-    data = d.open_data(tmp_path, cache_dir=tmp_path / "c", on_corrupt="skip", verbose=False)
-    assert data.train_count == 2 and "checksum" in data.damaged[0] and str(path) in data.damaged[0]
-
-
-@pytest.mark.parametrize(
-    "text",
-    ["{", "[]", '{"classes": 3}', '{"num_classes": -1}', '{"classes": [{"label": 0, "text": 1}]}'],
-)
-def test_a_broken_info_file_is_named(tmp_path, text):
-    write(tmp_path, "train", [record()])
-    (tmp_path / "info.json").write_text(text)
-    with pytest.raises(ValueError, match="info.json is not a description of classes") as error:
-        d.open_data(tmp_path)
     one_line(error)
 
 

@@ -40,7 +40,7 @@ MOST_IN_ROW = 60  # Exported lines without a word of prose
 MOST_PARAMETERS = 8
 # What a user calls may have more; a layer's `__init__` is its call.
 FACES = {"training.train", "training.finetune", "training.validate"}
-FACES |= {"ipu.train", "ipu.finetune", "ipu.validate", "data.open_data"}
+FACES |= {"ipu.train", "ipu.finetune", "ipu.validate", "data.readers.training_batches"}
 FACES |= {"efficientnet.MBConv.__init__", "efficientnet.GroupConv2D.__init__"}
 
 

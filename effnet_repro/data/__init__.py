@@ -1,0 +1,63 @@
+"""Images on disk, in any of three layouts, become one reproducible stream of 8-bit batches.
+
+A folder: `catalog` (`open_data`) lists it by its layout (`layouts`, `tfrecord`, `cache`), the built-in one is
+made by `sample`, and `damage` finds what is broken. An image: `decode` makes pixels of its bytes, `order` says
+when it comes and `transforms` how it is cut and resized. A batch: `readers`, by way of `tf_reader`,
+`numpy_reader` or `device`.
+"""
+
+from effnet_repro.data.catalog import DataSet, open_data
+from effnet_repro.data.damage import find_damaged
+from effnet_repro.data.decode import picture_bytes
+from effnet_repro.data.device import fits_device
+from effnet_repro.data.figures import plot_pictures
+from effnet_repro.data.layouts import Split
+from effnet_repro.data.numpy_reader import load_arrays, validation_arrays
+from effnet_repro.data.order import epoch_order, random_bits, random_uniform
+from effnet_repro.data.readers import (
+    array_batches,
+    device_batches,
+    training_batches,
+    update_pictures,
+)
+from effnet_repro.data.sample import sample_set
+from effnet_repro.data.tf_reader import tensorflow_arrays, validation_batches
+from effnet_repro.data.tfrecord import (
+    crc32c,
+    make_example,
+    parse_example,
+    scan_tfrecord,
+    write_tfrecords,
+)
+from effnet_repro.data.transforms import draw_crops, draw_flips, resize, validation_window
+
+__all__ = [
+    "DataSet",
+    "Split",
+    "array_batches",
+    "crc32c",
+    "device_batches",
+    "draw_crops",
+    "draw_flips",
+    "epoch_order",
+    "find_damaged",
+    "fits_device",
+    "load_arrays",
+    "make_example",
+    "open_data",
+    "parse_example",
+    "picture_bytes",
+    "plot_pictures",
+    "random_bits",
+    "random_uniform",
+    "resize",
+    "sample_set",
+    "scan_tfrecord",
+    "tensorflow_arrays",
+    "training_batches",
+    "update_pictures",
+    "validation_arrays",
+    "validation_batches",
+    "validation_window",
+    "write_tfrecords",
+]

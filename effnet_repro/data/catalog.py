@@ -1,0 +1,183 @@
+"""What is in a folder: images, classes, damage, and fingerprints of all that."""
+
+import hashlib
+import itertools
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, Optional, Tuple
+
+import numpy as np
+
+from effnet_repro.config import unknown_name
+from effnet_repro.data.damage import leave_out_damaged
+from effnet_repro.data.layouts import OPENERS, Split, recognize
+from effnet_repro.data.sample import sample_set
+
+
+@dataclass(frozen=True)
+class DataSet:
+    "Where the pictures of a data set lie, and what they show"
+
+    format: str  # "tfrecord", "folder" or "cifar"
+    root: str  # Folder
+    num_classes: int  # Width of the classifier
+    class_names: Tuple[str, ...]  # By label from 0; the number where there is no name
+    train_count: int  # Training pictures
+    validation_count: int  # Validation pictures
+    files: Dict[str, int]  # Number of files of each split
+    builtin: bool  # True for the built-in sample set
+    splits: Dict[str, Split] = field(repr=False, compare=False)
+    damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
+
+    @property
+    def fingerprint(
+        self,
+    ) -> str:  # Changes when a training picture is added, moved, resized or relabelled
+        "Sum up names, places, bytes and labels of the training pictures"
+        split = self.splits["train"]
+        names = "\n".join(map(os.path.basename, split.files))
+        digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
+        for numbers in (split.file, split.offset, split.length, split.label):
+            digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
+        return digest.hexdigest()[:16]
+
+    def split_fingerprint(self, split: str) -> str:  # Changes with every image, place or label
+        "Sum up the paths, bytes, labels and class names of the `split`"
+        return _sum_up(self, split)
+
+    def describe(self) -> str:  # One line
+        "Say what was found, and where"
+        place = "built-in sample set" if self.builtin else self.root
+        left_out = f"; {len(self.damaged):,} damaged ones left out" if self.damaged else ""
+        return (
+            f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
+            f"training and {self.validation_count:,} validation pictures{left_out}"
+        )
+
+
+_WHOLE = 2**28  # bytes of a split that are all read
+
+
+_LOOKED_AT = 2**16  # images of a larger one of which a few bytes are read
+
+
+def _pieces(split):
+    "Yield bytes of the images of a split: all, or of large splits a few of some"
+    count, whole = len(split.label), split.length.sum() <= _WHOLE
+    chosen = np.arange(count)
+    if not whole and count > _LOOKED_AT:
+        chosen = np.linspace(0, count - 1, _LOOKED_AT).astype(int)
+    for number, inside in itertools.groupby(chosen, lambda i: split.file[i]):
+        with open(split.files[number], "rb", buffering=0) as file:
+            for i in inside:
+                begin, length = int(split.offset[i]), int(split.length[i])
+                places = [(0, length)] if whole else [(length // 2, 64), (max(length - 64, 0), 64)]
+                for at, size in places:
+                    file.seek(begin + at)
+                    yield file.read(min(size, length - at))
+
+
+def _sum_up(dataset, name):
+    "`DataSet.split_fingerprint`"
+    if name not in dataset.splits:
+        raise unknown_name("split", name, dataset.splits)
+    split = dataset.splits[name]
+    files = [Path(os.path.relpath(path, dataset.root)).as_posix() for path in split.files]
+    words = json.dumps([dataset.format, dataset.num_classes, dataset.class_names, files])
+    digest = hashlib.sha256(words.encode())
+    for numbers in (split.file, split.offset, split.length, split.label, split.box_begin):
+        digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
+    digest.update(np.ascontiguousarray(split.boxes, np.float64).tobytes())
+    for piece in _pieces(split):
+        digest.update(piece)
+    return digest.hexdigest()[:16]
+
+
+def open_data(
+    data_dir=None,  # Folder of the data set; None = the built-in sample set
+    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
+    *,
+    on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
+    verbose: bool = True,  # Print what was found
+) -> DataSet:
+    "List the pictures in `data_dir` and say what was found"
+    if data_format is not None and data_format not in OPENERS:
+        raise unknown_name("data_format", data_format, OPENERS)
+    if on_corrupt not in ("refuse", "skip"):
+        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
+        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
+    root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"`data_dir` must be a folder. Received: {str(data_dir)!r}, which "
+            f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
+        )
+    kind, root = (data_format, root) if data_format else recognize(root)
+    splits, names = OPENERS[kind](root, cache_dir)
+    num_classes, names = _classes(root, splits, names)
+    data = DataSet(
+        format=kind,
+        root=str(root),
+        num_classes=num_classes,
+        class_names=tuple(names.get(label, str(label)) for label in range(num_classes)),
+        train_count=len(splits["train"].label),
+        validation_count=len(splits["validation"].label),
+        files={name: len(split.files) for name, split in splits.items()},
+        builtin=data_dir is None,
+        splits=splits,
+    )
+    data = leave_out_damaged(data, cache_dir) if on_corrupt == "skip" else data
+    if verbose:
+        print(data.describe())
+        for place in data.damaged[:5]:
+            print(f"  left out: {place}")
+    return data
+
+
+_MOST_CLASSES = 100_000  # without an `info.json` that says otherwise
+
+
+def _read_info(path):
+    "Number and names of the classes in `info.json`: (None, {}) where there is none"
+    if not path.exists():
+        return None, {}
+    try:
+        info = json.loads(path.read_text())
+        names = {int(c["label"]) - 1: str(c["text"]) for c in info.get("classes", ())}
+        number = None if info.get("num_classes") is None else int(info["num_classes"])
+        if min(names, default=0) < 0 or (number is not None and number < 1):
+            raise ValueError("labels and num_classes begin at 1")
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is not a description of classes ({type(error).__name__}: {error}). It needs "
+            f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
+        ) from None
+    return number, names
+
+
+def _classes(root, splits, names):
+    "Number and names of the classes, from `info.json` if there is one; labels are checked"
+    number, told = _read_info(root / "info.json")
+    names = {**names, **told}
+    highest = max(int(split.label.max(initial=-1)) for split in splits.values())
+    if highest < 0:
+        raise FileNotFoundError(
+            f"No pictures in {root}. Found: {', '.join(sorted(p.name for p in root.iterdir())[:6])}."
+        )
+    num_classes = number or max(highest, *names, 0) + 1
+    limit = f"the {num_classes} classes of {root}"
+    if number is None and num_classes > _MOST_CLASSES:
+        num_classes, limit = _MOST_CLASSES, f"{_MOST_CLASSES:,} (or give num_classes in info.json)"
+    for name, split in splits.items():
+        beyond = np.flatnonzero(split.label >= num_classes)
+        if len(beyond):
+            raise ValueError(
+                f"Labels must not exceed {limit}. Received: label "
+                f"{int(split.label[beyond[0]]) + 1} in {split.files[split.file[beyond[0]]]} "
+                f"({len(beyond)} pictures of the {name} split)."
+            )
+    return num_classes, names

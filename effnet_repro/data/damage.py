@@ -1,0 +1,87 @@
+"""Images that cannot be decoded, found before a run and left out of it."""
+
+import contextlib
+import json
+import os
+import struct
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Dict
+
+import numpy as np
+
+from effnet_repro.data.cache import cache_folder, file_stamp
+from effnet_repro.data.decode import decode_image, located, read_encoded
+from effnet_repro.data.layouts import make_split
+from effnet_repro.data.tfrecord import masked_crc, scan_tfrecord
+
+
+def find_damaged(
+    dataset,  # `DataSet` from `open_data`
+    split: str,  # "train" or "validation"
+    pictures=None,  # Numbers of the pictures to look at; None = all, and the records' checksums
+) -> Dict[int, str]:  # Number of each damaged picture -> what is wrong, and where it is
+    "Decode pictures and list those that cannot be"
+    places = dataset.splits[split]
+    chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
+
+    def look(part):
+        found = {}
+        for i in part:
+            try:
+                encoded, _ = read_encoded(dataset, split, i)
+                with located(dataset, split, i):
+                    decode_image(encoded)
+            except (OSError, ValueError) as error:
+                found[int(i)] = str(error)
+        return found
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        parts = np.array_split(chosen, -(-len(chosen) // 64) or 1)
+        found = {i: text for part in pool.map(look, parts) for i, text in part.items()}
+    if dataset.format == "tfrecord" and pictures is None:
+        found = {**_wrong_checksums(places), **found}
+    return found
+
+
+def _wrong_checksums(places):
+    "Pictures in records whose data do not give their checksum"
+    found = {}
+    for number, path in enumerate(places.files):
+        inside = np.flatnonzero(places.file == number)
+        records = scan_tfrecord(path)
+        with open(path, "rb") as file:
+            for i, (at, length) in zip(inside, records):
+                file.seek(at)
+                data, crc = file.read(int(length)), file.read(4)
+                if struct.pack("<I", masked_crc(data)) != crc:
+                    text = f"Damaged file: the checksum of the record at byte {at - 12} is wrong."
+                    found[int(i)] = f"{text} It is picture {i}, in {path}."
+    return found
+
+
+def _without(places, gone):
+    "The split without some pictures"
+    stays = np.setdiff1d(np.arange(len(places.label)), gone)
+    boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in stays]
+    columns = (getattr(places, key)[stays] for key in ("file", "offset", "length", "label"))
+    return make_split(places.files, *columns, boxes)
+
+
+def leave_out_damaged(dataset, cache_dir):
+    "The data set without its damaged pictures; which ones, is kept in the cache"
+    splits, damaged = {}, []
+    for name, places in dataset.splits.items():
+        kept = cache_folder(cache_dir) / "damaged" / f"{file_stamp(places.files)}.json"
+        try:
+            found = {int(i): str(text) for i, text in json.loads(kept.read_text()).items()}
+        except (OSError, ValueError, AttributeError):  # not there, or not whole: look again
+            print(f"data: decoding {len(places.label):,} {name} pictures, once", flush=True)
+            found = find_damaged(dataset, name)
+            with contextlib.suppress(OSError):  # it is only a cache
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                kept.write_text(json.dumps(found))
+        splits[name] = _without(places, sorted(found)) if found else places
+        damaged += [found[i] for i in sorted(found)]
+    counts = {f"{name}_count": len(split.label) for name, split in splits.items()}
+    return replace(dataset, splits=splits, damaged=tuple(damaged), **counts)

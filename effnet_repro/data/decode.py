@@ -1,0 +1,145 @@
+"""From the bytes of a file to pixels: JPEG with either DCT, and everything else by way of Pillow."""
+
+import contextlib
+import functools
+import io
+import re
+import struct
+from importlib.util import find_spec
+from typing import Tuple
+
+import numpy as np
+
+
+def _jpeg_shape(data):
+    "Height, width and channels in the frame header of a JPEG; (0, 0, 0) for anything else"
+    at = 2
+    while data[:2] == b"\xff\xd8" and at + 9 < len(data) and data[at] == 255:
+        kind = data[at + 1]
+        if 0xC0 <= kind <= 0xCF and kind not in (0xC4, 0xC8, 0xCC):
+            return (*struct.unpack(">HH", data[at + 5 : at + 9]), data[at + 9])
+        at += 1 if kind == 255 else 2 + int.from_bytes(data[at + 2 : at + 4], "big")
+    return 0, 0, 0
+
+
+def encode_bmp(pixels):
+    "A (H, W, 3) uint8 picture as a 24-bit BMP: rows from the bottom up, blue first"
+    h, w, _ = pixels.shape
+    body = np.zeros((h, -(-3 * w // 4) * 4), np.uint8)  # rows are filled up to 4 bytes
+    body[:, : 3 * w] = pixels[::-1, :, ::-1].reshape(h, 3 * w)
+    sizes = (54 + body.size, 0, 0, 54, 40, w, h, 1, 24, 0, body.size, 0, 0, 0, 0)
+    return struct.pack("<2sIHHIIiiHHIIiiII", b"BM", *sizes) + body.tobytes()
+
+
+def _decode_accurate(data):
+    "An image as (H, W, 3) uint8; whatever is wrong with it is one ValueError"
+    try:
+        from PIL import Image
+    except ImportError:
+        kinds = "Only gray and RGB JPEGs can be read without Pillow. Run: pip install pillow."
+        raise ImportError(kinds) from None
+    try:
+        if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
+            raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
+        image = Image.open(io.BytesIO(data))
+        if image.mode.startswith("I") and image.format == "PNG":  # 16 bits: Pillow would clip
+            return np.repeat((np.asarray(image) >> 8).astype(np.uint8)[..., None], 3, 2)
+        if image.mode.startswith(("I", "F")):
+            raise ValueError(f"pixels of type {image.mode} have no agreed white")
+        return np.asarray(image.convert("RGB"))
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow raises a dozen kinds for damaged files
+        text = re.sub(r" <_io.BytesIO[^>]*>", "", " ".join(str(error).split()))
+        raise ValueError(f"Not a picture that can be decoded ({text}).") from None
+
+
+def _decode_fast(data, strict):
+    "A JPEG decoded with the fast DCT; None where that cannot be done, or only with a warning"
+    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not has_fast_dct():
+        return None
+    import simplejpeg
+
+    try:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=strict)
+    except ValueError:
+        return None
+
+
+def decode_image(data, fast=False):
+    "An image as (H, W, 3) uint8, if wanted with the fast DCT where that can be done"
+    pixels = _decode_fast(data, strict=True) if fast else None
+    if pixels is None:
+        pixels = _decode_accurate(data)  # decides whether the file is damaged
+        again = _decode_fast(data, strict=False) if fast else None
+        pixels = pixels if again is None else again
+    return pixels
+
+
+@functools.lru_cache(maxsize=1)
+def has_fast_dct():
+    return find_spec("simplejpeg") is not None
+
+
+@functools.lru_cache(maxsize=1)
+def _say_accurate():
+    print(
+        "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, whose "
+        "colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
+    )
+
+
+def _has_jpegs(dataset):
+    "Whether there may be JPEGs: the names of class folders' files tell"
+    if dataset.format != "folder":
+        return dataset.format == "tfrecord"
+    files = (path for split in dataset.splits.values() for path in split.files)
+    return any(path.lower().endswith((".jpg", ".jpeg")) for path in files)
+
+
+def wants_fast_dct(dataset, image_resize):
+    "Whether JPEGs are decoded as in the published runs; says so where no decoder can"
+    if image_resize == "published" and not has_fast_dct() and _has_jpegs(dataset):
+        _say_accurate()
+    return image_resize == "published"
+
+
+def picture_bytes(
+    data: bytes,  # A picture file: JPEG, PNG or whatever Pillow reads
+) -> Tuple[bytes, Tuple[int, int]]:  # A gray or RGB JPEG or a BMP; height and width
+    "Make sure that all decoders agree on `data`"
+    height, width, channels = _jpeg_shape(data)
+    if height and width and channels in (1, 3):
+        return data, (height, width)
+    pixels = decode_image(data)
+    return encode_bmp(pixels), pixels.shape[:2]
+
+
+def read_encoded(dataset, split, i):
+    "Encoded picture (JPEG or BMP) and its (height, width)"
+    places = dataset.splits[split]
+    path, at = places.files[places.file[i]], int(places.offset[i])
+    with open(path, "rb", buffering=0) as file:
+        file.seek(at)
+        data = file.read(int(places.length[i]))
+    with located(dataset, split, i):
+        if len(data) < places.length[i]:
+            raise ValueError(f"Truncated file: {len(data)} of {places.length[i]} bytes are there.")
+        if dataset.format == "cifar":
+            planes = np.frombuffer(data, np.uint8).reshape(3, 32, 32)
+            return encode_bmp(planes.transpose(1, 2, 0)), (32, 32)
+        return picture_bytes(data)
+
+
+@contextlib.contextmanager
+def located(dataset, split, i):
+    "Let an error about a picture say where the picture is, and the way out"
+    try:
+        yield
+    except ValueError as error:
+        places = dataset.splits[split]
+        where = f"byte {places.offset[i]} of {places.files[places.file[i]]}"
+        raise ValueError(
+            f"{error} It is picture {i} of the {split} split, at {where}. Replace it, or leave "
+            f"damaged pictures out with on_corrupt='skip'."
+        ) from None

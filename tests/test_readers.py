@@ -1,0 +1,192 @@
+"""Readers by TensorFlow, NumPy and JAX: every kind of file, processes, what needs no TensorFlow."""
+
+import os
+import subprocess
+import sys
+from itertools import islice
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from pictures import (
+    FOLDERS,
+    ROOT,
+    encode,
+    folders,
+    picture,
+    record,
+    write,
+)
+
+from effnet_repro import data as d
+from effnet_repro.data import decode, tf_reader, transforms
+from effnet_repro.testing import test_allclose as check_close
+
+check_close.__test__ = False
+
+
+KINDS = {
+    "rgb": dict(),
+    "444": dict(subsampling=0),
+    "progressive": dict(progressive=True),
+    "gray": dict(mode="L"),
+    "cmyk": dict(mode="CMYK"),
+    "png": dict(kind="PNG"),
+    "png gray": dict(kind="PNG", mode="L"),
+    "png alpha": dict(kind="PNG", mode="RGBA"),
+    "png palette": dict(kind="PNG", mode="P"),
+    "png 16 bit": dict(kind="PNG", mode="I;16"),
+    "gif": dict(kind="GIF", mode="P"),
+    "webp": dict(kind="WEBP", lossless=True),
+}
+
+
+@pytest.fixture(scope="module")
+def zoo(tmp_path_factory):
+    "A record of each kind of file, in sizes that are no multiples of eight"
+    records = []
+    for i, options in enumerate(KINDS.values()):
+        records.append(record(encode(picture(61 + i, 83 - i, i), **options)))
+    folder = tmp_path_factory.mktemp("zoo")
+    write(folder, "train", records)
+    return d.open_data(write(folder, "validation", records), verbose=False)
+
+
+RESIZES = [
+    pytest.param(
+        "published", marks=pytest.mark.skipif(not decode.has_fast_dct(), reason="simplejpeg")
+    ),
+    "modern",
+]
+
+
+@pytest.mark.parametrize("image_resize", RESIZES)
+@pytest.mark.parametrize("image_size", [24, 96])
+def test_every_kind_of_file(zoo, image_size, image_resize):
+    (theirs,) = d.validation_batches(zoo, image_size, len(KINDS), image_resize=image_resize)
+    (ours,) = d.validation_arrays(zoo, image_size, len(KINDS), image_resize=image_resize)
+    for name, a, b in zip(KINDS, theirs[0].numpy(), ours[0]):
+        check_close(a, b, rtol=0, atol=1, msg=name)  # 0 on x86
+        assert b.std() > 10, name
+
+
+def test_a_picture_that_cannot_be_decoded(tmp_path):
+    write(tmp_path, "train", [record(b"GIF89a but no more"), record(encode(picture())[:200])])
+    found = d.open_data(tmp_path, verbose=False)
+    with pytest.raises(ValueError, match="can be decoded.*at byte .*train-"):
+        next(d.array_batches(found, 16, 2))
+    with pytest.raises(tf.errors.InvalidArgumentError, match="can be decoded.*at byte .*train-"):
+        next(iter(d.training_batches(found, 16, 2)))
+
+
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_both_readers_agree_on_training(zoo, image_resize):
+    request = dict(image_size=40, global_batch_size=len(KINDS), seed=4, image_resize=image_resize)
+    streams = d.training_batches(zoo, **request), d.array_batches(zoo, **request)
+    for theirs, ours in islice(zip(*streams), 4):
+        np.testing.assert_array_equal(theirs[1].numpy(), ours[1])
+        difference = np.abs(theirs[0].numpy().astype(int) - ours[0])
+        # decoding part of a JPEG does not see the colours next to the part
+        assert (difference > 0).mean() < 0.05 and difference[:, :, 6:-6].max() <= 1
+
+
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_fine_tuning_sees_the_validation_crop(sample, image_resize):
+    request = dict(image_size=32, global_batch_size=16, preprocessing="validation", seed=2)
+    request["image_resize"] = image_resize
+    images, labels = next(iter(d.training_batches(sample, **request)))
+    same, same_labels = next(d.array_batches(sample, **request))
+    check_close(images, same, rtol=0, atol=1)
+    every, _ = d.load_arrays(sample, "train", 32, image_resize)
+    np.testing.assert_array_equal(same, every[d.epoch_order(sample.train_count, 2, 0)[:16]])
+    np.testing.assert_array_equal(labels, same_labels)
+
+
+@pytest.mark.parametrize("image_resize", RESIZES)
+def test_real_pictures_decode_alike(real, image_resize):
+    batch = 64 if real.num_classes == 10 else 12
+    for image_size in (64, 224) if batch == 12 else (64,):
+        readers = d.validation_batches, d.validation_arrays
+        readers = [f(real, image_size, batch, image_resize=image_resize) for f in readers]
+        for theirs, ours in zip(*readers):
+            for a, b in zip(theirs, ours):
+                check_close(a, b, rtol=0, atol=1)  # 0 on x86
+
+
+def test_real_pictures_of_every_shape(real):
+    if real.num_classes == 10:
+        pytest.skip("one shape only")
+    for i in range(real.train_count):
+        encoded, size = decode.read_encoded(real, "train", i)
+        theirs = tf.io.decode_jpeg(encoded, channels=3, dct_method="INTEGER_ACCURATE").numpy()
+        np.testing.assert_array_equal(theirs, decode.decode_image(encoded))
+        assert theirs.shape[:2] == size
+
+
+def test_streams_of_processes_and_chunks(sample, monkeypatch):
+    whole = next(islice(d.training_batches(sample, 16, 24, first_update=3), 1))
+    parts = [
+        next(iter(d.training_batches(sample, 16, 24, first_update=3, shard=(i, 3))))
+        for i in range(3)
+    ]
+    monkeypatch.setattr(tf_reader, "CHUNK", 7)
+    chunked = next(iter(d.training_batches(sample, 16, 24, first_update=3)))
+    for i in range(2):
+        np.testing.assert_array_equal(np.concatenate([part[i] for part in parts]), whole[i])
+        np.testing.assert_array_equal(chunked[i], whole[i])
+
+
+@pytest.mark.skipif(not decode.has_fast_dct(), reason="simplejpeg")
+def test_jpegs_of_published_cases_are_decoded_fast(sample, tmp_path, monkeypatch, capsys):
+    encoded = [decode.read_encoded(sample, "train", i)[0] for i in range(50)]
+    theirs = [tf.io.decode_jpeg(e, dct_method="INTEGER_FAST").numpy() for e in encoded]
+    for a, b in zip(encoded, theirs):
+        np.testing.assert_array_equal(decode.decode_image(a, fast=True), b)
+    accurate = [decode.decode_image(e).astype(int) for e in encoded]
+    assert 0.5 < np.mean([np.abs(a - b).mean() for a, b in zip(accurate, theirs)]) < 1.5
+    kept = {how: d.load_arrays(sample, "validation", 32, how)[0] for how in transforms.RESIZES}
+    decode._say_accurate.cache_clear()
+    monkeypatch.setattr(decode, "has_fast_dct", lambda: False)  # Pillow alone: it is said, once
+    for how in 2 * transforms.RESIZES:
+        images, _ = d.load_arrays(sample, "validation", 32, how)
+        assert np.array_equal(images, kept[how]) == (how == "modern")
+    assert capsys.readouterr().out.count("accurate DCT") == 1
+    decode._say_accurate.cache_clear()
+    next(d.array_batches(sample, 16, 8, image_resize="modern"))
+    d.load_arrays(d.open_data(folders(tmp_path, FOLDERS), verbose=False), "train", 8)  # no JPEGs
+    assert capsys.readouterr().out == ""
+
+
+def test_an_unknown_image_resize_is_refused(sample):
+    for call in (
+        lambda: d.training_batches(sample, 32, 8, image_resize="publish"),
+        lambda: d.validation_batches(sample, 32, 8, image_resize="publish"),
+        lambda: next(d.validation_arrays(sample, 32, 8, image_resize="publish")),
+        lambda: d.load_arrays(sample, "train", 32, "publish"),
+    ):
+        with pytest.raises(ValueError, match="image_resize.*Did you mean 'published'"):
+            call()
+
+
+def test_no_tensorflow_needed(cache_dir, sample):
+    code = """
+import sys
+sys.modules["tensorflow"] = sys.modules["keras"] = sys.modules["jax"] = None
+from effnet_repro.data import *
+data = open_data(verbose=False)
+images, labels = next(array_batches(data, 32, 8))
+assert images.shape == (8, 32, 32, 3) and labels.dtype == "int32"
+assert sum(mask.sum() for _, _, mask in validation_arrays(data, 16, 128)) == 300
+print("fine")
+"""
+    environment = {**os.environ, "EFFNET_REPRO_CACHE": str(cache_dir), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert done.stdout.split() == [b"fine"], done.stderr.decode()
+
+
+def test_an_abandoned_stream_stops(sample):
+    stream = d.array_batches(sample, 16, 8)
+    next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)

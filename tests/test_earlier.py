@@ -12,11 +12,21 @@ import pytest
 from tiny import EPOCHS_OF_THREE, ROOT, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, scaling
-from effnet_repro.config import EARLIER, case_from_dict, case_to_dict, override
+from effnet_repro.config import (
+    EARLIER,
+    case_from_dict,
+    case_to_dict,
+    for_one_device,
+    get_case,
+    override,
+)
 from effnet_repro.convert import convert, read
+from effnet_repro.network import initial_weights
 from effnet_repro.runs import read_case
+from effnet_repro.scaling import ModelSpec
 from effnet_repro.training import finetune, train, validate
 
+FULL = scaling.NET_STAGES, scaling.HEAD_FILTERS
 DATA = ROOT / "tests" / "data"
 SAYS = "before these fields existed"
 CASE = override(TINY, group_size=4)
@@ -26,7 +36,11 @@ SCORES = json.loads((DATA / "earlier_run_scores.json").read_text())
 
 
 @pytest.fixture(autouse=True)
-def smaller_network(monkeypatch):
+def smaller_network(monkeypatch, request):
+    if "converted_files" in request.node.name:  # of a network that other formats know
+        monkeypatch.setattr(scaling, "NET_STAGES", FULL[0])
+        monkeypatch.setattr(scaling, "HEAD_FILTERS", FULL[1])
+        return
     stages = scaling.NetStage(3, 1, 32, 16, False, 2), scaling.NetStage(3, 1, 16, 16, True, 2)
     monkeypatch.setattr(scaling, "NET_STAGES", stages)
     monkeypatch.setattr(scaling, "HEAD_FILTERS", 32)
@@ -105,3 +119,19 @@ def test_each_field_is_filled_by_itself(name):
         == EARLIER[name]
     )
     assert case_from_dict(values) == override(CASE, device_loop=7)
+
+
+@pytest.mark.parametrize("name", ["a.keras", "a.weights.h5", "a.ckpt", "a.safetensors"])
+def test_converted_files_keep_the_fields(tmp_path, name):
+    """A network that keras.applications has, so that every format can hold it."""
+    changed = dict(image_resize="modern", label_smoothing_over="all", device_loop=3)
+    case = for_one_device(get_case("B0-G1-GN-Native_16IPU_2x8"))
+    case = override(case, norm="BN", norm_groups=1, input_norm="keras", image_size=32, **changed)
+    spec = ModelSpec.from_case(case, num_classes=2)
+    path, back = tmp_path / name, tmp_path / "back.safetensors"
+    source = tmp_path / "ours.safetensors"
+    about = dict(case=case_to_dict(case), num_classes=2, update=0, epoch=0, seed=0)
+    checkpoint.save(source, initial_weights(spec, 0), about)
+    convert(source, path, to="torch" if name.endswith("a.safetensors") else None)
+    convert(path, back, to="ours")
+    assert {n: getattr(read_case(back), n) for n in changed} == changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional, Sequence
@@ -12,8 +13,9 @@ from effnet_repro.checkpoint import find_checkpoints, read_metadata
 
 
 def has_names(names: Optional[Sequence[str]]) -> bool:
-    """Return whether classes have real names. Names that are only numbers, such as "0" and "1", are none."""
-    return bool(names) and not all(str(name).strip().isdigit() for name in names)
+    """Return whether classes have real names. Numbers, such as "0" or a converter's "class 0", are none."""
+    number = re.compile(r"(class )?\d+")
+    return bool(names) and not all(number.fullmatch(str(name).strip()) for name in names)
 
 
 def _shown(names):

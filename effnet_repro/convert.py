@@ -26,6 +26,7 @@ from safetensors.numpy import save as serialize
 
 from .checkpoint import _explained, load_weights, save, write_file
 from effnet_repro.config import (
+    EARLIER,
     Case,
     case_from_dict,
     case_to_dict,
@@ -121,6 +122,7 @@ class _Found(NamedTuple):
     name_of: Callable = str  # From our full name to the file's
     affine: Optional[tuple] = None  # (scale, shift) of 0..255 pixels; None = as published
     case: Optional[Case] = None  # When the file says
+    trained: Dict[str, object] = {}  # When the file says no more of it: how the network was trained
     class_names: Optional[Sequence[str]] = None  # When the file says
     odd_size: bool = False  # Whether the case should get a size of 32 k + 1 pixels
     notes: Tuple[str, ...] = ()
@@ -162,9 +164,13 @@ def _text(path):
     return path.read_text() if path.is_file() else ""
 
 # %% ../nbs/39_convert.ipynb #e5ff8f41
+_CASE = "effnet_repro/case"  # Where a file of another format keeps the case, as JSON
+
+
 def _split_variables(names):
     "Weights, and what is not a weight: slots of other variables, and names outside all/"
     names = set(names)
+    names.discard(_CASE)
     is_weight = lambda n: n.startswith("all/") and n.rpartition("/")[0] not in names
     weights = sorted(filter(is_weight, names))
     return weights, sorted(names - set(weights))
@@ -247,10 +253,13 @@ def _sync(path):
 def write_tf1(
     path,  # Prefix of the checkpoint's files, e.g. "out/model.ckpt"
     arrays: Dict[str, np.ndarray],  # Full name -> array
+    trained: Optional[dict] = None,  # Fields of the case, kept in a variable of their own
 ) -> Path:  # `path`
     "Write weights as a TensorFlow 1 checkpoint under the published names, whole or not at all"
     tf = _needed("tensorflow", "A TensorFlow checkpoint")
     path, variables = Path(path), pack(arrays)
+    if trained:
+        variables[_CASE] = np.frombuffer(json.dumps(trained).encode(), "uint8")
     path = path / "model.ckpt" if path.is_dir() else _tf1_prefix(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     with _explained(path):
@@ -298,12 +307,21 @@ def _replace_tf1(path, temporary, count):
                 file.unlink()
 
 # %% ../nbs/39_convert.ipynb #e4767c0d
+def _trained_in_tf1(path):
+    "The fields that `write_tf1` kept; none in a checkpoint of the published code, which has no such variable"
+    import tensorflow as tf
+
+    reader = tf.train.load_checkpoint(str(_tf1_prefix(path)))
+    kept = json.loads(reader.get_tensor(_CASE).tobytes()) if reader.has_tensor(_CASE) else {}
+    return {name: value for name, value in kept.items() if name in EARLIER}
+
+
 def _find_tf1(path, options):
     variables, others = read_tf1(path)
     notes = tuple(filter(None, [statistics_note(variables)]))
     if others:
         notes += (f"Left out {len(others)} variables that are not weights: {list_some(others)}.",)
-    return _Found(unpack(variables), notes=notes)
+    return _Found(unpack(variables), trained=_trained_in_tf1(path), notes=notes)
 
 # %% ../nbs/39_convert.ipynb #322db425
 def _h5_shapes(path):
@@ -348,23 +366,47 @@ def _keras_network(path, shapes):
         "convolution kernels that fit none of them."
     )
 
+# %% ../nbs/39_convert.ipynb #a7dac8d2
+def _put_case(path, case):
+    "Keep a case in a Keras file: an entry of the archive, or an attribute of the HDF5 file; Keras reads neither"
+    text = json.dumps(case_to_dict(case))
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(str(path), "a") as archive:
+            archive.writestr(f"{_CASE}.json", text)
+        return
+    with _needed("h5py", "A Keras file").File(str(path), "a") as file:
+        file.attrs[_CASE] = text
+
+
+def _case_in_keras(path):
+    "What `_put_case` kept, or None"
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(str(path)) as archive:
+            if f"{_CASE}.json" not in archive.namelist():
+                return None
+            text = archive.read(f"{_CASE}.json")
+    else:
+        with _needed("h5py", "A Keras file").File(str(path), "r") as file:
+            text = file.attrs.get(_CASE)
+    return text and case_from_dict(json.loads(text))
+
 # %% ../nbs/39_convert.ipynb #b92f1784
 def _find_keras(path, options):
     keras = _needed("keras", "A Keras file")
     from effnet_repro import efficientnet
 
-    shapes, source = _h5_shapes(path), str(path)
+    shapes, source, case = _h5_shapes(path), str(path), _case_in_keras(path)
     if path.suffix == ".keras" or any(n.startswith("model_weights/") for n in shapes):
         source = keras.models.load_model(str(path), compile=False)
         if any(isinstance(layer, efficientnet.SegmentLayer) for layer in source.layers):
             spec, arrays = efficientnet.spec_of(source), efficientnet.get_weights(source)
             affine = arrays.pop("input/scale", None), arrays.pop("input/shift", None)
             affine = affine if spec.input_norm == "keras" else None
-            return _Found(arrays, affine=affine, case=case_for(spec))
+            return _Found(arrays, affine=affine, case=case or case_for(spec))
     spec = _keras_network(path, list(shapes.values()))
     arrays = efficientnet.from_keras_applications(spec, source)
     affine = arrays.pop("input/scale"), arrays.pop("input/shift")
-    return _Found(arrays, affine=affine)
+    return _Found(arrays, affine=affine, case=case)
 
 # %% ../nbs/39_convert.ipynb #69ae94c6
 def _write_keras(path, weights):
@@ -380,6 +422,7 @@ def _write_keras(path, weights):
     with _explained(path), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / path.name  # Keras asks for its own endings, and writes in place
         model.save(str(file)) if whole else model.save_weights(str(file))
+        _put_case(file, weights.case)
         write_file(path, file.read_bytes())
     return ("Keras' model ends with a softmax; ours gives logits.",) if whole else ()
 
@@ -618,17 +661,23 @@ def _write_torch(path, weights):
     if path.suffix == ".safetensors":
         state = {n: np.asarray(v, order="C") for n, v in state.items()}
         data = serialize(state, metadata={"format": "pt", _HEADER: json.dumps(about)})
+        notes = ()
     else:
-        data = _pth_bytes(path, state)
+        data, notes = _pth_bytes(path, state), (_CASE_LOST.format(case=weights.case),)
     write_file(path, data)
     named = [", ".join(f"{v:.4g}" for v in about[k]) for k in ("mean", "std")]
     centring = f"Feed pictures of 0..1 less mean ({named[0]}), over std ({named[1]})."
     return (
         f"Names and shapes of timm's {about['arch']}." if "arch" in about else _OWN_NOTE,
         centring,
+        *notes,
     )
 
 
+_CASE_LOST = (
+    "A .pth file has no place for how the network was trained (image_resize={case.image_resize}, "
+    "label_smoothing_over={case.label_smoothing_over}); a .safetensors file has."
+)
 _OWN_NOTE = "timm has no such network: names are ours, as on the page of `effnet_repro.convert`."
 
 
@@ -716,7 +765,7 @@ def _fit_case(found, guess, given, image_size):
     base = given or found.case
     notes = ()
     if base is None:
-        base = case_for(guess)
+        base = replace(case_for(guess), **found.trained)
         groups = f", {guess.norm_groups} norm groups" if guess.norm == "GN" else ""
         notes = (
             f"Taken for {base.name} at {base.image_size} px{groups}, since no case was given.",
@@ -811,7 +860,9 @@ def _write_ours(path, weights):
 
 
 def _write_tf1(path, weights):
-    write_tf1(path, weights.arrays)
+    trained = {name: getattr(weights.case, name) for name in EARLIER}
+    as_published = {name: getattr(case_for(weights.spec), name) for name in EARLIER}
+    write_tf1(path, weights.arrays, trained if trained != as_published else None)
     if weights.spec.input_norm == "imagenet_mean":
         return ()
     scale, shift = (v.tolist() for v in input_affine(weights.spec, weights.arrays))

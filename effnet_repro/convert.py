@@ -241,11 +241,14 @@ def _remove_leftovers(path):
 
 
 def _sync(path):
-    "Force a file, or a folder's list of names, to disk"
+    "Force a file, or a folder's list of names, to disk; some file systems cannot do the latter"
     if os.name != "nt":
         handle = os.open(str(path), os.O_RDONLY)
         try:
             os.fsync(handle)
+        except OSError:
+            if not Path(path).is_dir():
+                raise
         finally:
             os.close(handle)
 

@@ -1229,13 +1229,14 @@ def validate(
             )
     source, scores = Path(source), {}
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
-    is_run, place = source.is_dir(), measured_data(data)
+    is_run, place = source.is_dir(), None
     run_dir = source.parent if source.name == "checkpoints" else source
     files = _weight_files(source, weights)
     say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
     for name, (path, kind) in files.items():
         metadata = load_metadata(path)
         data, case = match_classes(path, metadata, data), case_from_dict(metadata["case"])
+        place = place or measured_data(data)  # in the network's order of classes, as in training
         size, update = image_size or case.image_size, checkpoints.read_update(path, kind)
         if weights == "all" and _is_measured(run_dir, (name, update, size), place):
             continue

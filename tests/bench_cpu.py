@@ -281,7 +281,6 @@ def circumstances(n, versions=None):
 
 
 def spread(values, unit):
-    """Median, least and greatest of the rounds."""
     stats = {"median": statistics.median, "min": min, "max": max}
     return {f"{unit}_{k}": round(f(values), 4) for k, f in stats.items()}
 

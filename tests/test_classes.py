@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ def make_set(folder, names, validation=24):
 
 
 def words(**more):
-    return {**SMOKE, "max_steps": 3, "global_batch_size": 16, "micro_batch_size": 8, **more}
+    return {**SMOKE, "max_steps": 2, "global_batch_size": 16, "micro_batch_size": 8, **more}
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +121,9 @@ def test_validation_maps_another_order(run, sets, capsys):
 def test_going_on_maps_another_order(run, sets, tmp_path):
     ends = {}
     for name in ("same", "other order"):
-        training.train(TINY, sets["same"], tmp_path / name, **words(max_steps=1))
-        more = words(max_steps=2)
-        ends[name] = training.train(TINY, sets[name], tmp_path / name, **more)
+        shutil.copytree(run.run_dir, tmp_path / name)
+        ends[name] = training.train(TINY, sets[name], tmp_path / name, **words(max_steps=3))
+        assert ends[name].update == run.update + 1
     a, b = (checkpoint.load(end.checkpoint) for end in ends.values())
     assert all((a[0][n] == b[0][n]).all() for n in a[0])
     assert a[1]["class_names"] == b[1]["class_names"] == list(NAMES)
@@ -199,6 +200,3 @@ def test_the_ipu_runtime_does_the_same(sets, tmp_path):
         with pytest.raises(ValueError, match=says):
             ipu.train(case, wrong, tmp_path / "new", init=done.checkpoint, max_steps=2, **how)
         assert not machine.programs
-    with ipu_standin.install():
-        going = ipu.train(case, sets["other order"], tmp_path / "run", max_steps=2, **how)
-    assert going.update == 2

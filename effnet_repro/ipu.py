@@ -929,7 +929,7 @@ def validation_stream(
     replicas: int,  # Of this process
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
     most_runs: int = 8,  # Program runs for the pictures
-    image_resize: str = "published",  # Or "modern": see `30_data`
+    image_resize: str = "published",  # Or "modern": see `29_transforms`
 ):  # (elements for each replica and run, runs with the first, function that makes the dataset)
     "Read every validation picture once a round, after a run of fillers; all replicas get as many"
     most = -(-data.validation_count // shard[1])

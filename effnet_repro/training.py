@@ -608,7 +608,7 @@ def evaluate(
     image_size: int,  # Side to test at, pixels
     batch: int = 64,  # Pictures at a time
     precision: str = "float32",  # Type to compute in
-    image_resize: str = "published",  # Or "modern": as the network was trained, see `30_data`
+    image_resize: str = "published",  # Or "modern": as the network was trained, see `29_transforms`
     between: Optional[Callable[[], None]] = None,  # Called before each batch; may raise
 ) -> Scores:
     "Measure weights on every validation picture"

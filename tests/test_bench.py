@@ -56,5 +56,7 @@ def test_bench_pixels_compares_the_device_with_the_host(tmp_path, capsys, monkey
         assert row["seed"] == "0" and int(row["values"]) == 6 * 24 * 24 * 3
         assert int(row["differing"]) == 0 or row["image_resize"] == "modern"
     # A host that rounds is caught.
-    monkeypatch.setattr(bench_pixels.d, "_to_bytes", lambda v, _: np.rint(v).astype(np.uint8))
+    monkeypatch.setattr(
+        bench_pixels.transforms, "_to_bytes", lambda v, _: np.rint(v).astype(np.uint8)
+    )
     assert bench_pixels.main(words[:4]) == 1 and "NOT met" in capsys.readouterr().out

@@ -59,12 +59,12 @@ def plain_norm(v, groups, activated):
 
 
 def own_norm(v, groups, activated):
-    gate = tuple(v[k] for k in ("k1", "b1", "k2", "b2")) if "k1" in v else None
+    gate = ((v["k1"], v["b1"]), (v["k2"], v["b2"])) if "k1" in v else None
     vectors = (v["gamma"], v.get("beta"), v.get("mean"), v.get("inv_std"))
     x = tiles.by_groups(v["x"]) if gate is not None else v["x"]
     grouped = x.shape[-1] % 16 == 0 and gate is None and "shortcut" not in v
-    more = (gate, v.get("shortcut"), None, groups, activated, grouped)
-    y = norm.fused_norm(x, *vectors, *more)
+    how = norm.NormOptions(groups, activated, grouped)
+    y = norm.fused_norm(x, *vectors, gate, (v.get("shortcut"), None), how)
     return tiles.by_pixels(y) if grouped else y
 
 
@@ -103,7 +103,7 @@ def test_a_dropped_branch_leaves_the_shortcut():
     rng = np.random.default_rng(1)
     x, shortcut = (jnp.asarray(rng.normal(size=(2, 4, 4, 16)), "float32") for _ in range(2))
     keep = jnp.asarray([0.0, 1.25])
-    y = norm.fused_norm(x, shortcut=shortcut, keep=keep, activated=False)
+    y = norm.fused_norm(x, residual=(shortcut, keep), how=norm.NormOptions(activated=False))
     np.testing.assert_array_equal(y[0], shortcut[0])
     branch = normalise(get_ops("jax"), x[1:])
     np.testing.assert_allclose(y[1:], shortcut[1:] + 1.25 * branch, rtol=1e-5, atol=1e-5)
@@ -128,20 +128,20 @@ def test_group_convolution_equals_plain_one(shape, size, strides, kind):
 
 def test_norm_groups_must_divide():
     with pytest.raises(ValueError, match="norm_groups=5, channels=24"):
-        norm.fused_norm(np.zeros((1, 2, 2, 24), "float32"), norm_groups=5)
+        norm.fused_norm(np.zeros((1, 2, 2, 24), "float32"), how=norm.NormOptions(norm_groups=5))
 
 
 @pytest.mark.parametrize("norm, training", [("LN_PN", True), ("GN", False)])
-def test_a_block_is_the_same_through_the_hooks(norm, training):
+def test_a_block_is_the_same_through_the_kernels(norm, training):
     from effnet_repro.mbconv import mbconv
-    from effnet_repro.network import _block_params, initial_value
+    from effnet_repro.network import block_params, initial_value
     from effnet_repro.ops import Rng
     from effnet_repro.scaling import Block, ModelSpec
 
     spec = ModelSpec(norm=norm, norm_groups=1 if norm == "LN_PN" else 4)
     block = Block("block2b", 3, 1, 16, 64, 16, 4, 16, True, True, 0.5)
     rng = np.random.default_rng(0)
-    table = [p for part in _block_params(spec, block) for p in part]
+    table = [p for part in block_params(spec, block) for p in part]
     weights = {p.name: initial_value(p, rng) + 0.1 * rng.normal(size=p.shape) for p in table}
     weights = {n: w.astype("float32") for n, w in weights.items()}
     x = rng.normal(size=(3, 6, 6, 16)).astype("float32")

@@ -21,12 +21,12 @@ from .mbconv import Scope, mbconv, norm_act
 from effnet_repro.network import (
     IMAGENET_STD,
     Param,
-    _block_params,
-    _norm_params,
+    block_params,
     check_matches,
     fold_proxies,
     initial_value,
     input_affine,
+    norm_params,
     pack,
     params,
     segments,
@@ -476,7 +476,7 @@ class ProxyNormAct(ParamLayer):
                 f"`norm_groups` must divide the channels. Received: norm_groups={self.norm_groups}, "
                 f"channels={input_shape[-1]}."
             )
-        return _norm_params(self.spec, "act", input_shape[-1])
+        return norm_params(self.spec, "act", input_shape[-1])
 
     def compute(self, ops, weights, x, rng):
         return norm_act(ops, self.spec, Scope(weights, "act"), x, rng)[0]
@@ -516,7 +516,7 @@ class MBConv(ParamLayer):
 
     def declare(self, input_shape):
         self.block = self._block(input_shape[-1])
-        return tuple(p for part in _block_params(self.spec, self.block) for p in part)
+        return tuple(p for part in block_params(self.spec, self.block) for p in part)
 
     def _block(self, channels):
         wide, own = channels * self.spec.expand_ratio, self.own

@@ -18,13 +18,6 @@ from .scaling import same_padding
 class _Composed:
     "Steps of the network that follow from the rest; a namespace may know a faster way"
 
-    normalise_gate = normalise_add = None  # Hooks: with squeeze and excitation, with a shortcut
-    conv_normalise = None  # Hook: convolution, norm, swish and proxy at once
-    proxy_statistics = None  # Hook: what 12_proxy_norm computes, in one step
-
-    def for_groups(self, group_size):  # The namespace for convolutions in groups of that size
-        return self
-
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))
 
@@ -45,7 +38,6 @@ class NumpyOps(_Composed):
     "The namespace in NumPy: the reference, in any precision"
 
     name = "numpy"
-    normalise = None  # Hook for a fused norm + affine + activation + proxy: see 11_norms
 
     def asarray(self, x, dtype=None):
         return np.asarray(x, dtype)
@@ -160,7 +152,6 @@ class TFOps(_Composed):
     "The namespace in TensorFlow: eager, `tf.function` or v1 graph"
 
     name = "tensorflow"
-    normalise = None
 
     def __init__(self):
         import tensorflow as tf
@@ -334,7 +325,6 @@ class JAXOps(_Composed):
     "The namespace in JAX"
 
     name = "jax"
-    normalise = None
 
     def __init__(self):
         import jax

@@ -6,6 +6,7 @@
 __all__ = ['PROXY_EPSILON', 'NUM_QUANTILES', 'gaussian_quantiles', 'proxy_statistics', 'fold', 'half_proxy_statistics']
 
 # %% ../nbs/12_proxy_norm.ipynb #e7536d10
+import functools
 from statistics import NormalDist
 
 import numpy as np
@@ -22,6 +23,7 @@ def gaussian_quantiles(
     return np.array([NormalDist().inv_cdf((i + 0.5) / n) for i in range(n)])
 
 # %% ../nbs/12_proxy_norm.ipynb #f14f6340
+@functools.singledispatch
 def proxy_statistics(
     ops,  # Tensor operations
     gamma,  # Scale of the norm, (C,) float32
@@ -30,8 +32,6 @@ def proxy_statistics(
     beta_prime,  # Proxy's mean, (C,) float32, starts at 0
 ):  # Mean and 1/std of the activated proxy, each (C,) float32
     "Compute what the activation does to a Gaussian channel"
-    if ops.proxy_statistics is not None:
-        return ops.proxy_statistics(gamma, beta, gamma_prime, beta_prime)
     q = ops.const(gaussian_quantiles()[:, None], ops.dtype(gamma))
     y = q * (1.0 + gamma_prime) + beta_prime  # (quantiles, C)
     a = ops.swish(gamma * y + beta)

@@ -6,6 +6,7 @@ from effnet_repro.augment import mix
 from effnet_repro.ipu import FedMasks, draws
 from effnet_repro.network import params, run, segments
 from effnet_repro.ops import TFOps, get_ops
+from effnet_repro.proxy_norm import proxy_statistics
 from effnet_repro.recipe import (
     decay_mask,
     rmsprop_settings,
@@ -24,6 +25,11 @@ def make_pictures(case, num_classes, updates=1, seed=0):
     return rng.integers(0, 256, size, "uint8"), rng.integers(0, num_classes, (updates, n), "int32")
 
 
+class HalfOps(TFOps):
+    "TensorFlow's operations with the proxy statistics of the 16-bit cases"
+
+
+@proxy_statistics.register(HalfOps)
 def half_statistics(ops, gamma, beta, gamma_prime, beta_prime):
     "Proxy statistics of the 16-bit cases: 200 quantiles in float16, moments summed in float32"
     import tensorflow as tf
@@ -42,9 +48,7 @@ def half_statistics(ops, gamma, beta, gamma_prime, beta_prime):
 
 def arithmetic(case):
     "Tensor operations, type of activations and type of weights of a case's precision"
-    ops = TFOps()
-    if case.precision != "32.32":
-        ops.proxy_statistics = lambda *four: half_statistics(ops, *four)
+    ops = TFOps() if case.precision == "32.32" else HalfOps()
     compute = "float32" if case.precision == "32.32" else "float16"
     return ops, compute, "float16" if case.precision == "16.16" else "float32"
 

@@ -51,10 +51,10 @@ from effnet_repro.network import (
     segments,
     spec_of_arrays,
 )
-from .norms import EPSILON, normalise
+from .norms import EPSILON, check_activation, normalise
 from .ops import NumpyOps, Rng, TFOps
 from .pipeline import check_accumulation, split_segments
-from .proxy_norm import half_proxy_statistics
+from .proxy_norm import half_proxy_statistics, proxy_statistics
 from effnet_repro.recipe import (
     add_weight_decay,
     count_correct,
@@ -625,33 +625,44 @@ class IPUOps(TFOps):
         compute: str = "float32",  # Type of activations; with float16 the proxies are in float16, too
     ):
         super().__init__()
-        if compute == "float16":
-            self.proxy_statistics = functools.partial(half_proxy_statistics, self)
+        self.compute = compute
         self.swish = graphcore.ipu.nn_ops.swish
         popnn = importlib.import_module("tensorflow.compiler.plugin.poplar.ops.gen_popnn_ops")
-        self._group_norm = popnn.popnn_group_norm_training
+        self.group_norm = popnn.popnn_group_norm_training
 
-    def normalise(self, x, gamma, beta, norm_groups, statistics, activation, proxy):
-        if statistics is not None:  # batch norm, at inference
-            return normalise(TFOps(), x, gamma, beta, 1, statistics, activation, proxy)
-        kind, channels = self.dtype(x), self.shape(x)[-1]
-        gamma = self.const(np.ones(channels), kind) if gamma is None else self.cast(gamma, kind)
-        beta = self.const(np.zeros(channels), kind) if beta is None else self.cast(beta, kind)
-        y, _, _ = self._group_norm(
-            inputs=x,
-            gamma=gamma,
-            beta=beta,
-            data_format="NHWC",
-            epsilon=EPSILON,
-            num_groups=norm_groups,
-            strided_channel_grouping=True,
-        )
-        y = self.swish(y) if activation == "swish" else y
-        if proxy is not None:
-            mean, inv_std = proxy
-            y = y - self.cast(mean, kind)
-            y = y if inv_std is None else y * self.cast(inv_std, kind)
-        return y
+# %% ../nbs/36_ipu.ipynb #77f32bcd
+@normalise.register(IPUOps)
+def _ipu_normalise(
+    ops, x, gamma=None, beta=None, norm_groups=1, statistics=None, activation=None, proxy=None
+):
+    if statistics is not None:  # batch norm, at inference
+        return normalise(TFOps(), x, gamma, beta, 1, statistics, activation, proxy)
+    check_activation(activation)
+    kind, channels = ops.dtype(x), ops.shape(x)[-1]
+    gamma = ops.const(np.ones(channels), kind) if gamma is None else ops.cast(gamma, kind)
+    beta = ops.const(np.zeros(channels), kind) if beta is None else ops.cast(beta, kind)
+    y, _, _ = ops.group_norm(
+        inputs=x,
+        gamma=gamma,
+        beta=beta,
+        data_format="NHWC",
+        epsilon=EPSILON,
+        num_groups=norm_groups,
+        strided_channel_grouping=True,
+    )
+    y = ops.swish(y) if activation == "swish" else y
+    if proxy is not None:
+        mean, inv_std = proxy
+        y = y - ops.cast(mean, kind)
+        y = y if inv_std is None else y * ops.cast(inv_std, kind)
+    return y
+
+
+@proxy_statistics.register(IPUOps)
+def _ipu_proxy_statistics(ops, gamma, beta, gamma_prime, beta_prime):
+    half = ops.compute == "float16"
+    own = half_proxy_statistics if half else proxy_statistics.dispatch(TFOps)
+    return own(ops, gamma, beta, gamma_prime, beta_prime)
 
 # %% ../nbs/36_ipu.ipynb #72271a9f
 def make_optimizer(

@@ -1,5 +1,9 @@
 """Records that are written, read, cut off, damaged or foreign."""
 
+import sys
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import tensorflow as tf
 from hypothesis import given
@@ -80,3 +84,48 @@ def test_noise_is_refused_or_read(data):
         assert isinstance(d.parse_example(data), dict)
     except ValueError as error:
         assert "tf.train.Example" in str(error)
+
+
+# --- checksums -------------------------------------------------------------------------------
+
+
+def crc_without_library(data, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(tfrecord, "_fast_crc32c", lambda: None)
+        return d.crc32c(data)
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 63, 64, 1024, 1025, 5000])
+def test_checksums_by_either_way_are_those_of_bytes(size, monkeypatch):
+    data = bytes(d.random_bits(3, np.arange(size)).astype(np.uint8))
+    expected = tfrecord._crc_of_bytes(data)
+    assert crc_without_library(data, monkeypatch) == d.crc32c(data) == expected
+    assert d.crc32c(memoryview(data)) == expected
+
+
+def test_checksums_of_the_rfc(monkeypatch):
+    for data, crc in [
+        (b"123456789", 0xE3069283),
+        (bytes(32), 0x8A9136AA),
+        (b"\xff" * 32, 0x62A8AB43),
+    ]:
+        assert d.crc32c(data) == crc_without_library(data, monkeypatch) == crc
+
+
+@pytest.mark.parametrize("made, used", [("c", True), ("python", False)])
+def test_the_library_is_used_where_it_is_fast(made, used, monkeypatch):
+    library = SimpleNamespace(implementation=made, value=lambda data: 7)
+    monkeypatch.setitem(sys.modules, "google_crc32c", library)
+    tfrecord._fast_crc32c.cache_clear()
+    try:
+        assert (d.crc32c(b"123456789") == 7) == used
+    finally:
+        tfrecord._fast_crc32c.cache_clear()
+
+
+def test_the_library_agrees():
+    library = pytest.importorskip(
+        "google_crc32c", reason="google-crc32c is in the lock: run `make venv`"
+    )
+    data = bytes(range(256)) * 9
+    assert library.value(data) == tfrecord._crc_of_lanes(data)

@@ -41,11 +41,11 @@ def test_processes_share_each_batch(count, batch, shards, run):
         parts = []
         for index in range(shards):
             local = batch // shards
-            plan = order.BatchOrder(count, 3, batch, local, index * local, run)
+            plan = order.BatchOrder(count, 3, batch, (index, shards), run)
             pictures, places = plan.take(update, 0, local)
             parts.append(pictures)
             assert (places // count == update // (count // batch)).all()
-        whole = order.BatchOrder(count, 3, batch, batch, 0, run).take(update, 0, batch)[0]
+        whole = order.BatchOrder(count, 3, batch, run=run).take(update, 0, batch)[0]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
         assert len(set(whole)) == batch
 
@@ -60,7 +60,7 @@ def test_every_validation_picture_counts_once(count, batch, shards):
 
 
 def test_coming_run_is_what_is_read_later():
-    plan = order.BatchOrder(count=64 * 600, seed=1, batch=64, local=64, first=0, run=64)
+    plan = order.BatchOrder(count=64 * 600, seed=1, batch=64, run=64)
     announced = np.concatenate([plan.coming(update, 0) for update in range(256)])
     later = np.concatenate([plan.take(update, 0, 64)[0] for update in range(256, 512)])
     np.testing.assert_array_equal(np.sort(announced), np.sort(later))

@@ -19,7 +19,7 @@ from pictures import (
 )
 
 from effnet_repro import data as d
-from effnet_repro.data import decode, tf_reader, transforms
+from effnet_repro.data import decode, device, tf_reader, threads, transforms
 from effnet_repro.testing import test_allclose as check_close
 
 check_close.__test__ = False
@@ -145,13 +145,11 @@ def test_jpegs_of_published_cases_are_decoded_fast(sample, tmp_path, monkeypatch
     accurate = [decode.decode_image(e).astype(int) for e in encoded]
     assert 0.5 < np.mean([np.abs(a - b).mean() for a, b in zip(accurate, theirs)]) < 1.5
     kept = {how: d.load_arrays(sample, "validation", 32, how)[0] for how in transforms.RESIZES}
-    decode._say_accurate.cache_clear()
     monkeypatch.setattr(decode, "has_fast_dct", lambda: False)  # Pillow alone: it is said, once
     for how in 2 * transforms.RESIZES:
         images, _ = d.load_arrays(sample, "validation", 32, how)
         assert np.array_equal(images, kept[how]) == (how == "modern")
     assert capsys.readouterr().out.count("accurate DCT") == 1
-    decode._say_accurate.cache_clear()
     next(d.array_batches(sample, 16, 8, image_resize="modern"))
     d.load_arrays(d.open_data(folders(tmp_path, FOLDERS), verbose=False), "train", 8)  # no JPEGs
     assert capsys.readouterr().out == ""
@@ -190,3 +188,49 @@ def test_an_abandoned_stream_stops(sample):
     stream.close()
     with pytest.raises(StopIteration):
         next(stream)
+
+
+# --- what readers keep ------------------------------------------------------------------------
+
+
+def test_decoded_images_stay_with_their_data_set(tmp_path, capsys):
+    "Two data sets beside each other are decoded once each, and a DCT at a time is kept"
+    for name in "ab":
+        write(tmp_path / name, "train", [record(encode(picture(20, 24, i))) for i in range(4)])
+    a, b = (d.open_data(tmp_path / name, verbose=False) for name in "ab")
+    for data in (a, b, a, b):
+        next(d.device_batches(data, 16, 4))
+    assert capsys.readouterr().out.count("stay on the device") == 2
+    fast, pixels = a.kept["on the device"]
+    assert fast and pixels.pixels.shape == (4 * 20 * 24, 3)
+    next(d.device_batches(a, 16, 4, image_resize="modern"))
+    assert not a.kept["on the device"][0] and b.kept["on the device"][0]
+    assert a == d.open_data(tmp_path / "a", verbose=False)  # what is kept is no part of the data
+
+
+def test_the_size_of_images_is_looked_at_once(sample, monkeypatch):
+    fits = d.fits_device(sample)
+    monkeypatch.setattr(device, "read_encoded", None)
+    assert d.fits_device(sample) == fits and not d.fits_device(sample, share=0)
+
+
+def test_batches_are_made_ahead():
+    begun, seen = [], []
+    for number in threads.made_ahead(lambda n: begun.append(n) or n, range(5)):
+        seen.append((number, len(begun)))
+    assert seen == [(0, 3), (1, 4), (2, 5), (3, 5), (4, 5)]
+
+
+def test_cores_are_those_of_the_process(monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 5, 7}, raising=False)
+    assert threads.core_count() == 3
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert threads.core_count() == 1
+
+
+def test_a_reader_that_does_not_validate_is_refused(sample):
+    with pytest.raises(ValueError, match="Unknown reader 'jax'"):
+        d.validation_batches(sample, 32, 8, reader="jax")
+    with pytest.raises(ValueError, match="Did you mean 'numpy'"):
+        d.training_batches(sample, 32, 8, reader="nump")

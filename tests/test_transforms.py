@@ -224,7 +224,7 @@ def test_published_window_is_computed_in_float32(height, width, image_size):
     new = [int(tf.cast(tf.cast(side, tf.float32) * ratio, tf.int32)) for side in (height, width)]
     corner = [(side - image_size) // 2 for side in new]
     assert d.validation_window(height, width, image_size) == (tuple(new), tuple(corner))
-    size, at = tf_reader._tf_window(tf.constant([height, width, 3]), image_size, "published")
+    size, at = tf_reader._window(tf.constant([height, width, 3]), image_size, "published")
     assert (list(size.numpy()), [int(a) for a in at]) == (new, corner)
 
 

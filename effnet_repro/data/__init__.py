@@ -2,8 +2,8 @@
 
 A folder: `catalog` (`open_data`) lists it by its layout (`layouts`, `tfrecord`, `cache`), the built-in one is
 made by `sample`, and `damage` finds what is broken. An image: `decode` makes pixels of its bytes, `order` says
-when it comes and `transforms` how it is cut and resized. A batch: `readers`, by way of `tf_reader`,
-`numpy_reader` or `device`.
+when it comes and `transforms` how it is cut and resized. A batch: `request` says what is wanted, `readers` hands
+that to `tf_reader`, `numpy_reader` or `device`.
 """
 
 from effnet_repro.data.catalog import DataSet, open_data
@@ -12,16 +12,18 @@ from effnet_repro.data.decode import picture_bytes
 from effnet_repro.data.device import fits_device
 from effnet_repro.data.figures import plot_pictures
 from effnet_repro.data.layouts import Split
-from effnet_repro.data.numpy_reader import load_arrays, validation_arrays
+from effnet_repro.data.numpy_reader import load_arrays
 from effnet_repro.data.order import epoch_order, random_bits, random_uniform
 from effnet_repro.data.readers import (
     array_batches,
     device_batches,
     training_batches,
     update_pictures,
+    validation_arrays,
+    validation_batches,
 )
 from effnet_repro.data.sample import sample_set
-from effnet_repro.data.tf_reader import tensorflow_arrays, validation_batches
+from effnet_repro.data.tf_reader import tensorflow_arrays
 from effnet_repro.data.tfrecord import (
     crc32c,
     make_example,

@@ -1,12 +1,13 @@
-"""What is in a folder: images, classes, damage, and fingerprints of all that."""
+"""What is in a folder: `open_data` lists images, classes and damage as a `DataSet`, which can sum itself up."""
 
+import functools
 import hashlib
 import itertools
 import json
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class DataSet:
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
     damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
+    # What readers found out about the images, as long as this object lives; a copy begins anew.
+    kept: Dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def fingerprint(
@@ -95,49 +98,6 @@ def _sum_up(dataset, name):
     return digest.hexdigest()[:16]
 
 
-def open_data(
-    data_dir=None,  # Folder of the data set; None = the built-in sample set
-    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
-    cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
-    *,
-    on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
-    verbose: bool = True,  # Print what was found
-) -> DataSet:
-    "List the pictures in `data_dir` and say what was found"
-    if data_format is not None and data_format not in OPENERS:
-        raise unknown_name("data_format", data_format, OPENERS)
-    if on_corrupt not in ("refuse", "skip"):
-        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
-    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
-        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
-    root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
-    if not root.is_dir():
-        raise FileNotFoundError(
-            f"`data_dir` must be a folder. Received: {str(data_dir)!r}, which "
-            f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
-        )
-    kind, root = (data_format, root) if data_format else recognize(root)
-    splits, names = OPENERS[kind](root, cache_dir)
-    num_classes, names = _classes(root, splits, names)
-    data = DataSet(
-        format=kind,
-        root=str(root),
-        num_classes=num_classes,
-        class_names=tuple(names.get(label, str(label)) for label in range(num_classes)),
-        train_count=len(splits["train"].label),
-        validation_count=len(splits["validation"].label),
-        files={name: len(split.files) for name, split in splits.items()},
-        builtin=data_dir is None,
-        splits=splits,
-    )
-    data = leave_out_damaged(data, cache_dir) if on_corrupt == "skip" else data
-    if verbose:
-        print(data.describe())
-        for place in data.damaged[:5]:
-            print(f"  left out: {place}")
-    return data
-
-
 _MOST_CLASSES = 100_000  # without an `info.json` that says otherwise
 
 
@@ -181,3 +141,47 @@ def _classes(root, splits, names):
                 f"({len(beyond)} pictures of the {name} split)."
             )
     return num_classes, names
+
+
+def open_data(
+    data_dir=None,  # Folder of the data set; None = the built-in sample set
+    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
+    *,
+    on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
+    verbose: bool = True,  # Print what was found
+) -> DataSet:
+    "List the pictures in `data_dir` and say what was found"
+    if data_format is not None and data_format not in OPENERS:
+        raise unknown_name("data_format", data_format, OPENERS)
+    if on_corrupt not in ("refuse", "skip"):
+        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
+        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
+    root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(
+            f"`data_dir` must be a folder. Received: {str(data_dir)!r}, which "
+            f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
+        )
+    kind, root = (data_format, root) if data_format else recognize(root)
+    say = functools.partial(print, flush=True)
+    splits, names = OPENERS[kind](root, cache_dir, say)
+    num_classes, names = _classes(root, splits, names)
+    data = DataSet(
+        format=kind,
+        root=str(root),
+        num_classes=num_classes,
+        class_names=tuple(names.get(label, str(label)) for label in range(num_classes)),
+        train_count=len(splits["train"].label),
+        validation_count=len(splits["validation"].label),
+        files={name: len(split.files) for name, split in splits.items()},
+        builtin=data_dir is None,
+        splits=splits,
+    )
+    data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data
+    if verbose:
+        print(data.describe())
+        for place in data.damaged[:5]:
+            print(f"  left out: {place}")
+    return data

@@ -1,12 +1,14 @@
-"""Images that cannot be decoded, found before a run and left out of it."""
+"""Images that cannot be decoded, found before a run and left out of it.
+
+What is off the list has no place in any epoch's order: the stream stays a function of seed and update.
+"""
 
 import contextlib
 import json
-import os
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Dict
+from typing import Callable, Dict
 
 import numpy as np
 
@@ -14,6 +16,7 @@ from effnet_repro.data.cache import cache_folder, file_stamp
 from effnet_repro.data.decode import decode_image, located, read_encoded
 from effnet_repro.data.layouts import make_split
 from effnet_repro.data.tfrecord import masked_crc, scan_tfrecord
+from effnet_repro.data.threads import core_count
 
 
 def find_damaged(
@@ -21,7 +24,7 @@ def find_damaged(
     split: str,  # "train" or "validation"
     pictures=None,  # Numbers of the pictures to look at; None = all, and the records' checksums
 ) -> Dict[int, str]:  # Number of each damaged picture -> what is wrong, and where it is
-    "Decode pictures and list those that cannot be"
+    """Decode pictures and list those that cannot be"""
     places = dataset.splits[split]
     chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
 
@@ -36,7 +39,7 @@ def find_damaged(
                 found[int(i)] = str(error)
         return found
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(core_count()) as pool:
         parts = np.array_split(chosen, -(-len(chosen) // 64) or 1)
         found = {i: text for part in pool.map(look, parts) for i, text in part.items()}
     if dataset.format == "tfrecord" and pictures is None:
@@ -68,15 +71,18 @@ def _without(places, gone):
     return make_split(places.files, *columns, boxes)
 
 
-def leave_out_damaged(dataset, cache_dir):
-    "The data set without its damaged pictures; which ones, is kept in the cache"
+def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):
+    """Return the `DataSet` without its damaged images, which it names in `damaged`.
+
+    Which ones these are, is kept in the cache folder; `say` is told when images must be decoded to find out.
+    """
     splits, damaged = {}, []
     for name, places in dataset.splits.items():
         kept = cache_folder(cache_dir) / "damaged" / f"{file_stamp(places.files)}.json"
         try:
             found = {int(i): str(text) for i, text in json.loads(kept.read_text()).items()}
         except (OSError, ValueError, AttributeError):  # not there, or not whole: look again
-            print(f"data: decoding {len(places.label):,} {name} pictures, once", flush=True)
+            say(f"data: decoding {len(places.label):,} {name} pictures, once")
             found = find_damaged(dataset, name)
             with contextlib.suppress(OSError):  # it is only a cache
                 kept.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,9 @@
-"""From the bytes of a file to pixels: JPEG with either DCT, and everything else by way of Pillow."""
+"""From the bytes of a file to pixels: here a JPEG becomes an array, in `decode_image`.
+
+`read_encoded` fetches an image of a data set and makes sure that all decoders agree about it (`picture_bytes`);
+`decode_image` gives its pixels, with the fast DCT of the published runs or the accurate one. The reader of
+TensorFlow decodes the same bytes with operations of its own.
+"""
 
 import contextlib
 import functools
@@ -22,8 +27,8 @@ def _jpeg_shape(data):
     return 0, 0, 0
 
 
-def encode_bmp(pixels):
-    "A (H, W, 3) uint8 picture as a 24-bit BMP: rows from the bottom up, blue first"
+def encode_bmp(pixels: np.ndarray) -> bytes:
+    """Return an image (H, W, 3) uint8 as a 24-bit BMP: rows from the bottom up, blue first."""
     h, w, _ = pixels.shape
     body = np.zeros((h, -(-3 * w // 4) * 4), np.uint8)  # rows are filled up to 4 bytes
     body[:, : 3 * w] = pixels[::-1, :, ::-1].reshape(h, 3 * w)
@@ -66,8 +71,12 @@ def _decode_fast(data, strict):
         return None
 
 
-def decode_image(data, fast=False):
-    "An image as (H, W, 3) uint8, if wanted with the fast DCT where that can be done"
+def decode_image(data: bytes, fast: bool = False) -> np.ndarray:
+    """Return the pixels of an image file, (H, W, 3) uint8.
+
+    `fast` asks for the fast DCT of a JPEG, which needs simplejpeg; where that cannot be done, it is the accurate
+    one. Raises `ValueError`, of one line, for a file that is damaged or no image.
+    """
     pixels = _decode_fast(data, strict=True) if fast else None
     if pixels is None:
         pixels = _decode_accurate(data)  # decides whether the file is damaged
@@ -77,16 +86,9 @@ def decode_image(data, fast=False):
 
 
 @functools.lru_cache(maxsize=1)
-def has_fast_dct():
+def has_fast_dct() -> bool:
+    """Return whether simplejpeg is installed, which has the fast DCT."""
     return find_spec("simplejpeg") is not None
-
-
-@functools.lru_cache(maxsize=1)
-def _say_accurate():
-    print(
-        "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, whose "
-        "colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
-    )
 
 
 def _has_jpegs(dataset):
@@ -97,17 +99,31 @@ def _has_jpegs(dataset):
     return any(path.lower().endswith((".jpg", ".jpeg")) for path in files)
 
 
-def wants_fast_dct(dataset, image_resize):
-    "Whether JPEGs are decoded as in the published runs; says so where no decoder can"
-    if image_resize == "published" and not has_fast_dct() and _has_jpegs(dataset):
-        _say_accurate()
-    return image_resize == "published"
+def wants_fast_dct(dataset, image_resize: str) -> bool:
+    """Return whether JPEGs are decoded as in the published runs; where no decoder can, say so once a data set."""
+    wanted = image_resize == "published"
+    if (
+        wanted
+        and not has_fast_dct()
+        and _has_jpegs(dataset)
+        and "said accurate" not in dataset.kept
+    ):
+        dataset.kept["said accurate"] = True
+        print(
+            "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, "
+            "whose colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
+        )
+    return wanted
 
 
 def picture_bytes(
     data: bytes,  # A picture file: JPEG, PNG or whatever Pillow reads
 ) -> Tuple[bytes, Tuple[int, int]]:  # A gray or RGB JPEG or a BMP; height and width
-    "Make sure that all decoders agree on `data`"
+    """Make sure that all decoders agree on `data`
+
+    A gray or RGB JPEG passes untouched; anything else becomes a BMP, which has one meaning only. Raises
+    `ValueError` for a file that cannot be decoded.
+    """
     height, width, channels = _jpeg_shape(data)
     if height and width and channels in (1, 3):
         return data, (height, width)
@@ -115,8 +131,12 @@ def picture_bytes(
     return encode_bmp(pixels), pixels.shape[:2]
 
 
-def read_encoded(dataset, split, i):
-    "Encoded picture (JPEG or BMP) and its (height, width)"
+def read_encoded(dataset, split: str, i: int) -> Tuple[bytes, Tuple[int, int]]:
+    """Return image `i` of a split of a `DataSet` as JPEG or BMP, and its height and width in pixels.
+
+    Raises `ValueError` with the place of an image that is cut off or cannot be decoded; only headers of JPEGs are
+    looked at.
+    """
     places = dataset.splits[split]
     path, at = places.files[places.file[i]], int(places.offset[i])
     with open(path, "rb", buffering=0) as file:
@@ -132,8 +152,8 @@ def read_encoded(dataset, split, i):
 
 
 @contextlib.contextmanager
-def located(dataset, split, i):
-    "Let an error about a picture say where the picture is, and the way out"
+def located(dataset, split: str, i: int):
+    """Let a `ValueError` about an image say where the image is, and the way out."""
     try:
         yield
     except ValueError as error:

@@ -1,80 +1,91 @@
-"""The reader of a GPU under JAX: cutting and resizing on the device, of images that stay there or are sent."""
+"""The reader of a GPU under JAX: the device cuts and resizes, images that stay there or are sent.
+
+A set that fits is decoded once and its pixels stay on the device (`_resident`); an update then sends numbers only:
+which images, which rectangles, which are mirrored. Of a larger set the rectangles are decoded and sent (`_streamed`).
+"""
 
 import functools
 import itertools
-import os
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
+from effnet_repro.data.request import TrainRequest
+from effnet_repro.data.threads import core_count, made_ahead
 from effnet_repro.data.transforms import validation_window
 
+PIECE = 8  # Images of a batch that a thread decodes at a time
 
-class _Pixels(NamedTuple):
-    "Pictures on the device of JAX, one after the other"
 
-    pixels: Any  # (P, 3) uint8
-    begin: np.ndarray  # First pixel of each picture, (n,)
+class Pixels(NamedTuple):
+    """Images on the device, one after the other."""
+
+    pixels: Any  # (P, 3) uint8, on the device
+    begin: np.ndarray  # First pixel of each image, (n,)
     sizes: np.ndarray  # Height and width, (n, 2)
 
 
-def lay_out(pictures, most=None):
-    "Bring pictures (H, W, 3) to the device; filled up to `most` pixels, so that few programs are compiled"
+class _Batch(NamedTuple):
+    "What the device needs for an update"
+
+    pixels: Any  # As in `Pixels`
+    begin: np.ndarray  # (B,)
+    sizes: np.ndarray  # (B, 2)
+    parts: np.ndarray  # Top, left, height, width of each rectangle, (B, 4)
+    flips: np.ndarray  # (B,) bool
+    labels: np.ndarray  # (B,) int32
+
+
+def lay_out(images: Sequence[np.ndarray], most: Optional[int] = None) -> Pixels:
+    """Bring images (H, W, 3) to the device; filled up to `most` pixels, so that few programs are compiled."""
     import jax.numpy as jnp
 
-    sizes = np.array([p.shape[:2] for p in pictures], np.int32)
+    sizes = np.array([image.shape[:2] for image in images], np.int32)
     ends = np.cumsum(sizes.prod(1))
     pixels = np.empty((most or ends[-1], 3), np.uint8)
-    np.concatenate([p.reshape(-1, 3) for p in pictures], out=pixels[: ends[-1]])
-    return _Pixels(jnp.asarray(pixels), (ends - sizes.prod(1)).astype(np.int32), sizes)
+    np.concatenate([image.reshape(-1, 3) for image in images], out=pixels[: ends[-1]])
+    return Pixels(jnp.asarray(pixels), (ends - sizes.prod(1)).astype(np.int32), sizes)
 
 
 def _decode_all(dataset, fast):
-    def picture(i):
-        encoded, _ = read_encoded(dataset, "train", i)
-        with located(dataset, "train", i):
+    def image(number):
+        encoded, _ = read_encoded(dataset, "train", number)
+        with located(dataset, "train", number):
             return decode_image(encoded, fast)
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        found = lay_out(list(pool.map(picture, range(dataset.train_count))))
+    with ThreadPoolExecutor(core_count()) as pool:
+        found = lay_out(list(pool.map(image, range(dataset.train_count))))
     size = found.pixels.nbytes / 2**20
     print(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
     return found
 
 
-_kept = {}  # the training split of one data set -> its pictures
-
-
 def _on_device(dataset, fast):
-    split = dataset.splits["train"]
-    if _kept.get("split") is not split or _kept["fast"] != fast:
-        _kept.clear()
-        _kept.update(split=split, fast=fast, decoded=_decode_all(dataset, fast))
-    return _kept["decoded"]
-
-
-_sampled = {}  # the training split of one data set -> the mean number of pixels of its pictures
+    "The decoded training images, which stay on the device as long as `dataset` lives, with one DCT at a time"
+    kept = dataset.kept.get("on the device")
+    if kept is None or kept[0] != fast:
+        dataset.kept.pop("on the device", None)  # makes room first
+        kept = dataset.kept["on the device"] = fast, _decode_all(dataset, fast)
+    return kept[1]
 
 
 def _mean_pixels(dataset):
-    "The mean over 64 pictures, which are looked at once"
-    split = dataset.splits["train"]
-    if _sampled.get("split") is not split:
+    "The mean over 64 training images, which are looked at once"
+    if "mean pixels" not in dataset.kept:
         some = np.linspace(0, dataset.train_count - 1, min(dataset.train_count, 64)).astype(int)
         sizes = np.array([read_encoded(dataset, "train", i)[1] for i in some])
-        _sampled.update(split=split, pixels=sizes.prod(1).mean())
-    return _sampled["pixels"]
+        dataset.kept["mean pixels"] = sizes.prod(1).mean()
+    return dataset.kept["mean pixels"]
 
 
 def fits_device(
     dataset: DataSet,  # From `open_data`
     share: float = 0.125,  # Of the device's memory that the decoded pictures may take
 ) -> bool:
-    "Say whether the training pictures of a data set fit on the device of JAX"
+    """Say whether the training pictures of a data set fit on the device of JAX"""
     import jax
 
     memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
@@ -163,65 +174,66 @@ def _modern_cutter():
     return jax.jit(cut, static_argnums=7)
 
 
-def cutter(image_resize):
+def cutter(image_resize: str):
+    """Return the compiled function that cuts and resizes: see `_published_cutter` and `_modern_cutter`."""
     return _published_cutter() if image_resize == "published" else _modern_cutter()
 
 
-def device_arrays(dataset, plan, inputs, how):
-    "The stream of `training_batches` on the device"
-    source = _resident if fits_device(dataset) else _streamed
-    square, cut = (how.image_size, how.image_size), cutter(how.image_resize)
-    fast = wants_fast_dct(dataset, how.image_resize)
-    for at, begin, whole, part, flips, labels in source(dataset, plan, inputs, how, fast):
-        new, corner = np.tile(square, (len(part), 1)), np.zeros((len(part), 2))
-        if not how.random:
-            windows = np.array([validation_window(*size, *how[:2]) for size in whole])
-            new, corner = windows[:, 0], windows[:, 1]
-            flips = np.zeros(len(part), bool)
-        numbers = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
-        yield cut(at, begin, whole[:, 1], part, *numbers, how.image_size), labels
-
-
-def whole_images(sizes):
+def whole_images(sizes: np.ndarray) -> np.ndarray:
+    """Return the rectangles (n, 4) that cover images of these heights and widths, (n, 2)."""
     return np.concatenate([0 * sizes, sizes], 1)
 
 
-def _resident(dataset, plan, inputs, how, fast):
-    "Pictures that stay: pixels, first pixels, sizes, rectangles, flips, labels"
-    kept = _on_device(dataset, fast)
-    for update in itertools.count(how.first_update):
-        pictures, part, flips, labels = inputs(update, 0, plan.local, kept.sizes)
-        sizes = kept.sizes[pictures]
-        part = part if how.random else whole_images(sizes)
-        yield kept.pixels, kept.begin[pictures], sizes, part, flips, labels
+def training_stream(request: TrainRequest) -> Iterator[Tuple[Any, np.ndarray]]:
+    """Yield images (B, S, S, 3) uint8 on the device and labels (B,) int32 of one update after the other."""
+    source = _resident if fits_device(request.dataset) else _streamed
+    size, cut = request.image_size, cutter(request.image_resize)
+    fast = wants_fast_dct(request.dataset, request.image_resize)
+    for pixels, begin, sizes, parts, flips, labels in source(request, fast):
+        new, corner = np.tile((size, size), (len(parts), 1)), np.zeros((len(parts), 2))
+        if not request.random:
+            windows = [validation_window(*one, size, request.image_resize) for one in sizes]
+            new, corner = np.array(windows).swapaxes(0, 1)
+            flips = np.zeros(len(parts), bool)
+        numbers = (parts[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
+        yield cut(pixels, begin, sizes[:, 1], parts, *numbers, size), labels
 
 
-def _streamed(dataset, plan, inputs, how, fast):
-    "The same of pictures that are decoded for each update; of a picture only the rectangle is sent"
+def _resident(request, fast):
+    "Yield the batches of images that stay"
+    kept, order = _on_device(request.dataset, fast), request.order
+    for update in itertools.count(request.first_update):
+        images, places = order.take(update, 0, order.local)
+        sizes = kept.sizes[images]
+        parts, flips, labels = request.draw(images, places, sizes)
+        parts = parts if request.random else whole_images(sizes)
+        yield _Batch(kept.pixels, kept.begin[images], sizes, parts, flips, labels)
 
-    def part(update, begin):
-        end = min(begin + 8, plan.local)
-        encoded, crops, flips, labels = inputs(update, begin, end)
-        images = []
-        for i, data, crop in zip(plan.take(update, begin, end)[0], encoded, crops):
-            with located(dataset, "train", i):
-                top, left, height, width = crop if how.random else (0, 0, None, None)
-                image = decode_image(data, fast)
-                images.append(image[top:, left:][:height, :width])
-        return images, flips, labels
+
+def _streamed(request, fast):
+    "Yield the batches of images that are decoded for each update; of an image only the rectangle is sent"
+
+    def rectangle(number, data, crop):
+        top, left, height, width = crop if request.random else (0, 0, None, None)
+        with located(request.dataset, "train", number):
+            return decode_image(data, fast)[top:, left:][:height, :width]
+
+    def piece(update, begin):
+        some = request.read(update, begin, min(begin + PIECE, request.order.local))
+        return [rectangle(*one) for one in zip(*some[:3])], some.flips, some.labels
 
     def assemble(pieces):
-        images, flips, labels = zip(*(piece.result() for piece in pieces))
+        images, flips, labels = zip(*(one.result() for one in pieces))
         images = sum(images, [])
         pixels = sum(image.shape[0] * image.shape[1] for image in images)
         step = 2 ** max(pixels.bit_length() - 3, 0)
         sent = lay_out(images, -(-pixels // step) * step)
-        return (*sent, whole_images(sent.sizes), np.concatenate(flips), np.concatenate(labels))
+        parts = whole_images(sent.sizes)
+        return _Batch(*sent, parts, np.concatenate(flips), np.concatenate(labels))
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool, ThreadPoolExecutor(1) as assembler:
-        ahead = deque()
-        for update in itertools.count(how.first_update):
-            pieces = [pool.submit(part, update, i) for i in range(0, plan.local, 8)]
-            ahead.append(assembler.submit(assemble, pieces))
-            if len(ahead) > 2:  # two batches are made while one is used
-                yield ahead.popleft().result()
+    with ThreadPoolExecutor(core_count()) as pool, ThreadPoolExecutor(1) as assembler:
+        begins = range(0, request.order.local, PIECE)
+        pieces = lambda update: [pool.submit(piece, update, i) for i in begins]
+        begin = lambda update: assembler.submit(assemble, pieces(update))
+        for batch in made_ahead(begin, itertools.count(request.first_update)):
+            yield batch.result()

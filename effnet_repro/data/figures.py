@@ -1,4 +1,4 @@
-"""Images in a grid."""
+"""Figures of images."""
 
 import itertools
 from typing import Sequence

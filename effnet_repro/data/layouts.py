@@ -1,4 +1,8 @@
-"""The three layouts of a folder, each listed as places of images: TFRecords, class folders, CIFAR."""
+"""The three layouts of a folder, each listed as places of images: TFRecords, class folders, CIFAR.
+
+An opener takes the folder, the cache folder and a function that says a line to the user, and returns
+`({"train": Split, "validation": Split}, {label: name of the class})`. `recognize` tells which one is due.
+"""
 
 import json
 import mmap
@@ -28,7 +32,8 @@ class Split(NamedTuple):
     box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
 
 
-def make_split(paths, file, offset, length, label, boxes=()):
+def make_split(paths, file, offset, length, label, boxes=()) -> Split:
+    """Return a `Split` of these columns, an entry for each image; `boxes` are arrays (m, 4), or none at all."""
     numbers = [np.asarray(values, np.int64) for values in (file, offset, length)]
     counts = [len(found) for found in boxes] if len(boxes) else np.zeros(len(label), int)
     flat = np.concatenate([np.zeros((0, 4)), *(found for found in boxes if len(found))])
@@ -42,8 +47,8 @@ _TOOLS |= {"thumbs.db", "ehthumbs.db", "desktop.ini", "_thumbnails", "#recycle",
 _TOOL_ENDINGS = ("~", ":zone.identifier", "@synoeastream", "@synoresource")
 
 
-def left_by_tools(name):
-    "Whether a program left this file or folder, and nobody means it as a class or an image"
+def left_by_tools(name: str) -> bool:
+    """Return whether a program left this file or folder, and nobody means it as a class or an image."""
     name = name.lower()
     return name in _TOOLS or name.startswith((".", "@", "~")) or name.endswith(_TOOL_ENDINGS)
 
@@ -54,9 +59,7 @@ def _listed(folder):
     return sorted(paths, key=lambda path: path.name)
 
 
-LARGE = 2**31  # bytes of a split beyond which lists are cached and reading goes in runs
-
-
+LARGE = 2**31  # Bytes of a split beyond which lists are cached and reading goes in runs
 _SIDES = ("ymin", "xmin", "ymax", "xmax")
 
 
@@ -108,7 +111,7 @@ def _list_tfrecords(paths):
     return make_split(paths, file, offset, length, label, boxes), names
 
 
-def _cached_list(paths, cache_dir):
+def _cached_list(paths, cache_dir, say):
     "`_list_tfrecords`, from the cache if these very files were listed before"
     kept = cache_folder(cache_dir) / "lists" / f"{file_stamp(paths)}.npz"
     try:
@@ -118,7 +121,7 @@ def _cached_list(paths, cache_dir):
             return Split(tuple(map(str, paths)), *arrays), names
     except (OSError, ValueError, KeyError, zipfile.BadZipFile):
         pass  # not there, or not whole: list again
-    print(f"data: listing {len(paths)} files, once (kept in {kept.parent})")
+    say(f"data: listing {len(paths)} files, once (kept in {kept.parent})")
     split, names = _list_tfrecords(paths)
     kept.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=str(kept.parent)) as temporary:
@@ -136,16 +139,17 @@ def _record_files(root, split):
     return sorted(path for path in found if path.is_file() and not left_by_tools(path.name))
 
 
-def _open_tfrecords(root, cache_dir):
+def _open_tfrecords(root, cache_dir, say):
     splits, names = {}, {}
     for split in ("train", "validation"):
         paths = _record_files(root, split)
         large = sum(os.path.getsize(path) for path in paths) > LARGE
-        splits[split], found = _cached_list(paths, cache_dir) if large else _list_tfrecords(paths)
+        found = _cached_list(paths, cache_dir, say) if large else _list_tfrecords(paths)
+        splits[split], found = found
         names.update(found)
         total = re.search(r"-of-0*(\d+)$", paths[0].name) if paths else None
         if total and int(total[1]) != len(paths):
-            print(f"data: only {len(paths)} of the {total[1]} {split} files are in {root}")
+            say(f"data: only {len(paths)} of the {total[1]} {split} files are in {root}")
     return splits, names
 
 
@@ -169,21 +173,21 @@ def _list_folder(folder, classes):
     return make_split(paths, np.arange(len(paths)), np.zeros(len(paths)), sizes, labels)
 
 
-def _class_folders(folder):
+def _class_folders(folder, say):
     "Names of the class folders; says which folders are not taken for one"
     if not folder.is_dir():
         return []
     for path in folder.iterdir():
         if path.is_dir() and left_by_tools(path.name) and not path.name.startswith("."):
-            print(f"data: {path} is not taken for a class: tools leave folders of that name")
+            say(f"data: {path} is not taken for a class: tools leave folders of that name")
     return [path.name for path in _listed(folder) if path.is_dir()]
 
 
-def _open_folder(root, cache_dir):
+def _open_folder(root, cache_dir, say):
     train, validation = root / "train", root / "validation"
-    classes, inside = _class_folders(train), _class_folders(validation)
+    classes, inside = _class_folders(train, say), _class_folders(validation, say)
     if not inside:
-        validation, inside = root / "val", _class_folders(root / "val")
+        validation, inside = root / "val", _class_folders(root / "val", say)
     classes = classes or inside
     extra = sorted(set(inside) - set(classes))
     if extra:
@@ -213,7 +217,7 @@ def _list_cifar(paths, head):
     return make_split(paths, file, at, np.full(len(at), 3072), np.concatenate(labels))
 
 
-def _open_cifar(root, cache_dir):
+def _open_cifar(root, cache_dir, say):
     hundred = (root / "train.bin").exists() or (root / "test.bin").exists()
     train, test = ("train.bin", "test.bin") if hundred else ("data_batch_*.bin", "test_batch.bin")
     head = 2 if hundred else 1
@@ -227,8 +231,11 @@ def _open_cifar(root, cache_dir):
 OPENERS = {"tfrecord": _open_tfrecords, "folder": _open_folder, "cifar": _open_cifar}
 
 
-def recognize(root):
-    "Format of a folder, and the folder itself or the one inside that an archive unpacks to"
+def recognize(root: Path) -> Tuple[str, Path]:
+    """Return the format of a folder, and the folder itself or the one inside that an archive unpacks to.
+
+    Raises `FileNotFoundError` for a folder that has none of the three layouts.
+    """
     for inner in (root, root / "cifar-10-batches-bin", root / "cifar-100-binary"):
         patterns = ("data_batch_*.bin", "test_batch.bin", "train.bin", "test.bin")
         if any(any(inner.glob(pattern)) for pattern in patterns):

@@ -7,7 +7,7 @@ __all__ = ['ORDER', 'CROP', 'FLIP', 'random_bits', 'random_uniform', 'epoch_orde
 
 # %% ../../nbs/28_order.ipynb #da7a0004
 import functools
-from typing import NamedTuple
+from typing import Tuple
 
 import numpy as np
 
@@ -42,7 +42,6 @@ def _run_order(count, seed, epoch, run):
     return pictures[pictures < count]
 
 
-@functools.lru_cache(maxsize=4)
 def epoch_order(
     count: int,  # Pictures
     seed: int,  # Seed of the run
@@ -53,36 +52,44 @@ def epoch_order(
     "Shuffle the numbers of the training pictures for one epoch"
     pictures = np.arange(count) if run == 1 else _run_order(count, seed, epoch, run)
     window = np.arange(count) // (run * pool) if run > 1 else np.zeros(count, int)
-    order = pictures[np.lexsort((random_bits(seed, ORDER, epoch, np.arange(count)), window))]
-    order.flags.writeable = False  # it is remembered
-    return order
+    return pictures[np.lexsort((random_bits(seed, ORDER, epoch, np.arange(count)), window))]
 
 # %% ../../nbs/28_order.ipynb #adc83ed9
-class BatchOrder(NamedTuple):
-    "Which pictures a process reads for which update"
+class BatchOrder:
+    "Which images a process reads for which update"
 
-    count: int  # Training pictures
-    seed: int
-    batch: int  # Pictures of an update, all processes together
-    local: int  # Pictures of an update, this process
-    first: int  # Where this process begins in the update's batch
-    run: int  # Neighbours read together
+    def __init__(
+        self,
+        count: int,  # Training images
+        seed: int,  # Of the run
+        batch: int,  # Images of an update, all processes together
+        shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+        run: int = 1,  # Neighbors read together
+    ):
+        index, processes = shard
+        if not 0 <= index < processes or batch % processes or batch < 1:
+            raise ValueError(
+                f"`shard` must be (index, count) with index < count, and count must divide "
+                f"`global_batch_size`. Received: shard={shard}, global_batch_size={batch}."
+            )
+        self.count, self.seed, self.batch, self.run = count, seed, batch, run
+        self.local = batch // processes  # images of an update, this process
+        self.first = index * self.local  # where this process begins in the update's batch
+        remember = functools.lru_cache(maxsize=4)  # the epochs that readers are at
+        self._order = remember(lambda epoch: epoch_order(count, seed, epoch, run))
+        self._runs = remember(lambda epoch: _run_order(count, seed, epoch, run))
 
     def take(self, update, begin, end):
-        "Pictures `begin` to `end` of this process's part of an update, and their places in the run"
+        "Images `begin` to `end` of this process's part of an update, and their places in the run"
         epoch, j = divmod(update, self.count // self.batch)
         place = j * self.batch + self.first + np.arange(begin, end)
-        order = epoch_order(self.count, self.seed, epoch, self.run)
-        return order[place], epoch * self.count + place
+        return self._order(epoch)[place], epoch * self.count + place
 
     def coming(self, update, begin):
-        "The run of pictures that is due 256 runs later, or none"
+        "The run of images that is due 256 runs later, or none"
         epoch, j = divmod(update, self.count // self.batch)
         at = (j * self.batch + self.first + begin) // self.run * self.run + 256 * self.run
-        return _remembered_runs(self.count, self.seed, epoch, self.run)[at : at + self.run]
-
-
-_remembered_runs = functools.lru_cache(maxsize=4)(_run_order)
+        return self._runs(epoch)[at : at + self.run]
 
 # %% ../../nbs/28_order.ipynb #e67bd674
 def validation_ids(

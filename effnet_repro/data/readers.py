@@ -1,17 +1,28 @@
-"""The streams of batches that training and validation ask for: images, labels, and a mask of what counts."""
+"""The streams of batches that training and validation ask for.
 
-import functools
+Whatever the reader, a training stream is endless and yields `(images, labels)` of one update after the other; a
+validation stream yields `(images, labels, mask)` of each image once. Images are (B, S, S, 3) uint8, labels (B,)
+int32, the mask (B,) float32: 0 for what only fills the last batch. TensorFlow's come as a `tf.data.Dataset`, which
+yields the same tuples of tensors. A reader is a module with `training_stream(request)` and, where it validates,
+`validation_stream(request)`.
+"""
+
 from typing import Any, Iterator, Tuple
 
 import numpy as np
 
 from effnet_repro.config import unknown_name
+from effnet_repro.data import device, numpy_reader, tf_reader
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.device import device_arrays
-from effnet_repro.data.numpy_reader import arrays
-from effnet_repro.data.request import How, batch_order, check_request, check_resize, train_inputs
-from effnet_repro.data.tf_reader import tensors
-from effnet_repro.data.transforms import ASPECTS
+from effnet_repro.data.request import (
+    TrainRequest,
+    ValidationRequest,
+    batch_order,
+    check_preprocessing,
+    check_resize,
+)
+
+READERS = {"tensorflow": tf_reader, "numpy": numpy_reader, "jax": device}
 
 
 def training_batches(
@@ -27,27 +38,22 @@ def training_batches(
     image_resize: str = "published",  # Or "modern": see `resize`
     reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
-    "Stream shuffled training batches"
+    """Stream shuffled training batches"""
     if reader not in READERS:
         raise unknown_name("reader", reader, READERS)
-    check_request(image_size, area_min, preprocessing)
+    check_preprocessing(image_size, area_min, preprocessing)
     check_resize(image_resize)
-    plan = batch_order(dataset, global_batch_size, seed, shard)
-    chance = dict(area_min=area_min, aspects=ASPECTS[image_resize])
-    read = functools.partial(train_inputs, dataset, plan, chance)
-    stream = tensors if reader == "tensorflow" else arrays if reader == "numpy" else device_arrays
-    how = How(image_size, image_resize, preprocessing == "train", first_update)
-    return stream(dataset, plan, read, how)
-
-
-READERS = ("tensorflow", "numpy", "jax")
+    order = batch_order(dataset, global_batch_size, seed, shard)
+    random = preprocessing == "train"
+    request = TrainRequest(dataset, order, image_size, image_resize, random, area_min, first_update)
+    return READERS[reader].training_stream(request)
 
 
 def array_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8, labels (B,)
-    "Stream the batches of `training_batches` as NumPy arrays"
+    """Stream the batches of `training_batches` as NumPy arrays"""
     return training_batches(*request, reader="numpy", **options)
 
 
@@ -55,8 +61,34 @@ def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
-    "Stream the batches of `training_batches` from pictures on the device of JAX"
+    """Stream the batches of `training_batches` from pictures on the device of JAX"""
     return training_batches(*request, reader="jax", **options)
+
+
+def validation_batches(
+    dataset: DataSet,  # From `open_data`
+    image_size: int,  # Side of the pictures, S, pixels
+    batch: int,  # Pictures in a batch of this process, B
+    *,
+    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    image_resize: str = "published",  # Or "modern": see `resize`
+    reader: str = "tensorflow",  # or "numpy": see `validation_arrays`
+):  # tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,), mask float32 (B,))
+    """Read every validation picture once, in the order of the files"""
+    able = [name for name, module in READERS.items() if hasattr(module, "validation_stream")]
+    if reader not in able:
+        raise unknown_name("reader", reader, able)
+    check_resize(image_resize)
+    request = ValidationRequest(dataset, image_size, batch, shard, image_resize)
+    return READERS[reader].validation_stream(request)
+
+
+def validation_arrays(
+    *request,  # The arguments of `validation_batches`: dataset, image_size, batch
+    **options,  # and its options: shard, image_resize
+) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:  # images, labels, mask
+    """Read the batches of `validation_batches` as NumPy arrays"""
+    return validation_batches(*request, reader="numpy", **options)
 
 
 def update_pictures(
@@ -65,6 +97,6 @@ def update_pictures(
     update: int,  # Number of the update, from 0
     seed: int = 0,  # Of the run
 ) -> np.ndarray:  # (global_batch_size,) numbers of training pictures
-    "Tell which pictures an update sees"
-    plan = batch_order(dataset, global_batch_size, seed, (0, 1))
-    return plan.take(update, 0, plan.local)[0]
+    """Tell which pictures an update sees"""
+    order = batch_order(dataset, global_batch_size, seed, (0, 1))
+    return order.take(update, 0, order.local)[0]

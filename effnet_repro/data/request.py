@@ -1,20 +1,33 @@
-"""What every reader is asked for, and what decoding needs for it."""
+"""What a reader is asked for, and what it needs to decode the images of a batch.
+
+`TrainRequest` and `ValidationRequest` say it once for all readers, so that these see the same images, crops, flips
+and labels. Numbers of images count from 0 in the list of the split.
+"""
 
 import os
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from effnet_repro.config import unknown_name
 from effnet_repro.data import layouts
+from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.decode import read_encoded
-from effnet_repro.data.order import BatchOrder
-from effnet_repro.data.transforms import RESIZES, draw_crops, draw_flips
+from effnet_repro.data.order import BatchOrder, validation_ids
+from effnet_repro.data.transforms import ASPECTS, RESIZES, draw_crops, draw_flips
 
 _PREPROCESSING = ("train", "validation")
 
 
-def check_request(image_size, area_min, preprocessing):
+def check_resize(image_resize: str) -> None:
+    """Raise `ValueError` unless `image_resize` is "published" or "modern"."""
+    if image_resize not in RESIZES:
+        raise unknown_name("image_resize", image_resize, RESIZES)
+
+
+def check_preprocessing(image_size: int, area_min: float, preprocessing: str) -> None:
+    """Raise `ValueError` unless the three are such that an image can come out."""
     if preprocessing not in _PREPROCESSING:
         raise unknown_name("preprocessing", preprocessing, _PREPROCESSING)
     if not 0 < area_min <= 1 or image_size < 1:
@@ -24,65 +37,92 @@ def check_request(image_size, area_min, preprocessing):
         )
 
 
-def check_resize(image_resize):
-    if image_resize not in RESIZES:
-        raise unknown_name("image_resize", image_resize, RESIZES)
+def batch_order(
+    dataset: DataSet, global_batch_size: int, seed: int, shard: Tuple[int, int]
+) -> BatchOrder:
+    """Return which training images process `shard` (index, count) reads when.
 
-
-class How(NamedTuple):
-    "What the three readers are told about the images"
-
-    image_size: int
-    image_resize: str
-    random: bool  # Crops and flips; False = the validation crop
-    first_update: int
-
-
-def batch_order(dataset, global_batch_size, seed, shard):
-    index, count = shard
-    if not 0 <= index < count or global_batch_size % count or global_batch_size < 1:
-        raise ValueError(
-            f"`shard` must be (index, count) with index < count, and count must divide "
-            f"`global_batch_size`. Received: shard={shard}, global_batch_size={global_batch_size}."
-        )
+    Of records beyond `layouts.LARGE` bytes, 64 neighbors are read together. Raises `ValueError` for a batch of
+    more images than there are, or one that the processes cannot share.
+    """
+    large = dataset.format == "tfrecord" and dataset.splits["train"].length.sum() > layouts.LARGE
+    run = 64 if large else 1
+    order = BatchOrder(dataset.train_count, seed, global_batch_size, shard, run)
     if dataset.train_count < global_batch_size:
         raise ValueError(
             f"`global_batch_size` must not exceed the training pictures. Received: "
             f"{global_batch_size}, with {dataset.train_count} pictures in {dataset.root}."
         )
-    large = dataset.format == "tfrecord" and dataset.splits["train"].length.sum() > layouts.LARGE
-    local = global_batch_size // count
-    run = 64 if large else 1
-    return BatchOrder(dataset.train_count, seed, global_batch_size, local, index * local, run)
+    return order
 
 
-def announce(split, pictures):
-    "Tell the operating system which bytes will be read soon"
+def announce(split: layouts.Split, numbers: np.ndarray) -> None:
+    """Tell the operating system which images will be read soon, where it has a call for that."""
     if hasattr(os, "posix_fadvise"):
-        for file in np.unique(split.file[pictures]):
-            mine = pictures[split.file[pictures] == file]
+        for file in np.unique(split.file[numbers]):
+            mine = numbers[split.file[numbers] == file]
             begin, end = split.offset[mine].min(), (split.offset[mine] + split.length[mine]).max()
             with open(split.files[file], "rb") as opened:
                 where = opened.fileno(), int(begin), int(end - begin)
                 os.posix_fadvise(*where, os.POSIX_FADV_WILLNEED)
 
 
-def train_inputs(dataset, plan, chance, update, begin, end, known_sizes=None):
-    "What decoding needs: encoded pictures or their numbers, crops (n, 4), flips and labels (n,)"
-    split = dataset.splits["train"]
-    pictures, places = plan.take(update, begin, end)
-    if known_sizes is not None:  # decoded long ago
-        encoded, sizes = pictures, known_sizes[pictures]
-    else:
-        if plan.run > 1:
-            announce(split, plan.coming(update, begin))
-        encoded, sizes = zip(*(read_encoded(dataset, "train", i) for i in pictures))
-    boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in pictures]
-    crops = draw_crops(np.array(sizes), boxes, plan.seed, places, **chance)
-    return encoded, crops, draw_flips(plan.seed, places), split.label[pictures]
+class Encoded(NamedTuple):
+    """Some images of a batch as they are read, with what is to be done to them."""
+
+    numbers: np.ndarray  # In the training split, (n,)
+    data: Sequence[bytes]  # JPEG or BMP, n of them
+    crops: np.ndarray  # (n, 4) int32: top, left, height, width, pixels
+    flips: np.ndarray  # (n,) bool
+    labels: np.ndarray  # (n,) int32
 
 
-def validation_labels(dataset, ids):
-    real = ids >= 0
-    labels = np.where(real, dataset.splits["validation"].label[ids], 0)
-    return labels.astype(np.int32), real.astype(np.float32)
+@dataclass(frozen=True)
+class TrainRequest:
+    """Which training images a reader delivers, and how."""
+
+    dataset: DataSet
+    order: BatchOrder
+    image_size: int  # Side of the square, pixels
+    image_resize: str = "published"  # or "modern"
+    random: bool = True  # Crops and flips; False = the validation crop
+    area_min: float = 0.05  # Smallest crop, share of the area
+    first_update: int = 0
+
+    def draw(self, numbers: np.ndarray, places: np.ndarray, sizes: np.ndarray):
+        """Return crops, flips and labels of some images; `sizes` are their heights and widths, (n, 2) pixels."""
+        split, seed = self.dataset.splits["train"], self.order.seed
+        boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in numbers]
+        chance = dict(area_min=self.area_min, aspects=ASPECTS[self.image_resize])
+        crops = draw_crops(sizes, boxes, seed, places, **chance)
+        return crops, draw_flips(seed, places), split.label[numbers]
+
+    def read(self, update: int, begin: int, end: int) -> Encoded:
+        """Read images `begin` to `end` of this process's part of an update. Damaged ones raise `ValueError`."""
+        numbers, places = self.order.take(update, begin, end)
+        if self.order.run > 1:
+            announce(self.dataset.splits["train"], self.order.coming(update, begin))
+        data, sizes = zip(*(read_encoded(self.dataset, "train", i) for i in numbers))
+        return Encoded(numbers, data, *self.draw(numbers, places, np.array(sizes)))
+
+
+@dataclass(frozen=True)
+class ValidationRequest:
+    """Which validation images a reader delivers, and how."""
+
+    dataset: DataSet
+    image_size: int  # Side of the square, pixels
+    batch: int  # Images in a batch of this process
+    shard: Tuple[int, int] = (0, 1)  # (index, count) of this process
+    image_resize: str = "published"  # or "modern"
+
+    @property
+    def ids(self) -> np.ndarray:
+        """Numbers of the images in each batch, (batches, batch); -1 is a filler."""
+        return validation_ids(self.dataset.validation_count, self.batch, self.shard)
+
+    def known(self, ids: np.ndarray) -> Tuple[np.ndarray, np.ndarray]:
+        """Return labels (int32) and mask (float32, 0 for a filler) of these images, in the shape of `ids`."""
+        real = ids >= 0
+        labels = np.where(real, self.dataset.splits["validation"].label[ids], 0)
+        return labels.astype(np.int32), real.astype(np.float32)

@@ -1,4 +1,8 @@
-"""The built-in sample set: crops of ten photographs, written as TFRecords."""
+"""The built-in sample set: crops of ten photographs, written as TFRecords.
+
+The photographs ship inside the scikit-image and scikit-learn packages; each is a class. A part of each is held out:
+crops for validation lie inside it, and no training crop touches it.
+"""
 
 import io
 import itertools
@@ -41,8 +45,8 @@ PHOTOS = (
 )
 
 
-def open_photo(photo):
-    "The photograph, from the installed package's folder"
+def open_photo(photo: _Photo):
+    """Return the photograph as an RGB image of Pillow. Raises `FileNotFoundError` without its package."""
     from PIL import Image
 
     spec = find_spec(photo.package)
@@ -56,7 +60,8 @@ def open_photo(photo):
     return Image.open(path).convert("RGB")
 
 
-def part_pixels(part, size):
+def part_pixels(part, size) -> Tuple[int, ...]:
+    """Return left, top, right and bottom in pixels of a part that is given in shares of (width, height)."""
     width, height = size
     return tuple(round(share * side) for share, side in zip(part, (width, height) * 2))
 
@@ -67,8 +72,8 @@ _SAMPLE_VERSION = 1  # part of the folder's name: raise it when the set changes
 SAMPLE_CROPS = {"train": 120, "validation": 30}  # of each photograph
 
 
-def sample_boxes(photo, split, size):
-    "Yield boxes (left, top, right, bottom) on the held-out part of a photograph, or off it"
+def sample_boxes(photo: _Photo, split: str, size: Tuple[int, int]):
+    """Yield boxes (left, top, right, bottom), without end, on the held-out part of a photograph, or off it."""
     label = [p.name for p in PHOTOS].index(photo.name)
     left, top, right, bottom = part_pixels(photo.held_out, size)
     x0, y0, x1, y1 = part_pixels(photo.subject, size)

@@ -1,24 +1,26 @@
-"""The reader that decodes and resizes with TensorFlow, on all cores."""
+"""The reader that decodes and resizes with TensorFlow, on all cores.
+
+Python reads files and draws crops, `CHUNK` images a call; everything after that is TensorFlow's operations, which
+follow `transforms` bit for bit.
+"""
 
 import contextlib
-import os
 from typing import Iterator, Tuple
 
 import numpy as np
 
-from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.decode import read_encoded
-from effnet_repro.data.order import validation_ids
-from effnet_repro.data.request import check_resize, validation_labels
+from effnet_repro.data.request import TrainRequest, ValidationRequest
+from effnet_repro.data.threads import core_count
 from effnet_repro.data.transforms import resize
 
 _DCT = {"published": "INTEGER_FAST", "modern": "INTEGER_ACCURATE"}
 
 
-CHUNK = 64  # pictures read by one call
+CHUNK = 64  # Images read by one call
 
 
-def _tf_resize(image, size, image_resize):
+def _resize(image, size, image_resize):
     "All of an image (H, W, 3) resized, still float32"
     import tensorflow as tf
 
@@ -26,7 +28,7 @@ def _tf_resize(image, size, image_resize):
     return tf.raw_ops.ResizeBilinear(images=image[None], size=size, half_pixel_centers=centers)[0]
 
 
-def _tf_to_bytes(image, image_resize):
+def _to_bytes(image, image_resize):
     "`_to_bytes` for tensors"
     import tensorflow as tf
 
@@ -35,7 +37,8 @@ def _tf_to_bytes(image, image_resize):
     return tf.cast(tf.clip_by_value(tf.round(image), 0.0, 255.0), tf.uint8)
 
 
-def _tf_train_picture(encoded, crop, flip, image_size, image_resize):
+def _train_image(encoded, crop, flip, image_size, image_resize):
+    "Decode a crop, which leaves out the blocks of a JPEG that it does not need; mirror and resize it"
     import tensorflow as tf
 
     image = tf.cond(
@@ -49,12 +52,13 @@ def _tf_train_picture(encoded, crop, flip, image_size, image_resize):
     )
     mirror = lambda image: tf.cond(flip, lambda: tf.reverse(image, [1]), lambda: image)
     image = mirror(image) if image_resize == "published" else image
-    image = _tf_resize(image, (image_size, image_size), image_resize)
-    image = _tf_to_bytes(image, image_resize)
+    image = _resize(image, (image_size, image_size), image_resize)
+    image = _to_bytes(image, image_resize)
     return image if image_resize == "published" else mirror(image)
 
 
-def _tf_validation_picture(encoded, image_size, image_resize):
+def _validation_image(encoded, image_size, image_resize):
+    "Decode an image, enlarge or shrink it, and cut out the square"
     import tensorflow as tf
 
     image = tf.cond(
@@ -62,20 +66,20 @@ def _tf_validation_picture(encoded, image_size, image_resize):
         lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT[image_resize]),
         lambda: tf.io.decode_bmp(encoded, channels=3),
     )
-    size, (top, left) = _tf_window(tf.shape(image), image_size, image_resize)
+    size, (top, left) = _window(tf.shape(image), image_size, image_resize)
     square = image_size, image_size
     part = lambda x, *place: resize(x, place[:2], place[2:], square, image_resize)
     return tf.cond(  # of 1 x 10,000 pixels only the middle is enlarged, not all of it
         tf.reduce_max(size) > 16 * image_size,
         lambda: tf.numpy_function(part, [image, size[0], size[1], top, left], tf.uint8),
-        lambda: _tf_to_bytes(
-            _tf_resize(image, size, image_resize)[top : top + image_size, left : left + image_size],
+        lambda: _to_bytes(
+            _resize(image, size, image_resize)[top : top + image_size, left : left + image_size],
             image_resize,
         ),
     )
 
 
-def _tf_window(shape, image_size, image_resize):
+def _window(shape, image_size, image_resize):
     "`validation_window` for tensors"
     import tensorflow as tf
 
@@ -91,73 +95,73 @@ def _tf_window(shape, image_size, image_resize):
     return new, (corner[0], corner[1])
 
 
-def tensors(dataset, plan, inputs, how):
-    "The stream of `training_batches` for TensorFlow"
+def _in_chunks(stream, read, shapes):
+    "Map NumPy's `read` over a stream and take its chunks apart; `shapes` are (type, shape) of each result"
     import tensorflow as tf
 
-    chunks = -(-plan.local // CHUNK)  # in one batch
+    def call(what):
+        found = tf.numpy_function(read, [what], [kind for kind, _ in shapes])
+        for tensor, (_, shape) in zip(found, shapes):
+            tensor.set_shape(shape)
+        return tuple(found)
+
+    return stream.map(call, num_parallel_calls=8, deterministic=True).unbatch()
+
+
+def training_stream(request: TrainRequest):
+    """Return an endless tf.data.Dataset of images (B, S, S, 3) uint8 and labels (B,) int32."""
+    import tensorflow as tf
+
+    local, size = request.order.local, request.image_size
+    chunks = -(-local // CHUNK)  # in one batch
+    how = size, request.image_resize
 
     def read(k):
         update, chunk = divmod(int(k), chunks)
-        encoded, *rest = inputs(update, chunk * CHUNK, min((chunk + 1) * CHUNK, plan.local))
-        return (np.array(encoded, object), *rest)
-
-    def tf_read(k):
-        inputs = tf.numpy_function(read, [k], (tf.string, tf.int32, tf.bool, tf.int32))
-        for tensor, shape in zip(inputs, ([None], [None, 4], [None], [None])):
-            tensor.set_shape(shape)
-        return tuple(inputs)
+        some = request.read(update, chunk * CHUNK, min((chunk + 1) * CHUNK, local))
+        return (np.array(some.data, object), some.crops, some.flips, some.labels)
 
     def decode(encoded, crop, flip, label):
-        if how.random:
-            image = _tf_train_picture(encoded, crop, flip, *how[:2])
+        if request.random:
+            image = _train_image(encoded, crop, flip, *how)
         else:
-            image = _tf_validation_picture(encoded, *how[:2])
-        return tf.ensure_shape(image, (how.image_size, how.image_size, 3)), label
+            image = _validation_image(encoded, *how)
+        return tf.ensure_shape(image, (size, size, 3)), label
 
     auto = tf.data.experimental.AUTOTUNE
-    stream = tf.data.Dataset.range(how.first_update * chunks, np.iinfo(np.int64).max)
-    stream = stream.map(tf_read, num_parallel_calls=8, deterministic=True).unbatch()
+    stream = tf.data.Dataset.range(request.first_update * chunks, np.iinfo(np.int64).max)
+    shapes = (tf.string, [None]), (tf.int32, [None, 4]), (tf.bool, [None]), (tf.int32, [None])
+    stream = _in_chunks(stream, read, shapes)
     stream = stream.map(decode, num_parallel_calls=auto, deterministic=True)
-    return stream.batch(plan.local, drop_remainder=True).prefetch(auto)
+    return stream.batch(local, drop_remainder=True).prefetch(auto)
 
 
-def validation_batches(
-    dataset: DataSet,  # From `open_data`
-    image_size: int,  # Side of the pictures, S, pixels
-    batch: int,  # Pictures in a batch of this process, B
-    *,
-    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
-    image_resize: str = "published",  # Or "modern": see `resize`
-):  # tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,), mask float32 (B,))
-    "Read every validation picture once, in the order of the files"
+def validation_stream(request: ValidationRequest):
+    """Return a tf.data.Dataset of images (B, S, S, 3) uint8, labels (B,) int32 and mask (B,) float32."""
     import tensorflow as tf
 
-    check_resize(image_resize)
-    ids = validation_ids(dataset.validation_count, batch, shard)
+    ids, size = request.ids, request.image_size
+    how = size, request.image_resize
 
     def read(ids):
-        encoded = [read_encoded(dataset, "validation", i)[0] if i >= 0 else b"" for i in ids]
-        return np.array(encoded, object)
-
-    def tf_read(ids):
-        encoded = tf.numpy_function(read, [ids], tf.string)
-        encoded.set_shape([None])
-        return encoded
+        encoded = (
+            read_encoded(request.dataset, "validation", i)[0] if i >= 0 else b"" for i in ids
+        )
+        return (np.array(list(encoded), object),)
 
     def decode(encoded):
         image = tf.cond(
             tf.strings.length(encoded) > 0,
-            lambda: _tf_validation_picture(encoded, image_size, image_resize),
-            lambda: tf.zeros((image_size, image_size, 3), tf.uint8),
+            lambda: _validation_image(encoded, *how),
+            lambda: tf.zeros((size, size, 3), tf.uint8),
         )
-        return tf.ensure_shape(image, (image_size, image_size, 3))
+        return tf.ensure_shape(image, (size, size, 3))
 
     auto = tf.data.experimental.AUTOTUNE
     stream = tf.data.Dataset.from_tensor_slices(ids.reshape(-1)).batch(CHUNK)
-    stream = stream.map(tf_read, num_parallel_calls=8, deterministic=True).unbatch()
-    stream = stream.map(decode, num_parallel_calls=auto, deterministic=True).batch(batch)
-    known = tf.data.Dataset.from_tensor_slices(validation_labels(dataset, ids))
+    stream = _in_chunks(stream, read, ((tf.string, [None]),))
+    stream = stream.map(decode, num_parallel_calls=auto, deterministic=True).batch(request.batch)
+    known = tf.data.Dataset.from_tensor_slices(request.known(ids))
     both = tf.data.Dataset.zip((stream, known))
     return both.map(lambda images, rest: (images, *rest)).prefetch(auto)
 
@@ -167,11 +171,11 @@ def tensorflow_arrays(
     *request,  # Its arguments
     **options,  # and options
 ) -> Iterator[Tuple[np.ndarray, ...]]:  # Its batches, as arrays that are not to be changed
-    "Read with TensorFlow's threads for another back end, whose GPU TensorFlow leaves alone"
+    """Read with TensorFlow's threads for another back end, whose GPU TensorFlow leaves alone"""
     import tensorflow as tf
 
     with contextlib.suppress(RuntimeError):  # TensorFlow runs already
         tf.config.set_visible_devices([], "GPU")
     threads = tf.data.Options()
-    threads.threading.private_threadpool_size = os.cpu_count()  # not the program's
+    threads.threading.private_threadpool_size = core_count()  # not the program's
     return make(*request, **options).with_options(threads).as_numpy_iterator()

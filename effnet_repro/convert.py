@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from .checkpoint import _explained, load_weights, save, write_file
+from .checkpoint import explain_writing, load_weights, save, write_file
 from effnet_repro.config import (
     EARLIER,
     Case,
@@ -265,7 +265,7 @@ def write_tf1(
         variables[_CASE] = np.frombuffer(json.dumps(trained).encode(), "uint8")
     path = path / "model.ckpt" if path.is_dir() else _tf1_prefix(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    with _explained(path):
+    with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_leftovers(path)
         count = next(n for n in (1, 2, 3, 4) if n not in _counts_in_use(path))
@@ -422,7 +422,7 @@ def _write_keras(path, weights):
             f"Keras writes weights to *.weights.h5 and models to *.keras. Received: {path.name}."
         )
     model = to_keras_applications(weights.spec, weights.arrays)
-    with _explained(path), tempfile.TemporaryDirectory() as folder:
+    with explain_writing(path), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / path.name  # Keras asks for its own endings, and writes in place
         model.save(str(file)) if whole else model.save_weights(str(file))
         _put_case(file, weights.case)

@@ -35,8 +35,9 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from effnet_repro import checkpoint, config, recorder, runs, scaling, training  # noqa: E402
-from effnet_repro.recorder import TIMING  # noqa: E402
+from effnet_repro import checkpoint, config, runs, scaling, training  # noqa: E402
+from effnet_repro.runs import recorder  # noqa: E402
+from effnet_repro.runs.recorder import TIMING  # noqa: E402
 
 KINDS = ("write", "rename", "renamed", "fsync", "delete", "step", "validate", "time")
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)

@@ -24,7 +24,7 @@ from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 from effnet_repro import checkpoint, training
 from effnet_repro import data as d
 from effnet_repro.config import Case, get_case, load_cases, override
-from effnet_repro.runs import StopSignals, read_metrics
+from effnet_repro.runs import StopSignals, lock_folder, read_metrics
 from effnet_repro.training import finetune, train, validate
 
 
@@ -128,7 +128,7 @@ def run(tmp_path_factory):
 
 HOLD = """
 import sys, time
-from effnet_repro.checkpoint import lock_folder
+from effnet_repro.runs import lock_folder
 with lock_folder(sys.argv[1]):
     print("held", flush=True)
     time.sleep(600)
@@ -146,7 +146,7 @@ def test_a_folder_in_use_is_refused_and_free_when_its_run_is_killed(run):
     assert sorted(p.name for p in run.run_dir.rglob("*")) == before
     holder.kill()
     holder.communicate()
-    with checkpoint.lock_folder(run.run_dir):  # nothing to clear by hand
+    with lock_folder(run.run_dir):  # nothing to clear by hand
         pass
 
 
@@ -156,7 +156,7 @@ def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
 
     monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.warns(UserWarning, match="No lock on .*make sure that no other run"):
-        with checkpoint.lock_folder(tmp_path):
+        with lock_folder(tmp_path):
             pass
 
 
@@ -294,7 +294,7 @@ def test_the_second_interrupt_stops_at_once(capsys):
 
 def test_killed_between_checkpoint_and_row(tmp_path, monkeypatch):
     "The row of an epoch is in its checkpoint, too, and the next run writes it."
-    from effnet_repro import recorder
+    from effnet_repro.runs import recorder
 
     class Killed(BaseException):
         pass

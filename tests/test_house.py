@@ -30,8 +30,9 @@ LAYERS = [
     "mbconv",
     "network kernels",
     "fused_norm gpu_ops",
-    "pipeline runs efficientnet",
-    "results recorder",
+    "pipeline efficientnet finetuning",
+    "runs",
+    "results",
     "training ipu planner convert",
     "cli",
 ]

@@ -26,6 +26,7 @@ from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
 from effnet_repro.norms import EPSILON  # noqa: E402
+from effnet_repro.runs import lock_folder  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 
@@ -199,9 +200,7 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
     with ipu_standin.install():
         cut = train(tiny, tmp_path / "cut", max_steps=5)  # its own device loop
         assert rates[5:] == rates[:5]
-        with checkpoint.lock_folder(tmp_path / "cut"), pytest.raises(
-            RuntimeError, match="in use by"
-        ):
+        with lock_folder(tmp_path / "cut"), pytest.raises(RuntimeError, match="in use by"):
             train(tiny, tmp_path / "cut")
     with ipu_standin.install(execute=False) as machine:
         for change, says in (

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 from tiny import TINY
 
-from effnet_repro import checkpoint, recorder
+from effnet_repro import checkpoint
 from effnet_repro.config import case_to_dict
-from effnet_repro.recorder import TIMING, Course, Meter, Recorder
-from effnet_repro.runs import Scores, Stopped, read_metrics
+from effnet_repro.runs import Scores, Stopped, read_metrics, recorder
+from effnet_repro.runs.recorder import TIMING, Course, Meter, Recorder
 
 COURSE = Course(TINY, steps_per_epoch=3, last_step=12, validate_every=1, keep=2)
 FACTS = {"case": case_to_dict(TINY), "seed": 0, "num_classes": 10}

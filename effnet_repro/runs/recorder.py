@@ -17,7 +17,9 @@ import numpy as np
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.config import Case
 from effnet_repro.recipe import learning_rate
-from effnet_repro.runs import Scores, average_until, read_rows, write_rows
+from effnet_repro.runs.resume import average_until
+from effnet_repro.runs.scores import Scores
+from effnet_repro.runs.tables import read_rows, write_rows
 
 #: Columns of metrics.csv that no two runs have in common.
 TIMING = ("images_per_s", "seconds")

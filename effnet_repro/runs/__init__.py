@@ -1,0 +1,80 @@
+"""What a run writes and how it goes on, the same for every runtime: no framework is imported here.
+
+`folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
+files, `metrics` and `scores` what was trained and measured, `environment` where. `resume` says which run may go on,
+`signals` when it stops.
+"""
+
+from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
+from effnet_repro.runs.environment import describe_machine, quiet_stderr
+from effnet_repro.runs.folder import Run, find_run, read_case
+from effnet_repro.runs.lock import lock_folder, wait_for_folder
+from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
+from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
+from effnet_repro.runs.resume import (
+    NETWORK_FIELDS,
+    average_until,
+    check_init,
+    data_notes,
+    list_fields,
+    refuse_other_case,
+    refuse_other_data,
+    refuse_other_run,
+    settle_case,
+)
+from effnet_repro.runs.scores import (
+    Scores,
+    measured_data,
+    plot_confusion,
+    say_scores,
+    score,
+    score_row,
+    score_table,
+    write_scores,
+)
+from effnet_repro.runs.signals import Stopped, StopSignals
+from effnet_repro.runs.tables import append_rows, read_rows, write_json, write_rows
+
+__all__ = [
+    "NETWORK_FIELDS",
+    "PROTOCOLS",
+    "Course",
+    "Meter",
+    "Recorder",
+    "Run",
+    "Scores",
+    "StopSignals",
+    "Stopped",
+    "append_rows",
+    "average_until",
+    "check_init",
+    "data_notes",
+    "describe_epoch",
+    "describe_machine",
+    "find_run",
+    "finetune_budget",
+    "finetune_case",
+    "finetune_size",
+    "list_fields",
+    "lock_folder",
+    "measured_data",
+    "plot_confusion",
+    "plot_run",
+    "quiet_stderr",
+    "read_case",
+    "read_metrics",
+    "read_rows",
+    "refuse_other_case",
+    "refuse_other_data",
+    "refuse_other_run",
+    "save_curves",
+    "say_scores",
+    "score",
+    "score_row",
+    "score_table",
+    "settle_case",
+    "wait_for_folder",
+    "write_json",
+    "write_rows",
+    "write_scores",
+]

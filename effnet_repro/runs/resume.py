@@ -1,0 +1,173 @@
+"""What may go on from a checkpoint, with which case and which average."""
+
+import contextlib
+from dataclasses import replace
+from pathlib import Path
+
+from effnet_repro import checkpoint as checkpoints
+from effnet_repro.config import (
+    Case,
+    case_from_dict,
+    differing_fields,
+    earlier_fields,
+    say_earlier,
+)
+
+
+def average_until(
+    folder: Path,  # Folder of the checkpoints
+    case: Case,  # Its decay
+    update: int,  # Weight updates done
+) -> checkpoints.WeightAverage:
+    "Work out the weight average of a run of an older version, up to the checkpoint of `update`"
+    average, why = _average_beside(folder, case, update)
+    epochs = 0
+    for file in checkpoints.find_checkpoints(folder)[0]:
+        metadata = checkpoints.read_metadata(file)
+        if metadata["update"] > update:
+            continue
+        epochs = metadata.get("epoch", 0)
+        if average.last_update < metadata["update"] and metadata.get("whole_epoch"):
+            average.update(checkpoints.load(file, "all/")[0], metadata["update"])
+    if average.count < epochs:
+        print(f"the average holds {average.count} of {epochs} epochs: {why}", flush=True)
+    return average
+
+
+def _average_beside(folder, case, update):
+    "The average beside the checkpoints, if it is whole and not newer than `update`; else a fresh one, and why"
+    path = folder / "average.safetensors"
+    fresh, why = (
+        checkpoints.WeightAverage(case.weight_average_decay),
+        "the other checkpoints are gone",
+    )
+    try:
+        found = checkpoints.WeightAverage.load(path)
+    except FileNotFoundError:
+        return fresh, f"there is no {path.name}"
+    except ValueError as e:
+        return fresh, str(e)
+    if found.last_update > update:
+        return (
+            fresh,
+            f"{path.name} is of update {found.last_update}, after the checkpoint's {update}",
+        )
+    return found, why
+
+
+NETWORK_FIELDS = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
+
+
+def refuse_other_case(
+    path,  # The checkpoint
+    theirs: Case,  # Its case
+    ours: Case,  # The case to go on with
+):  # None; raises ValueError that lists the differing fields
+    "What may change between a run and its continuation is how long it runs"
+    fields = differing_fields(theirs, ours)
+    fields.pop("max_steps", None)
+    if fields:
+        raise ValueError(
+            f"{path} belongs to another run ({list_fields(fields)}). Use another run_dir, or the same settings."
+        )
+
+
+def refuse_other_data(
+    path,  # The checkpoint
+    metadata: dict,  # What it says
+    data,  # `DataSet` to go on with
+):  # None; raises ValueError
+    "Going on needs the pictures that the run began with: others come in another order"
+    there = metadata.get("num_classes"), metadata.get("pictures", data.train_count)
+    if there != (data.num_classes, data.train_count):
+        raise ValueError(
+            f"{path} belongs to a run on {there[1]} training pictures of {there[0]} classes. Received: "
+            f"{data.train_count} pictures of {data.num_classes} classes. "
+            "Give the same data, or use another run_dir."
+        )
+    if metadata.get("data_fingerprint") not in (None, data.fingerprint):
+        place = "the built-in sample set" if data.builtin else data.root
+        raise ValueError(
+            f"{path} belongs to a run on other training pictures: as many as in {place}, but with other "
+            "names, bytes or labels. Give the same data, or use another run_dir."
+        )
+
+
+def data_notes(
+    data,  # `DataSet` that a run trains on
+) -> dict:  # What its checkpoints say of it: `refuse_other_data` compares
+    "Note down which pictures a run began with"
+    return {
+        "class_names": list(data.class_names),
+        "pictures": data.train_count,
+        "data_fingerprint": data.fingerprint,
+    }
+
+
+def refuse_other_run(
+    path,  # The checkpoint
+    metadata: dict,  # What it says
+    data,  # `DataSet` to go on with
+    case: Case,  # The case to go on with
+    seed: int,  # The seed to go on with
+):  # None; raises ValueError
+    "A run goes on with its own pictures, settings and seed, on whatever machine it began"
+    refuse_other_data(path, metadata, data)
+    refuse_other_case(path, case_from_dict(metadata["case"]), case)
+    if metadata["seed"] != seed:
+        raise ValueError(
+            f"{path} belongs to a run with seed {metadata['seed']}. Received: seed={seed}. "
+            "Use the same seed to go on, or another run_dir."
+        )
+
+
+def list_fields(
+    fields: dict,  # From `differing_fields`
+) -> str:  # e.g. "image_size: 32 there, 64 here"
+    "What `differing_fields` found, as text"
+    return "; ".join(f"{n}: {a} there, {b} here" for n, (a, b) in list(fields.items())[:6])
+
+
+def check_init(
+    source,  # Where the weights come from
+    metadata: dict,  # Of their checkpoint
+    data,  # `DataSet` to train on
+    case: Case,  # Case to train
+):  # None; raises ValueError
+    "Refuse weights of another network, or of another number of classes"
+    fields = differing_fields(case_from_dict(metadata["case"]), case, NETWORK_FIELDS)
+    if fields:
+        raise ValueError(
+            f"{source} holds another network than {case.name} ({list_fields(fields)}). "
+            "Begin from a run of the same network."
+        )
+    if metadata["num_classes"] != data.num_classes:
+        raise ValueError(
+            f"{source} has {metadata['num_classes']} classes, the data {data.num_classes} ({data.root}). "
+            "Fine-tune on the data set that it was trained on."
+        )
+
+
+def _stored_case(run_dir):
+    "A checkpoint of a run and the case in it, as it was stored; the newest one that can be read"
+    for path in sorted((Path(run_dir) / "checkpoints").glob("epoch-*.safetensors"), reverse=True):
+        with contextlib.suppress(ValueError, OSError):
+            return path, checkpoints.read_metadata(path)["case"]
+    return None, None
+
+
+def settle_case(
+    run_dir,  # Of the run, new or begun
+    case: Case,  # As the command line and the budget say
+    device_loop: int,  # What the runtime takes where the case has None
+    given=(),  # Fields that the user named
+) -> Case:  # Its device loop is a number
+    "Complete a `case` by what its own run, or else the runtime, decides"
+    path, stored = _stored_case(run_dir)
+    if stored is None:
+        return replace(case, device_loop=case.device_loop or device_loop)
+    older = {n: v for n, v in earlier_fields(stored).items() if n not in given}
+    if older:
+        say_earlier(path, stored)
+    case = replace(case, **older)
+    return replace(case, device_loop=case.device_loop or stored.get("device_loop") or device_loop)

@@ -69,17 +69,20 @@ from effnet_repro.recipe import (
     trained_segments,
     unscale,
 )
-from .recorder import Course, Recorder, describe_epoch
 from effnet_repro.runs import (
+    Course,
+    Recorder,
     Run,
     Scores,
-    Stopped,
     StopSignals,
+    Stopped,
     check_init,
     data_notes,
+    describe_epoch,
     describe_machine,
     finetune_case,
     finetune_size,
+    lock_folder,
     measured_data,
     refuse_other_run,
     save_curves,
@@ -1167,7 +1170,7 @@ def _begin(host, found, weights):
 def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
     "Train `case` in `run_dir`, which the first process holds for this run"
     writes = graphcore.instances[0] == 0 and connection != "PRE_COMPILE"
-    with checkpoints.lock_folder(run_dir) if writes else contextlib.nullcontext():
+    with lock_folder(run_dir) if writes else contextlib.nullcontext():
         return _execute_alone(
             graphcore, case, data, run_dir, weights, seed, keep, notes, connection
         )

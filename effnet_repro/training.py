@@ -59,7 +59,6 @@ from effnet_repro.efficientnet import (
 from .gpu_ops import add_xla_flags
 from .network import drop_statistics, fold_proxies, params, run, segments
 from .ops import Rng, TFCPUOps
-from .recorder import Course, Recorder, describe_epoch
 from effnet_repro.recipe import (
     add_weight_decay,
     count_correct,
@@ -75,16 +74,20 @@ from effnet_repro.recipe import (
 )
 from .results import origin_of_run, write_rows
 from effnet_repro.runs import (
+    Course,
+    Recorder,
     Run,
     Scores,
-    Stopped,
     StopSignals,
+    Stopped,
     check_init,
     data_notes,
+    describe_epoch,
     describe_machine,
     finetune_budget,
     finetune_case,
     finetune_size,
+    lock_folder,
     measured_data,
     read_rows,
     refuse_other_run,
@@ -981,7 +984,7 @@ def _execute(case, data, run_dir, weights, seed, precision, validate_every, keep
     if not data.validation_count:
         print(f"no validation pictures in {data.root}: the accuracy is not measured", flush=True)
         validate_every = None
-    with checkpoints.lock_folder(run_dir), use_devices(case):
+    with lock_folder(run_dir), use_devices(case):
         return _execute_alone(
             program, data, run_dir, weights, per_epoch, validate_every, keep, progress, notes
         )

@@ -41,7 +41,7 @@ def weights(number):
 
 def ours(path, number):
     arrays = weights(number)
-    convert._write_ours(path, convert.Weights(SPEC, arrays, convert.case_for(SPEC), ("x",) * 10))
+    convert.write_ours(path, convert.Weights(SPEC, arrays, convert.case_for(SPEC), ("x",) * 10))
 
 
 def kill_at(n):

@@ -115,7 +115,7 @@ def test_validation_uses_them_and_fine_tuning_goes_on(tmp_path, capsys):
 
     weights, path = unpack(averaged()), tmp_path / "ours.safetensors"
     case = convert.case_for(SPEC)
-    convert._write_ours(path, convert.Weights(SPEC, weights, case, tuple("0123456789")))
+    convert.write_ours(path, convert.Weights(SPEC, weights, case, tuple("0123456789")))
     (score,) = validate(path, image_size=32).values()
     data, spec = open_data(verbose=False), ModelSpec.from_case(case, num_classes=10)
     plain = unpack(pack(weights), statistics=False)

@@ -1,0 +1,60 @@
+"""Which format a file is in, and which one a target's name asks for."""
+
+import re
+from pathlib import Path
+
+from effnet_repro.convert.tf1 import indexed, tf1_prefix
+from effnet_repro.convert.torch_files import open_safetensors
+
+FORMATS = ("ours", "tf1", "keras", "torch")
+
+
+_TORCH_ENDINGS = (".pt", ".pth", ".tar", ".bin")
+
+
+def format_of(
+    path,  # A file, a folder, or the prefix of a TensorFlow checkpoint
+) -> str:  # One of FORMATS
+    "Tell which format weights are in"
+    path = Path(path)
+    if path.is_dir():
+        if (path / "checkpoints").is_dir() or any(path.glob("epoch-*.safetensors")):
+            return "ours"
+        if indexed(path):
+            return "tf1"
+        raise ValueError(
+            f"{path} is a folder without a checkpoint. Name the file of weights in it."
+        )
+    if Path(f"{tf1_prefix(path)}.index").is_file():
+        return "tf1"
+    if not path.is_file():
+        raise FileNotFoundError(f"No file, run folder or TensorFlow checkpoint {path}.")
+    if path.suffix in (".keras", ".h5"):
+        return "keras"
+    if path.suffix in _TORCH_ENDINGS:
+        return "torch"
+    if path.suffix == ".safetensors":
+        header = open_safetensors(path, lambda file: file.metadata() or {})
+        return "ours" if "effnet_repro" in header else "torch"
+    endings = (".safetensors", ".keras", ".h5", *_TORCH_ENDINGS, ".index")
+    raise ValueError(
+        f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder."
+    )
+
+
+def target_format(path, source_format):
+    "The format that a target's name asks for"
+    if path.suffix == ".safetensors":
+        if source_format != "ours":
+            return "ours"
+        raise ValueError(f"{path.name} may be ours or PyTorch's. Pass to='torch' or to='ours'.")
+    if path.suffix in (".keras", ".h5"):
+        return "keras"
+    if path.suffix in (".pt", ".pth"):
+        return "torch"
+    if re.fullmatch(r"(\.ckpt.*|\.index)?", path.suffix):
+        return "tf1"
+    raise ValueError(
+        f"Unknown kind of target: {path.name}. Legal: .safetensors, .pt, .pth, .keras, .weights.h5, "
+        ".ckpt; or pass `to`."
+    )

@@ -1,0 +1,79 @@
+"""What was found in a file, checked against the network that it must be, becomes `Weights`."""
+
+from dataclasses import replace
+
+import numpy as np
+
+from effnet_repro.config import for_one_device
+from effnet_repro.convert.recognize import case_for, network_of
+from effnet_repro.convert.weights import Weights, class_names_of
+from effnet_repro.network import check_matches, initial_value, params, spec_of_arrays
+from effnet_repro.scaling import SIZE_TABLE, ModelSpec
+
+
+def odd_size(native):
+    "The size of 32 k + 1 pixels that is nearest to a native one"
+    return 32 * round((native - 1) / 32) + 1
+
+
+def _new_classifier(path, arrays, spec, wanted):
+    "The classifier's classes: the file's, or new ones where it has none"
+    has = spec.num_classes
+    if has and wanted not in (None, has):
+        raise ValueError(
+            f"{path} has {has} classes. Received: num_classes={wanted}. Leave it out; fine-tuning on "
+            "other classes begins from a file without a classifier."
+        )
+    if has:
+        return arrays, spec, ()
+    if not wanted:
+        raise ValueError(f"{path} has no classifier. Pass num_classes for a new, untrained one.")
+    spec = replace(spec, num_classes=wanted)
+    missing = [p for p in params(spec) if p.name.startswith("all/") and p.name not in arrays]
+    rng = np.random.default_rng(0)
+    arrays = {**arrays, **{p.name: initial_value(p, rng) for p in missing}}
+    return arrays, spec, (f"The classifier is new: {wanted} classes, untrained.",)
+
+
+def _fit_case(found, guess, given, image_size):
+    "The case of a file's weights, and what was assumed for it"
+    base = given or found.case
+    notes = ()
+    if base is None:
+        base = replace(case_for(guess), **found.trained)
+        groups = f", {guess.norm_groups} norm groups" if guess.norm == "GN" else ""
+        notes = (
+            f"Taken for {base.name} at {base.image_size} px{groups}, since no case was given.",
+        )
+    base = for_one_device(base)
+    native = SIZE_TABLE[guess.size].native
+    size = image_size or (odd_size(native) if found.odd_size else base.image_size)
+    notes = tuple(n.replace(f"at {base.image_size} px", f"at {size} px") for n in notes)
+    norm = base.input_norm if found.affine is None else "keras"
+    case = replace(base, image_size=size, input_norm=norm)
+    if found.affine is not None and not (given or found.case):
+        case = replace(case, image_resize="modern")  # others resize between pixel centers
+    return case, notes
+
+
+def settle(path, found, given, num_classes, image_size, class_names):
+    "Check what was found against the network that it must be, and name it as we do"
+    shapes = {n: np.shape(a) for n, a in found.arrays.items()}
+    guess = network_of(shapes, found.name_of)
+    case, assumed = _fit_case(found, guess, given, image_size)
+    spec = ModelSpec.from_case(case, guess.num_classes)
+    every = [p for p in params(replace(spec, stored_proxies=True)) if p.name.startswith("all/")]
+    spec = spec_of_arrays(spec, {p.name for p in every if found.name_of(p.name) in shapes})
+    own = [p.name for p in params(spec) if p.name.startswith("all/")]
+    declared = [p._replace(name=found.name_of(p.name)) for p in params(spec) if p.name in own]
+    asked = f"asked for: {spec.name} of {case.name}" if given else "nearest"
+    hint = f"{path}: {asked}; its arrays look like {guess.name} (shapes: height, width, in, out)."
+    check_matches(found.arrays, declared, hint)
+    arrays = {n: np.ascontiguousarray(found.arrays[found.name_of(n)], "float32") for n in own}
+    arrays, spec, fresh = _new_classifier(path, arrays, spec, num_classes)
+    if found.affine is not None:
+        arrays["input/scale"], arrays["input/shift"] = found.affine
+    names = tuple(class_names or found.class_names or class_names_of(spec.num_classes))
+    if len(names) != spec.num_classes:
+        raise ValueError(f"{len(names)} class names for {spec.num_classes} classes of {path}.")
+    return Weights(spec, arrays, case, names, found.notes + assumed + fresh)

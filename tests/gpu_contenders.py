@@ -1,0 +1,345 @@
+"""What bench_gpu.py measures: our networks and those that one would pick instead, each in a process of its own.
+
+`contenders` lists them; `worker` is the program of such a process: it compiles, says so, then measures a round for each
+line that comes in.
+"""
+
+import itertools
+import json
+import os
+import sys
+import time
+
+SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
+MODES = ("train", "infer")
+ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
+SEED = 0  # of images and weights, in every process
+
+
+def contenders():
+    "(name, kind, settings, wave) of the part `speed`"
+    rows = []
+    for size, (native, half, batch) in SIZES.items():
+        peer = dict(model=f"efficientnet_{size.lower()}", size=native, batch=batch)
+        rows += [
+            (f"timm {peer['model']}, compiled", "torch", {**peer, "mode": m}, 1) for m in MODES
+        ]
+        model = f"EfficientNet{size}"
+        for side, many in ((native, batch), (half, 2 * batch)):
+            one = dict(model=model, size=side, batch=many, env={"XLA_FLAGS": ""})
+            rows += [(f"keras.applications {model}", "keras", {**one, "mode": m}, 1) for m in MODES]
+        for arm in ("G16-LN_PN", "G16-GN", "G1-GN"):
+            for part, side in (("Native", native), ("Half", half)):
+                many = batch * (2 if part == "Half" else 1)  # half the pixels, twice the pictures
+                published = part if arm != "G1-GN" else "Native"  # no half of it was published
+                one = dict(model=f"{size}-{arm}-{published}", size=side, batch=many)
+                wave = 1 if arm == "G16-LN_PN" else 2 if size == "B0" else 3
+                rows += [(f"{size}-{arm}-{part}", "ours", {**one, "mode": m}, wave) for m in MODES]
+        plain = dict(model=f"{size}-G16-LN_PN-Native", size=native, batch=batch)
+        plain["env"] = {"EFFNET_KERNELS": "0"}
+        name = f"{plain['model']}, plain operations"
+        rows += [(name, "ours", {**plain, "mode": m}, 5) for m in MODES]
+    for model, sizes, batch in (
+        ("tf_efficientnetv2_s", (300, 384), 128),
+        ("resnet50", (224, 224), 256),
+    ):
+        for mode, side in zip(MODES, sizes):
+            settings = dict(model=model, size=side, batch=batch, mode=mode)
+            rows.append((f"timm {model}, compiled", "torch", settings, 4))
+    return rows
+
+
+def _case(model, batch, micro=None, size=None):
+    from effnet_repro.config import for_one_device, get_case, load_cases, override
+
+    case = get_case(next(name for name in load_cases() if name.startswith(f"{model}_")))
+    case = for_one_device(case, micro or batch, batch)
+    return override(case, image_size=size or case.image_size, mixup_alpha=0.0, cutmix_lambda=None)
+
+
+def _pictures(batch, size):
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(SEED)
+    images = jnp.asarray(rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8))
+    return images, jnp.asarray(rng.integers(0, 1000, batch, dtype=np.int32))
+
+
+def _training_step(model, size, batch):
+    "An update of one of our networks, compiled, with its arguments"
+    import jax
+    import jax.numpy as jnp
+
+    from effnet_repro.gpu_ops import jax_ops
+    from effnet_repro.network import initial_weights, params, segments
+    from effnet_repro.ops import Rng
+    from effnet_repro.recipe import decay_mask, rmsprop_settings, rmsprop_step
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import Program, micro_loss
+
+    ops, case = jax_ops(), _case(model, batch, size=size)
+    spec = ModelSpec.from_case(case)
+    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
+    decays = decay_mask(params(spec))
+    constants = dict(learning_rate=1e-4, **rmsprop_settings(case))
+
+    def update(state, images, labels, i):
+        w, squares, momenta = state
+        loss, grads = jax.value_and_grad(
+            lambda w: micro_loss(ops, program, w, images, labels, {}, Rng(ops, 0, i, 0))[0]
+        )(w)
+        new = {
+            n: rmsprop_step(
+                ops,
+                w[n],
+                grads[n] + (case.weight_decay * w[n] if decays[n] else 0.0),
+                squares[n],
+                momenta[n],
+                **constants,
+            )
+            for n in w
+        }
+        return tuple({n: v[k] for n, v in new.items()} for k in range(3)), loss
+
+    weights = {k: jnp.asarray(v) for k, v in initial_weights(spec).items()}
+    like = lambda make: {k: make(v) for k, v in weights.items()}
+    state = (weights, like(jnp.ones_like), like(jnp.zeros_like))
+    shapes = (
+        jax.ShapeDtypeStruct((batch, size, size, 3), "uint8"),
+        jax.ShapeDtypeStruct((batch,), "int32"),
+    )
+    step = jax.jit(update, donate_argnums=0).lower(state, *shapes, jnp.int32(0)).compile()
+    return step, state
+
+
+def ours(model, size, batch, mode, **_):
+    "A function of n that runs n steps of one of our networks and waits for the last"
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    if mode == "train":
+        step, state = _training_step(model, size, batch)
+        images, labels = _pictures(batch, size)
+        state, count = [state], [0]
+
+        def updates(n):
+            for _ in range(n):
+                state[0], loss = step(state[0], images, labels, jnp.int32(count[0]))
+                count[0] += 1
+            assert np.isfinite(float(loss)), f"the loss after {count[0]} updates is {float(loss)}"
+
+        updates.notes = {"largest_micro_batch": _largest(step, size, batch)}
+        return updates
+    from dataclasses import replace
+
+    from effnet_repro.gpu_ops import jax_ops
+    from effnet_repro.network import fold_proxies, initial_weights, run
+    from effnet_repro.scaling import ModelSpec
+
+    ops, spec = jax_ops(), ModelSpec.from_case(_case(model, batch, size=size))
+    weights, images = initial_weights(spec), _pictures(batch, size)[0]
+    if spec.proxy_norm:
+        spec, weights = replace(spec, folded=True), fold_proxies(weights)
+    weights = {k: jnp.asarray(v) for k, v in weights.items()}
+    forward = jax.jit(lambda w, x: run(ops, spec, w, ops.cast(x, "bfloat16")))
+    forward = forward.lower(weights, images).compile()
+
+    def steps(n):
+        for _ in range(n):
+            y = forward(weights, images)
+        y.block_until_ready()
+
+    return steps
+
+
+def keras_peer(model, size, batch, mode, **_):
+    "The same for a network of keras.applications on the JAX back end: mixed bfloat16, momentum"
+    import keras
+
+    keras.utils.set_random_seed(SEED)
+    keras.mixed_precision.set_global_policy("mixed_bfloat16")
+    net = getattr(keras.applications, model)(weights=None, input_shape=(size, size, 3))
+    images, labels = _pictures(batch, size)
+    if mode == "infer":
+        import jax
+
+        state = [v.value for v in net.trainable_variables]
+        other = [v.value for v in net.non_trainable_variables]
+        forward = jax.jit(lambda a, b, x: net.stateless_call(a, b, x, training=False)[0])
+        forward = forward.lower(state, other, images).compile()
+
+        def steps(n):
+            for _ in range(n):
+                y = forward(state, other, images)
+            y.block_until_ready()
+
+        return steps
+    optimizer = keras.optimizers.SGD(1e-4, momentum=0.9)
+    net.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(), jit_compile=True)
+    net._symbolic_build(data_batch=(images, labels))
+    state = [net._get_jax_state(*[True] * 4, purge_model_variables=True)]
+    net.make_train_function()
+    resident = itertools.repeat((images, labels))
+
+    def updates(n):
+        for _ in range(n):
+            logs, state[0] = net.train_function(state[0], resident)
+        float(logs["loss"])
+
+    return updates
+
+
+def torch_peer(model, size, batch, mode, **_):
+    "The same for a network of timm: channels last, bfloat16 autocast, torch.compile, momentum"
+    import timm
+    import torch
+
+    torch.manual_seed(SEED)
+    net = timm.create_model(model).cuda().to(memory_format=torch.channels_last)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device="cuda").to(
+        memory_format=torch.channels_last
+    )
+    labels = torch.randint(0, 1000, (batch,), device="cuda")
+    net.train(mode == "train")
+    run = torch.compile(lambda x: net(x.float().sub(120).div(58)))
+    if mode == "infer":
+
+        def steps(n):
+            with torch.inference_mode(), torch.autocast("cuda", torch.bfloat16):
+                for _ in range(n):
+                    run(images)
+            torch.cuda.synchronize()
+
+        return steps
+    optimizer = torch.optim.SGD(
+        net.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-5, fused=True
+    )
+
+    def steps(n):
+        for _ in range(n):
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = torch.nn.functional.cross_entropy(run(images), labels)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+        torch.cuda.synchronize()
+
+    return steps
+
+
+def runtime(model, size, batch, micro, losses, **_):
+    "The same through the training runtime, on all GPUs that the process sees"
+    import jax
+    import keras
+    import numpy as np
+
+    from effnet_repro.config import override
+    from effnet_repro.data import open_data
+    from effnet_repro.efficientnet import build_model
+    from effnet_repro.network import segments
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import Program, TrainingModel, updates, use_devices
+
+    case, data = _case(model, batch, micro, size), open_data(verbose=False)
+    case = override(case, base_learning_rate_exponent=-16)  # no chaos: two curves can be compared
+    spec = ModelSpec.from_case(case, num_classes=data.num_classes)
+    scope = use_devices(case)
+    scope.__enter__()  # for the life of this process
+    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
+    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
+    seen = []
+
+    def follow(_, logs):  # as `train` does: read the update before
+        seen.append(logs)
+        float(seen[max(0, len(seen) - 2)]["loss"])
+
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
+    fit = lambda stream, n: net.fit(stream, [watch], steps_per_epoch=n, shuffle=False)
+    stream = updates(case, data, 0)
+    first = next(stream)
+    fit(stream, losses)
+    curve, (batch,) = [float(logs["loss"]) for logs in seen], first
+
+    def resident():
+        while True:
+            yield (placed,)
+
+    distribution = keras.distribution.distribution()
+    place = lambda v: distribution and distribution.get_data_layout(v.shape).backend_layout
+    placed = {n: jax.device_put(np.asarray(v), place(v)) for n, v in batch.items()}
+
+    def steps(n):
+        seen.clear()
+        fit(resident(), n)
+        assert np.isfinite(float(seen[-1]["loss"]))
+
+    steps.notes = {"losses": curve}
+    return steps
+
+
+def _largest(step, size, batch):
+    "The largest micro-batch that a compiled update leaves room for, in steps of 16"
+    import jax
+
+    one, limit = step.memory_analysis(), jax.local_devices()[0].memory_stats()["bytes_limit"]
+    pictures = batch * size * size * 3
+    a_picture = (one.temp_size_in_bytes + pictures) / batch
+    return int((limit - one.argument_size_in_bytes + pictures) / a_picture) // 16 * 16
+
+
+def _peak_gib():
+    if "torch" in sys.modules:
+        return sys.modules["torch"].cuda.max_memory_allocated() / 2**30
+    import jax
+
+    return jax.local_devices()[0].memory_stats()["peak_bytes_in_use"] / 2**30
+
+
+def say(value):
+    "Answer the process that started this one"
+    print(ANSWER + json.dumps(value), flush=True)
+
+
+def _settle(kind):
+    "Alone on the GPU: PyTorch looks for the fastest convolutions only now"
+    if kind == "torch":
+        import torch
+
+        torch.backends.cudnn.benchmark = True
+
+
+def _rest():
+    "Leave the memory to the others"
+    if "torch" in sys.modules:
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def worker(kind, settings):
+    "Compile, say so, then run a round for every line that comes in; the first one is not timed"
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+    begin = time.perf_counter()
+    make = {"ours": ours, "torch": torch_peer, "keras": keras_peer, "runtime": runtime}[kind]
+    steps = make(**settings)
+    if kind != "ours":  # these compile when they first run
+        steps(2)
+        _rest()
+    about = {"compile_s": round(time.perf_counter() - begin, 1)}
+    say({**about, **getattr(steps, "notes", {})})
+    n = 0
+    for _ in sys.stdin:
+        if not n:
+            _settle(kind)
+            steps(3)
+            begin = time.perf_counter()
+            steps(5)
+            seconds = 3 if kind == "runtime" else 0.4  # Keras' `fit` begins and ends slowly
+            n = max(5, int(seconds / ((time.perf_counter() - begin) / 5)))
+            say({"steps": n, "peak_gib": _peak_gib()})
+        else:
+            begin = time.perf_counter()
+            steps(n)
+            say((time.perf_counter() - begin) / n)
+        _rest()
+    return None

@@ -1,9 +1,11 @@
 """The thirty published cases: the same values as published, and each one builds, counts and learns."""
 
+import argparse
 import dataclasses
 import json
 import os
 from pathlib import Path
+from typing import Optional, Tuple
 
 import keras
 import numpy as np
@@ -11,10 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from effnet_repro import config
 from effnet_repro.augment import draw_mixing
+from effnet_repro.case_files import NATIVE_SIZES
 from effnet_repro.cli import cases_command
+from effnet_repro.cli.fields import field_arguments
 from effnet_repro.config import (
+    FIELDS,
     PUBLISHED_KEYS,
     Case,
     case_from_dict,
@@ -25,6 +29,7 @@ from effnet_repro.config import (
     override,
 )
 from effnet_repro.efficientnet import build_model, get_weights, weights_by_name
+from effnet_repro.fields import UNCHANGED, describe, option
 from effnet_repro.recipe import trained_segments
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec, count
 from effnet_repro.training import Program, TrainingModel
@@ -184,7 +189,7 @@ def test_every_repeated_key_of_our_form_is_refused(tmp_path, old, new):
 
 
 def test_native_sizes_are_those_of_the_networks():
-    assert config._NATIVE_SIZES == tuple(SIZE_TABLE[f"B{n}"].native for n in range(8))
+    assert NATIVE_SIZES == tuple(SIZE_TABLE[f"B{n}"].native for n in range(8))
 
 
 @pytest.mark.parametrize("name", sorted(CASES))
@@ -272,8 +277,64 @@ def test_cases_survive_json_whatever_is_overridden(name, data):
     assert case_from_dict(json.loads(json.dumps(case_to_dict(case)))) == case
 
 
-def test_fields_are_documented():
-    source = (Path(__file__).parents[1] / "effnet_repro" / "config.py").read_text()
-    for field in dataclasses.fields(Case):
-        line = next(li for li in source.splitlines() if li.strip().startswith(f"{field.name}: "))
-        assert "  # " in line, field.name
+# ---------------------------------------------------------------- fields that describe themselves
+
+
+def test_fields_describe_themselves():
+    assert list(FIELDS) == [f.name for f in dataclasses.fields(Case)]
+    for name, field in FIELDS.items():
+        assert len(field.help) > 3 and field.help[-1] != ".", name
+        if field.default is not dataclasses.MISSING and name not in MUST_BE_GIVEN:
+            assert field.check(field.default) == field.default, name
+
+
+MUST_BE_GIVEN = ("micro_batch_size", "gradient_accumulation")  # their default, 0, is refused
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+    """small"""
+
+    share: Optional[float] = option("A share", 0.5, range="[0, 1)", published="part")
+    sizes: Tuple[int, ...] = option("Sizes", ())
+    way: str = option("How", "left", choices=("left", "right"), earlier="right")
+    scale: float = option("A factor", 1, range="(0, 2^3]", hint="Usual: 1.")
+    on: bool = option("Whether", True)
+
+
+@pytest.mark.parametrize(
+    "name, good, bad, said",
+    [
+        ("share", [0, 0.99, None], [1, -0.1], "in \\[0, 1\\)"),
+        ("share", [0.5], ["a", True, float("nan"), float("inf"), ()], "a finite number"),
+        ("sizes", [(), (1, 2), [3]], [1, ("a",), (True,), None, (-1,)], "a list"),
+        ("way", ["right"], ["up", True, None, ["left"]], "Unknown way .* in here"),
+        ("scale", [8, 0.01], [0, 9, -1], "in \\(0, 2\\^3\\].*\\(here\\). Usual: 1."),
+        ("on", [True, False], [1, "yes", None], "true or false"),
+    ],
+)
+def test_values_are_checked_by_their_field(name, good, bad, said):
+    field = describe(_Record)[name]
+    for value in good:
+        assert field.check(value) == (tuple(value) if isinstance(value, list) else value)
+    for value in bad:
+        with pytest.raises(ValueError, match=said):
+            field.check(value, "here")
+
+
+def test_a_field_is_all_that_there_is_to_say():
+    fields = describe(_Record)
+    assert fields["share"].about == "A share (in [0, 1); published: part)"
+    assert fields["way"].earlier == "right" and fields["on"].earlier is UNCHANGED
+    assert {f.group for f in fields.values()} == {"small"}
+    with pytest.raises(ValueError, match="Unknown part of a field 'legal'"):
+        option("A share", 0.5, legal=(1, 2))
+
+
+@pytest.mark.parametrize("name", [n for n in FIELDS if n not in ("name", "precision")])
+def test_every_field_is_a_flag_with_its_help(name):
+    parser = argparse.ArgumentParser()
+    field_arguments(parser)
+    flags = {a.dest: a for a in reversed(parser._actions)}  # the first of each field
+    assert flags[name].help == FIELDS[name].about.replace("%", "%%")
+    assert f"--{name.replace('_', '-')}" in flags[name].option_strings

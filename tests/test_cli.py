@@ -216,7 +216,7 @@ def test_the_table_says_why(run):
         ([CASE, "extra"], "Unexpected argument 'extra'"),
         ([CASE, "--epochs", "many"], "a finite number is needed. Received: 'many'"),
         ([CASE, "--epochs", "nan"], "a finite number is needed"),
-        ([CASE, "--epochs", "0"], "must be positive"),
+        ([CASE, "--epochs", "0"], "must be above 0"),
         ([CASE, "--epochs"], "expected one argument"),
         ([CASE, "--image-size", "32.5"], "a whole number is needed"),
         ([CASE, "--image-size", "16"], "at least 32"),

@@ -251,7 +251,7 @@ def test_the_command_for_other_machines_and_sizes(tmp_path):
         ("B4-G16-GN-Native_16IPU_4x4 --ipus 0", "at least 1"),
         ("B4-G16-GN-Native_16IPU_4x4 --memory-mb 20", "No plan fits"),
         ("B4-G16-GN-Native_16IPU_4x4 --stages 8", "too many ways"),
-        ("B4-G16-GN-Native_16IPU_4x4 --image-size 8", "--image-size at least 32"),
+        ("B4-G16-GN-Native_16IPU_4x4 --image-size 8", "--image-size must be at least 32"),
         ("B4-G16-GN-Native_16IPU_4x4 --pipeline-schedule grouped", "Did you mean 'Grouped'"),
     ],
 )

@@ -2,9 +2,9 @@
 
 import json
 
-from effnet_repro.cli.fields import config_arguments, field_comments, named_case
+from effnet_repro.cli.fields import config_arguments, named_case
 from effnet_repro.cli.kit import UsageError, choice, format_arguments, print_rows, program
-from effnet_repro.config import case_to_dict, load_cases, unknown_name
+from effnet_repro.config import FIELDS, case_to_dict, load_cases, unknown_name
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec, count
 
 
@@ -77,7 +77,11 @@ def _show_case(case, args):
     if args.json:
         print(json.dumps(fields, indent=1))
         return
-    about = {**field_comments(), "params": "Trainable, with 1,000 classes", "macs": "Of a picture"}
+    about = {
+        **{n: f.about for n, f in FIELDS.items()},
+        "params": "Trainable, with 1,000 classes",
+        "macs": "Of a picture",
+    }
     form = lambda v: " ".join(map(str, v)) if isinstance(v, list) else str(v)
     rows = [{"field": k, "value": form(v), "about": about.get(k)} for k, v in fields.items()]
     print_rows(rows, args)

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from effnet_repro.cli.fields import config_arguments, named_case
+from effnet_repro.cli.fields import check_given, config_arguments, named_case
 from effnet_repro.cli.kit import UsageError, choice, program, real_number, whole_number
 from effnet_repro.convert import FORMATS, convert
 
@@ -50,8 +50,9 @@ _CONVERT_OPTIONS = "weights image_size num_classes arch input_mean input_std".sp
 def _convert_options(args):
     "The flags of effnet-convert that were given, as `read` takes them"
     given = {n: getattr(args, n) for n in _CONVERT_OPTIONS if getattr(args, n) is not None}
-    if given.get("image_size", 32) < 32 or given.get("num_classes", 1) < 1:
-        raise UsageError("--image-size must be at least 32, --num-classes at least 1.")
+    check_given(image_size=args.image_size)
+    if given.get("num_classes", 1) < 1:
+        raise UsageError("--num-classes must be at least 1.")
     if args.class_names:
         given["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
     if args.case:

@@ -1,15 +1,16 @@
-"""Every field of a case is a flag, and says in --help what its comment in `00_config` says."""
+"""Every field of a case is a flag. What `--help` says of it, its type and its other names are the field's own.
 
-import ast
-import dataclasses
+A new field of `00_config` is a flag without a line here.
+"""
+
 import functools
-import inspect
 import os
 import re
-import typing
 
 from effnet_repro.cli.kit import Once, UsageError, choice, real_number, whole_number
-from effnet_repro.config import CHOICES, PUBLISHED_KEYS, SIZES, Case, get_case
+from effnet_repro.config import FIELDS, get_case
+
+_NO_FLAG = ("name", "precision")  # precision: see `options.machine_arguments`
 
 
 def config_arguments(parser):
@@ -31,92 +32,56 @@ def named_case(name, path):
         raise UsageError(str(e)) from None
 
 
-def field_comments():
-    "Field of a case -> its comment in the source, on whichever of its lines that stands"
-    found = {}
-    for kind in Case.__mro__[:-1]:
-        try:
-            text = inspect.getsource(kind)
-        except OSError:  # installed without sources
-            continue
-        for node in ast.parse(text).body[0].body:
-            lines = "\n".join(text.splitlines()[node.lineno - 1 : node.end_lineno])
-            comment = re.search(r"(?m)  # (.+)$", lines)
-            if isinstance(node, ast.AnnAssign) and comment:
-                found[node.target.id] = comment[1]
-    return found
+def check_given(**values):
+    "Refuse values of fields that came by flags of a command's own; None was not given"
+    try:
+        for name, value in values.items():
+            if value is not None:
+                FIELDS[name].check(value)
+    except ValueError as e:
+        flag = lambda found: "--" + found[1].replace("_", "-")
+        raise UsageError(re.sub(r"^`(\w+)`", flag, str(e))) from None
 
 
-def _element(kind):
-    "Of a field's type: the type of one value, and whether there are several"
-    inner = [k for k in typing.get_args(kind) if k not in (type(None), Ellipsis)]
-    if typing.get_origin(kind) is tuple:
-        return inner[0], True
-    if len(inner) == 1:
-        return _element(inner[0])
-    return (str if inner else kind), False
-
-
-_ALIASES = {
-    "model_size": {f"B{n}": n for n in SIZES if isinstance(n, int)},
-    "optimizer": {"RMSprop": "rmsprop", "SGD": "sgd"},
-}
-
-
-# Version 2.1 of the published code, and its README, call it so.
-_MORE_FLAGS = {"base_learning_rate_exponent": ["--base-learning-rate"]}
-
-
-def _add_field(group, name, kind, about):
-    "Add the flags of one field: its own name, and what the published code calls it"
+def _add_field(group, field):
+    "Add the flags of one field: its own name, what the published code calls it, and further ones"
     spell = lambda name: "--" + name.replace("_", "-")
-    flags = [spell(name), *(spell(k) for k, v in PUBLISHED_KEYS.items() if v == name)]
-    flags += _MORE_FLAGS.get(name, [])
-    add = functools.partial(group.add_argument, dest=name, action=Once)
-    one, several = _element(kind)
-    if one is bool:
-        add(*flags, nargs=0, const=True, help=about)
-        add(spell("no_" + name), nargs=0, const=False)
+    same = [n for n, value in field.flags.items() if value is None]
+    names = [field.name, *([field.published] if field.published else []), *same]
+    add = functools.partial(group.add_argument, dest=field.name, action=Once)
+    about = field.about.replace("%", "%%")
+    if field.kind is bool:
+        add(*map(spell, names), nargs=0, const=True, help=about)
+        add(spell("no_" + field.name), nargs=0, const=False)
         return
-    read = {int: whole_number, float: real_number}.get(one, str)
-    if name in CHOICES:
-        read = choice(name, CHOICES[name], _ALIASES.get(name))
+    read = {int: whole_number, float: real_number}.get(field.kind, str)
+    if field.choices:
+        read = choice(field.name, field.choices, field.spellings)
     shape = "A" if read is str else "N"
-    add(*flags, type=read, nargs="+" if several else None, help=about, metavar=shape)
-
-
-_TITLES = ("network", "batches and length", "recipe", "pictures", "IPU (no effect elsewhere)")
-
-
-NETWORK_FIELDS = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
+    several = "+" if field.several else None
+    add(*map(spell, names), type=read, nargs=several, help=about, metavar=shape)
+    for name, value in field.flags.items():
+        if value is not None:
+            same_as = f"{spell(field.name)} {value}, as published"
+            add(spell(name), nargs=0, const=value, help=same_as)
 
 
 def field_arguments(parser, leave_out=()):
     "Flags for the fields of a case, in the groups of `00_config`"
-    comments = field_comments()
-    for title, kind in zip(_TITLES, reversed(Case.__mro__[:-1])):
-        group = parser.add_argument_group(title)
-        for name, hint in typing.get_type_hints(kind).items():
-            if name in kind.__annotations__ and name not in (*leave_out, "name", "precision"):
-                about = comments.get(name, "").replace("%", "%%")
-                _add_field(group, name, hint, about)
-        if title == "pictures":
-            group.add_argument(
-                "--train-with-valid-preprocessing",
-                dest="train_preprocessing",
-                action=Once,
-                nargs=0,
-                const="validation",
-                help="--train-preprocessing validation, as published",
-            )
+    groups = {}
+    for name, field in FIELDS.items():
+        if name in (*leave_out, *_NO_FLAG):
+            continue
+        if field.group not in groups:
+            groups[field.group] = parser.add_argument_group(field.group)
+        _add_field(groups[field.group], field)
 
 
 def given_fields(args):
     "The fields of a case that the command line names"
-    names = [f.name for f in dataclasses.fields(Case) if f.name not in ("name", "precision")]
-    given = {n: getattr(args, n, None) for n in names}
+    given = {n: getattr(args, n, None) for n in FIELDS if n not in _NO_FLAG}
     split = lambda v: [w for part in v for w in part.split(",")] if isinstance(v[0], str) else v
     given = {k: tuple(split(v)) if isinstance(v, list) else v for k, v in given.items()}
-    if getattr(args, "precision", None) in CHOICES["precision"]:
+    if getattr(args, "precision", None) in FIELDS["precision"].choices:
         given["precision"] = args.precision
     return {k: v for k, v in given.items() if v is not None}

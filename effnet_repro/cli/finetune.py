@@ -1,8 +1,6 @@
 """`effnet-finetune`: train the last layers of a trained network a little more."""
 
-import dataclasses
-
-from effnet_repro.cli.fields import NETWORK_FIELDS, field_arguments, given_fields
+from effnet_repro.cli.fields import field_arguments, given_fields
 from effnet_repro.cli.ipus import finetune_on_ipus, ipu_arguments, print_poprun, runs_on_ipus
 from effnet_repro.cli.kit import UsageError, choice, program
 from effnet_repro.cli.options import (
@@ -16,7 +14,7 @@ from effnet_repro.cli.options import (
     start_keras,
 )
 from effnet_repro.cli.resolve import LAYOUT_FIELDS, Plan, batch_fields, show_plan
-from effnet_repro.config import CHOICES, Case
+from effnet_repro.config import CHOICES, NETWORK_FIELDS, differing_fields
 from effnet_repro.runs import finetune_budget, finetune_case, finetune_size
 
 
@@ -49,11 +47,7 @@ def _plan_finetuning(args, trained):
         case = finetune_case(trained, size, args.protocol, parts, **{**batches, **own})
     except ValueError as e:
         raise UsageError(str(e)) from None
-    changed = [
-        f.name
-        for f in dataclasses.fields(Case)
-        if getattr(case, f.name) != getattr(trained, f.name)
-    ]
+    changed = differing_fields(trained, case)
     reasons = {n: "flag" if n in given else "fine-tuning" for n in changed}
     overrides = {**batches, **own, "image_size": size, "variable_filter": parts}
     return Plan(case, trained, overrides, budget, reasons)

@@ -2,7 +2,7 @@
 
 import json
 
-from effnet_repro.cli.fields import config_arguments, named_case
+from effnet_repro.cli.fields import check_given, config_arguments, named_case
 from effnet_repro.cli.kit import (
     UsageError,
     choice,
@@ -95,11 +95,9 @@ def _both_plans(args):
     spec, chip = ModelSpec.from_case(case), MK2._replace(memory_bytes=1e6 * args.memory_mb)
     size = given(args.image_size, case.image_size)
     batch = given(args.global_batch_size, case.global_batch_size)
-    if min(num_ipus, batch, *args.stages) < 1 or size < 32 or args.memory_mb <= 0:
-        raise UsageError(
-            "--ipus, --stages and --global-batch-size must be at least 1, --image-size at least 32, "
-            "--memory-mb above 0."
-        )
+    check_given(image_size=size, global_batch_size=batch)
+    if min(num_ipus, *args.stages) < 1 or args.memory_mb <= 0:
+        raise UsageError("--ipus and --stages must be at least 1, --memory-mb above 0.")
     name = args.pipeline_schedule or case.pipeline_schedule
     asked = (num_ipus, size, batch, name)
     own = (case.num_stages * case.num_replicas, case.image_size, case.global_batch_size)

@@ -7,10 +7,10 @@ batch of the case or budget is kept, whatever the other two say. Stages change n
 
 from typing import Dict, NamedTuple
 
-from effnet_repro.cli.fields import given_fields, named_case
+from effnet_repro.cli.fields import check_given, given_fields, named_case
 from effnet_repro.cli.kit import UsageError, format_table
 from effnet_repro.cli.options import data_dir_of, one_of
-from effnet_repro.config import Case, budget_overrides, case_to_dict, override, resolve
+from effnet_repro.config import FIELDS, Case, budget_overrides, case_to_dict, override, resolve
 
 LAYOUT_FIELDS = ("micro_batch_size", "global_batch_size", "gradient_accumulation", "num_replicas")
 LAYOUT_FIELDS += ("num_stages", "pipeline_splits")
@@ -20,8 +20,7 @@ def batch_fields(given, micro, whole, replicas):
     "Micro-batch and global batch from the flags, and from what holds without them"
     k = given.get("gradient_accumulation")
     m, r, g = (given.get(f) for f in ("micro_batch_size", "num_replicas", "global_batch_size"))
-    if any(v is not None and v < 1 for v in (k, m, r, g, given.get("num_stages"))):
-        raise UsageError("Batch sizes, accumulation, replicas and stages must be at least 1.")
+    check_given(**{n: v for n, v in given.items() if n in LAYOUT_FIELDS})
     if k is None:
         if r is not None and (g or whole) % ((m or 1) * r):
             raise UsageError(
@@ -99,7 +98,7 @@ def _check_layout(case, given):
 
 def show_plan(plan):
     "Print the resolved case; IPU fields only where they differ"
-    ipu = set(Case.__annotations__)
+    ipu = {n for n, f in FIELDS.items() if f.group == FIELDS["pipeline_schedule"].group}
     rows = []
     for field, value in case_to_dict(plan.case).items():
         if field in ipu and field not in plan.reasons:

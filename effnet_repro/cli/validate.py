@@ -4,9 +4,9 @@ import contextlib
 import sys
 from pathlib import Path
 
+from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.ipus import ipu_arguments, print_poprun, runs_on_ipus
 from effnet_repro.cli.kit import (
-    UsageError,
     choice,
     format_arguments,
     print_rows,
@@ -74,9 +74,7 @@ def validation_rows(run_dir):
 )
 def validate_command(args):
     "Measure a checkpoint, or every checkpoint of a run, on all validation pictures."
-    low = lambda value, least: value is not None and value < least
-    if low(args.micro_batch_size, 1) or low(args.image_size, 32):
-        raise UsageError("--micro-batch-size must be at least 1, --image-size at least 32.")
+    check_given(micro_batch_size=args.micro_batch_size, image_size=args.image_size)
     source, trained = checked_source(args, run_dir=args.run_dir)
     if args.print_poprun:
         return print_poprun(args, "validate", trained, source)

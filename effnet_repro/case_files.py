@@ -1,0 +1,129 @@
+"""Files of cases: our sections and the published flat form, read as plain values.
+
+A repeated key, an unknown section and a syntax error are refused with the place. What the values mean is `config`'s.
+"""
+
+import math
+from pathlib import Path
+
+import yaml
+
+from effnet_repro.fields import unknown_name
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    "YAML that refuses a key given twice in one mapping; files of the published form may repeat `<<`"
+
+    def compose_mapping_node(self, anchor):
+        node, lines = super().compose_mapping_node(anchor), {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if not isinstance(key, yaml.ScalarNode):
+                raise ValueError(f"line {line}: a key must be a plain name.")
+            if key.value in lines:
+                self.repeated = getattr(self, "repeated", [])
+                self.repeated.append((key, lines[key.value], line))
+            lines[key.value] = line
+        return node
+
+    def get_single_node(self):
+        node, mapping = super().get_single_node(), yaml.MappingNode
+        own = isinstance(node, mapping) and "cases" in [key.value for key, _ in node.value]
+        for key, first, line in getattr(self, "repeated", []):
+            if own or key.tag != "tag:yaml.org,2002:merge":
+                place = f"lines {first} and {line}" if line != first else f"line {line}"
+                raise ValueError(f"Key {key.value!r} stands twice, in {place}. Keep one of them.")
+        return node
+
+
+_SECTIONS = ("sizes", "convolutions", "norms", "layouts", "fits", "plans", "cases", "budgets")
+
+
+def _default_path():
+    "The `config.yml` beside the installed module, or above the working directory"
+    here = Path(__file__).resolve().parent
+    for folder in (here, *Path.cwd().parents):
+        if (folder / "config.yml").exists():
+            return folder / "config.yml"
+    raise FileNotFoundError(f"No config.yml in {here} nor above {Path.cwd()}. Pass `path`.")
+
+
+_ONLY = {"model": "efficientnet", "dataset": "imagenet", "standard_imagenet": True}
+_DROPPED = ("name_suffix", "pipeline", *_ONLY)
+NATIVE_SIZES = (224, 240, 260, 300, 380, 456, 528, 600)  # Of B0 to B7, pixels
+
+
+def _from_published(name, values, path, keys):
+    "The fields of `Case` that a case of the published file stands for"
+    for key, only in _ONLY.items():
+        if values.get(key, only) != only:
+            raise ValueError(
+                f"{path}: {key}={values[key]!r} of {name} is not supported. Supported: {only!r}."
+            )
+    averages = values.get("weight_avg_exp", [0.97])
+    if not isinstance(averages, list) or len(averages) != 1:
+        raise ValueError(f"{path}: weight_avg_exp of {name} must be a list of one decay.")
+    norm = "LN" if values.get("groups") == 1 else "GN"
+    special = {
+        "norm": norm + ("_PN" if values.get("proxy_norm") else ""),
+        "optimizer": str(values.get("optimiser", "RMSprop")).lower(),
+        "stochastic_rounding": not values.get("no_stochastic_rounding", False),
+        "weight_average_decay": averages[0],
+    }
+    memory = values.get("available_memory_proportion", ())
+    read = ("proxy_norm", "optimiser", "no_stochastic_rounding", "weight_avg_exp")
+    rest = {keys.get(k, k): v for k, v in values.items() if k not in read + _DROPPED}
+    for theirs, ours in keys.items():
+        if theirs in values and ours in values:
+            raise ValueError(f"{path}: {name} has both {theirs!r} and {ours!r}. Keep one of them.")
+    fields = {"gradient_accumulation": 1, "num_replicas": 1, **rest, **special}
+    size = fields.get("model_size")
+    if size in range(len(NATIVE_SIZES)):
+        fields.setdefault("image_size", NATIVE_SIZES[size])
+    factors = [fields.get(f) for f in ("micro_batch_size", "gradient_accumulation", "num_replicas")]
+    try:
+        fields["available_memory_proportion"] = [float(v) for v in memory]
+        fields["global_batch_size"] = math.prod(int(f) for f in factors)
+    except (TypeError, ValueError):
+        raise ValueError(
+            f"{path}: {name} needs whole numbers for batch_size, gradient_accumulation_count and replicas, and "
+            f"numbers for available_memory_proportion. Received: {factors}, {memory!r}."
+        ) from None
+    return fields
+
+
+def _as_sections(data, path, keys):
+    "The sections of a file; those of a published, flat one are made from its cases"
+    if not isinstance(data, dict) or "cases" in data:
+        return data
+    flat = lambda v: isinstance(v, dict) and {"model_size", "batch_size", "group_dim"} <= set(v)
+    found = {name: _from_published(name, v, path, keys) for name, v in data.items() if flat(v)}
+    return {"cases": found} if found else data
+
+
+def read_sections(
+    path,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
+    keys: dict,  # Key of the published form -> field
+) -> dict:  # Its sections as plain dictionaries
+    "Read a file of cases"
+    path = Path(path) if path else _default_path()
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"No configuration file {path}. Leave `path` out for the published cases."
+        )
+    try:
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+    except (yaml.YAMLError, ValueError, RecursionError) as e:
+        mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
+        place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
+        text = " ".join(str(problem or e).split()).rstrip(".")
+        raise ValueError(
+            f"{path} is not a valid configuration: {place}{text}. Compare it with the published config.yml."
+        ) from None
+    data = _as_sections(data, path, keys)
+    if not isinstance(data, dict) or not isinstance(data.get("cases"), dict):
+        raise ValueError(f"{path} has no section `cases:` that maps names to cases.")
+    for section in data:
+        if section not in _SECTIONS:
+            raise unknown_name("section", section, _SECTIONS, str(path))
+    return data

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.config import (
+    NETWORK_FIELDS,
     Case,
     case_from_dict,
     differing_fields,
@@ -53,9 +54,6 @@ def _average_beside(folder, case, update):
             f"{path.name} is of update {found.last_update}, after the checkpoint's {update}",
         )
     return found, why
-
-
-NETWORK_FIELDS = ("model_size", "group_size", "expand_ratio", "norm", "norm_groups", "input_norm")
 
 
 def refuse_other_case(

@@ -16,7 +16,7 @@ from .scaling import same_padding
 
 # %% ../nbs/02_ops.ipynb #6e688605
 class _Composed:
-    "Steps of the network that follow from the rest; a namespace may know a faster way"
+    "What follows from the other words; an implementation may know a way with fewer passes"
 
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))
@@ -27,59 +27,62 @@ class _Composed:
 
     def affine(self, x, scale, shift=None, activation=None, mean=None, inv_std=None):
         # Scale and shift: (N or 1, 1, 1, C or 1) or (C,); activation: "swish" or None
-        # The proxy's mean and 1/std: (C,); None = 0 and 1
+        # What is subtracted and multiplied afterwards: (C,); None = 0 and 1
         y = x * scale if shift is None else x * scale + shift
         y = self.swish(y) if activation == "swish" else y
         y = y if mean is None else y - mean
         return y if inv_std is None else y * inv_std
 
 # %% ../nbs/02_ops.ipynb #a3b1bc5c
-class NumpyOps(_Composed):
-    "The namespace in NumPy: the reference, in any precision"
+_SAME_NAME = (
+    "asarray reshape exp log square sqrt matmul tile stack roll where clip round floor minimum maximum"
+)
 
-    name = "numpy"
 
-    def asarray(self, x, dtype=None):
-        return np.asarray(x, dtype)
+class _NumpyNames(_Composed):
+    "The words that NumPy and `jax.numpy` spell alike"
+
+    def __init__(self, library):  # `numpy` or `jax.numpy`
+        self._library = library
+        for word in _SAME_NAME.split():
+            setattr(self, word, getattr(library, word))
+        self.concat = library.concatenate
 
     def shape(self, x):  # Sides of x, whole numbers where they are known
         return list(x.shape)
 
     def dtype(self, x):  # Name of the element type, e.g. "float32"
-        return np.dtype(x.dtype).name
+        return x.dtype.name
 
     def cast(self, x, dtype):
-        return np.asarray(x).astype(dtype)
+        return self._library.asarray(x).astype(dtype)
 
     def const(self, value, dtype="float32"):
-        return np.asarray(value, dtype)
-
-    def reshape(self, x, shape):
-        return np.reshape(x, shape)
+        return self._library.asarray(value, dtype)
 
     def mean(self, x, axis=None, keepdims=False):
-        return np.mean(x, axis=axis, keepdims=keepdims)
+        return self._library.mean(x, axis=axis, keepdims=keepdims)
 
     def sum(self, x, axis=None, keepdims=False):
-        return np.sum(x, axis=axis, keepdims=keepdims)
+        return self._library.sum(x, axis=axis, keepdims=keepdims)
 
     def max(self, x, axis=None, keepdims=False):
-        return np.max(x, axis=axis, keepdims=keepdims)
+        return self._library.max(x, axis=axis, keepdims=keepdims)
 
-    def square(self, x):
-        return np.square(x)
+    def arange(self, n, dtype="int32"):
+        return self._library.arange(n, dtype=dtype)
 
-    def sqrt(self, x):
-        return np.sqrt(x)
+# %% ../nbs/02_ops.ipynb #35e386cf
+class NumpyOps(_NumpyNames):
+    "The operations in NumPy: the reference, in any precision"
+
+    name = "numpy"
+
+    def __init__(self):
+        super().__init__(np)
 
     def rsqrt(self, x):
         return 1.0 / np.sqrt(x)
-
-    def exp(self, x):
-        return np.exp(x)
-
-    def log(self, x):
-        return np.log(x)
 
     def sigmoid(self, x):
         return 1.0 / (1.0 + np.exp(-x))
@@ -87,44 +90,8 @@ class NumpyOps(_Composed):
     def swish(self, x):
         return x * self.sigmoid(x)
 
-    def matmul(self, a, b):
-        return np.matmul(a, b)
-
-    def concat(self, xs, axis):
-        return np.concatenate(xs, axis)
-
-    def stack(self, xs, axis=0):
-        return np.stack(xs, axis)
-
-    def tile(self, x, repeats):
-        return np.tile(x, repeats)
-
-    def roll(self, x, shift, axis):
-        return np.roll(x, shift, axis)
-
-    def where(self, condition, a, b):
-        return np.where(condition, a, b)
-
-    def arange(self, n, dtype="int32"):
-        return np.arange(n, dtype=dtype)
-
     def one_hot(self, labels, classes):
         return np.eye(classes, dtype="float32")[labels]
-
-    def clip(self, x, low, high):
-        return np.minimum(np.maximum(x, low), high)
-
-    def round(self, x):
-        return np.round(x)
-
-    def floor(self, x):
-        return np.floor(x)
-
-    def minimum(self, a, b):
-        return np.minimum(a, b)
-
-    def maximum(self, a, b):
-        return np.maximum(a, b)
 
     def log_softmax(self, x):  # Over the last axis
         x = x - np.max(x, axis=-1, keepdims=True)
@@ -144,14 +111,15 @@ class NumpyOps(_Composed):
     def key(self, *counters):  # A random key from whole numbers
         return [int(c) % 2**32 for c in counters]
 
+    def fold_in(self, key, number):  # Another key, a pure function of both
+        return [*key, number]
+
     def uniform(self, key, shape):  # In [0, 1), float32, a pure function of the key
         return np.random.default_rng(key).random(shape, dtype="float32")
 
 # %% ../nbs/02_ops.ipynb #497a46d0
-class TFOps(_Composed):
-    "The namespace in TensorFlow: eager, `tf.function` or v1 graph"
-
-    name = "tensorflow"
+class _TFNames(_Composed):
+    "The words of TensorFlow, by their names or a name of ours"
 
     def __init__(self):
         import tensorflow as tf
@@ -161,12 +129,9 @@ class TFOps(_Composed):
         for op in same_name.split():
             setattr(self, op, getattr(tf, op, None) or getattr(tf.math, op))
         self.log, self.rsqrt, self.sigmoid = tf.math.log, tf.math.rsqrt, tf.math.sigmoid
-        self.matmul, self.clip, self.asarray = (
-            tf.linalg.matmul,
-            tf.clip_by_value,
-            tf.convert_to_tensor,
-        )
         self.swish, self.log_softmax = tf.nn.swish, tf.nn.log_softmax
+        self.matmul, self.clip = tf.linalg.matmul, tf.clip_by_value
+        self.asarray = tf.convert_to_tensor
 
     def shape(self, x):
         static = x.shape.as_list()
@@ -193,6 +158,12 @@ class TFOps(_Composed):
     def arange(self, n, dtype="int32"):
         return self.tf.range(n, dtype=dtype)
 
+# %% ../nbs/02_ops.ipynb #79787941
+class TFOps(_TFNames):
+    "The operations in TensorFlow: eager, `tf.function` or v1 graph"
+
+    name = "tensorflow"
+
     def conv(self, x, kernel, strides=1):
         kh, kw, per_group, filters = kernel.shape.as_list()
         stride4 = [1, strides, strides, 1]
@@ -204,8 +175,11 @@ class TFOps(_Composed):
     def key(self, *counters):
         key = self.tf.constant([0x5EED, 0], "int32")
         for c in counters:
-            key = self.tf.random.experimental.stateless_fold_in(key, self.tf.cast(c, "int32"))
+            key = self.fold_in(key, self.tf.cast(c, "int32"))
         return key
+
+    def fold_in(self, key, number):
+        return self.tf.random.experimental.stateless_fold_in(key, number)
 
     def uniform(self, key, shape):
         return self.tf.random.stateless_uniform(shape, key)
@@ -214,8 +188,8 @@ class TFOps(_Composed):
 FUSED_FROM = 2**15  # Numbers in a picture's tensor above which XLA makes one loop of a step
 
 # %% ../nbs/02_ops.ipynb #3f4fa45b
-class TFCPUOps(TFOps):
-    "TensorFlow where the CPU computes: float32 steps with gradients of their own"
+class _TFLoops(TFOps):
+    "Loops of XLA over element-wise steps, and sums over pixels as matrix products"
 
     def __init__(self):
         super().__init__()
@@ -239,6 +213,18 @@ class TFCPUOps(TFOps):
     def _pixels(self, x):
         _, h, w, _ = self.shape(x)
         return self.cast(h * w, x.dtype)
+
+# %% ../nbs/02_ops.ipynb #9d1f0401
+def _line(x, a, b):
+    return x * a + b
+
+
+def _distance(x, mean):
+    return (x - mean) * (x - mean)
+
+# %% ../nbs/02_ops.ipynb #d2b1b0b8
+class _TFMoments(_TFLoops):
+    "Means over the pixels with gradients of their own"
 
     def pool(self, x):
         if x.dtype != "float32":
@@ -269,6 +255,10 @@ class TFCPUOps(TFOps):
             return (mean, self._sum(self._fused(_distance, x, mean)) / pixels), gradient
 
         return run(x)
+
+# %% ../nbs/02_ops.ipynb #4c035234
+class TFCPUOps(_TFMoments):
+    "TensorFlow where the CPU computes: float32 steps with gradients of their own"
 
     def affine(self, x, scale, shift=None, activation=None, mean=None, inv_std=None):
         if x.dtype != "float32":
@@ -312,17 +302,9 @@ class TFCPUOps(TFOps):
     def _times(self, x, dy, *affine):  # The gradient times what 1/std was multiplied with
         return dy * super().affine(x, *affine)
 
-# %% ../nbs/02_ops.ipynb #9d1f0401
-def _line(x, a, b):
-    return x * a + b
-
-
-def _distance(x, mean):
-    return (x - mean) * (x - mean)
-
 # %% ../nbs/02_ops.ipynb #16f609de
-class JAXOps(_Composed):
-    "The namespace in JAX"
+class JAXOps(_NumpyNames):
+    "The operations in JAX"
 
     name = "jax"
 
@@ -330,39 +312,10 @@ class JAXOps(_Composed):
         import jax
         import jax.numpy as jnp
 
+        super().__init__(jnp)
         self.jax, self.jnp = jax, jnp
-        same_name = (
-            "reshape exp log square sqrt matmul tile stack roll where round floor minimum maximum"
-        )
-        for op in same_name.split():
-            setattr(self, op, getattr(jnp, op))
         self.rsqrt, self.sigmoid, self.swish = jax.lax.rsqrt, jax.nn.sigmoid, jax.nn.swish
-        self.log_softmax, self.clip, self.asarray = jax.nn.log_softmax, jnp.clip, jnp.asarray
-        self.one_hot, self.concat = jax.nn.one_hot, jnp.concatenate
-
-    def shape(self, x):
-        return list(x.shape)
-
-    def dtype(self, x):
-        return x.dtype.name
-
-    def cast(self, x, dtype):
-        return self.jnp.asarray(x).astype(dtype)
-
-    def const(self, value, dtype="float32"):
-        return self.jnp.asarray(value, dtype)
-
-    def mean(self, x, axis=None, keepdims=False):
-        return self.jnp.mean(x, axis=axis, keepdims=keepdims)
-
-    def sum(self, x, axis=None, keepdims=False):
-        return self.jnp.sum(x, axis=axis, keepdims=keepdims)
-
-    def max(self, x, axis=None, keepdims=False):
-        return self.jnp.max(x, axis=axis, keepdims=keepdims)
-
-    def arange(self, n, dtype="int32"):
-        return self.jnp.arange(n, dtype=dtype)
+        self.log_softmax, self.one_hot = jax.nn.log_softmax, jax.nn.one_hot
 
     def conv(self, x, kernel, strides=1):
         if kernel.shape[:2] == (1, 1) and strides == 1 and kernel.shape[2] == x.shape[-1]:
@@ -380,8 +333,11 @@ class JAXOps(_Composed):
     def key(self, *counters):
         key = self.jax.random.PRNGKey(0x5EED)
         for c in counters:
-            key = self.jax.random.fold_in(key, c)
+            key = self.fold_in(key, c)
         return key
+
+    def fold_in(self, key, number):
+        return self.jax.random.fold_in(key, number)
 
     def uniform(self, key, shape):
         return self.jax.random.uniform(key, tuple(shape), "float32")
@@ -432,14 +388,7 @@ class Rng:
         "Draw the mask that belongs to this place"
         if self._key is None:
             self._key = self.ops.key(*self.counters)
-        key = self._fold(zlib.crc32(f"{segment}/{kind}".encode()) % 2**31)
+        place = zlib.crc32(f"{segment}/{kind}".encode()) % 2**31
+        key = self.ops.fold_in(self._key, place)
         kept = self.ops.floor(self.ops.uniform(key, shape) + (1.0 - rate))
         return kept * (1.0 / (1.0 - rate))
-
-    def _fold(self, place):
-        ops = self.ops
-        if ops.name == "jax":
-            return ops.jax.random.fold_in(self._key, place)
-        if ops.name == "tensorflow":
-            return ops.tf.random.experimental.stateless_fold_in(self._key, place)
-        return [*self._key, place]

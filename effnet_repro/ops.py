@@ -34,9 +34,7 @@ class _Composed:
         return y if inv_std is None else y * inv_std
 
 # %% ../nbs/02_ops.ipynb #a3b1bc5c
-_SAME_NAME = (
-    "asarray reshape exp log square sqrt matmul tile stack roll where clip round floor minimum maximum"
-)
+_SAME_NAME = "asarray reshape exp log square sqrt matmul tile stack roll where clip round floor minimum maximum"
 
 
 class _NumpyNames(_Composed):

@@ -32,7 +32,8 @@ LAYERS = [
     "mbconv",
     "network kernels",
     "fused_norm gpu_ops",
-    "pipeline efficientnet finetuning",
+    "pipeline keras_layers finetuning",
+    "efficientnet",
     "runs",
     "results",
     "training ipu planner convert",
@@ -45,7 +46,7 @@ MOST_PARAMETERS = 8
 # What a user calls may have more; a layer's `__init__` is its call.
 FACES = {"training.train", "training.finetune", "training.validate"}
 FACES |= {"ipu.train", "ipu.finetune", "ipu.validate", "data.readers.training_batches"}
-FACES |= {"efficientnet.MBConv.__init__", "efficientnet.GroupConv2D.__init__"}
+FACES |= {"keras_layers.MBConv.__init__", "keras_layers.GroupConv2D.__init__"}
 
 
 # ---------------------------------------------------------------- imports

@@ -28,7 +28,7 @@ MODULES = tree.modules()
 # Those that a notebook exports; the others are plain modules.
 GENERATED = [name for name, path in MODULES.items() if tree.exported(path)]
 # These need Keras when they are imported; nothing else does.
-WITH_KERAS = {"efficientnet", "training", "export"}
+WITH_KERAS = {"keras_layers", "efficientnet", "training", "export"}
 # The base install, and so all that a module may import at its top.
 BASE = {"numpy", "yaml", "safetensors", "effnet_repro"}
 

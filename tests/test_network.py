@@ -1,11 +1,15 @@
 """The network against the published one, on both back ends, in inference and in training."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import parity_vectors
 import pytest
 
+from effnet_repro import mbconv, scaling
 from effnet_repro.network import initial_weights, params, run, segments
-from effnet_repro.ops import Rng, get_ops
+from effnet_repro.ops import NumpyOps, Rng, get_ops
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error, test_allclose
 
@@ -124,3 +128,28 @@ def test_masks_change_training_only():
     trained = run(ops, spec, weights, x, Rng(ops, seed=1))
     test_allclose(run(ops, spec, weights, x, Rng(ops, seed=1)), trained, rtol=0)
     assert relative_error(trained, plain) > 1e-2
+
+
+PLAIN = ("group_conv", "norms", "proxy_norm", "mbconv", "network")
+ASKS = r"hasattr|getattr\(ops|isinstance\(ops|type\(ops|ops\.name|ops\.\w+ is (not )?None"
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_the_network_asks_no_backend_what_it_can_do(name):
+    text = (Path(scaling.__file__).parent / f"{name}.py").read_text()
+    assert re.findall(ASKS, text) == []
+    for mistake in ("if ops.fused is not None:", 'hasattr(ops, "x")', 'ops.name == "jax"'):
+        assert re.search(ASKS, mistake)
+
+
+def test_a_version_serves_its_class_and_those_below_it():
+    class Own(NumpyOps):
+        pass
+
+    class Below(Own):
+        pass
+
+    plain = mbconv.expand.dispatch(NumpyOps)
+    mbconv.expand.register(Own, lambda *args: "own")
+    assert mbconv.expand(Below(), *[None] * 3) == "own"
+    assert mbconv.expand.dispatch(NumpyOps) is plain

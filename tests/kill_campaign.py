@@ -155,10 +155,10 @@ def damage(run_dir, kind, draw):
     """Damage a file of a run; returns whether there was one that a run can do without."""
     folder = Path(run_dir) / "checkpoints"
     if "checkpoint" in kind:
-        there = checkpoint.find_checkpoints(folder)[0]
-        if len(there) < 2:
+        whole = [p for p in checkpoint.find_checkpoints(folder)[0] if is_whole(p)]
+        if len(whole) < 2:
             return False
-        path = there[-1]
+        path = whole[-1]
     elif "average" in kind:
         path = folder / "average.safetensors"
     else:
@@ -178,6 +178,15 @@ def damage(run_dir, kind, draw):
     else:
         whole[-draw.randint(1, len(whole) // 2)] ^= 1 << draw.randrange(8)
         path.write_bytes(whole)
+    return True
+
+
+def is_whole(path):
+    """Return whether a checkpoint can be read to its end: a flipped byte shows only there."""
+    try:
+        checkpoint.load(path)
+    except checkpoint.DamagedFile:
+        return False
     return True
 
 
@@ -313,10 +322,10 @@ def streamed(tf, images, controls, first):
     return tf.data.Dataset.from_generator(lambda: chain([one], stream), output_signature=signature)
 
 
-def work(campaign, kills, job, jobs, results):
-    """Do every `jobs`-th chain until this job has its share of the kills."""
+def work(campaign, kills, job, jobs, results, until=float("inf")):
+    """Do every `jobs`-th chain until this job has its share of the kills, or until a time."""
     number, done = job, 0
-    while done < kills / jobs:
+    while done < kills / jobs and time.monotonic() < until:
         happened, wrong = campaign.chain(number)
         done += sum(v for k, v in happened.items() if k not in DAMAGES)
         with open(results, "a") as file:
@@ -324,14 +333,15 @@ def work(campaign, kills, job, jobs, results):
         number += jobs
 
 
-def run_campaign(folder, kills, seed, jobs=1, graph=False):
+def run_campaign(folder, kills, seed, jobs=1, graph=False, minutes=None):
     """Do chains until there were `kills` kills; returns (what happened how often, chains, differences)."""
     campaign, children = Campaign(folder, seed, graph), []
+    until = time.monotonic() + 60 * (minutes or float("inf"))
     for job in range(jobs):
         child = os.fork()
         if child == 0:
             try:
-                work(campaign, kills, job, jobs, Path(folder) / f"job-{job}.jsonl")
+                work(campaign, kills, job, jobs, Path(folder) / f"job-{job}.jsonl", until)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
@@ -369,6 +379,7 @@ def main():
     parser.add_argument("--kills", type=int, default=30)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--jobs", type=int, default=1, help="chains at a time")
+    parser.add_argument("--minutes", type=float, help="begin no chain after so many")
     parser.add_argument("--chain", type=int, help="only this one, life by life")
     parser.add_argument("--graph", action="store_true", help="as users train: slower")
     parser.add_argument("--folder", help="where runs go and stay; default: a temporary one")
@@ -380,7 +391,8 @@ def main():
         happened, wrong = Campaign(folder, args.seed, args.graph).chain(args.chain, print)
         chains = 1
     else:
-        happened, chains, wrong = run_campaign(folder, args.kills, args.seed, args.jobs, args.graph)
+        how = (args.kills, args.seed, args.jobs, args.graph, args.minutes)
+        happened, chains, wrong = run_campaign(folder, *how)
     kills = sum(v for k, v in happened.items() if k not in DAMAGES)
     for what, times in sorted(happened.items()):
         print(f"{times:6} {what}")

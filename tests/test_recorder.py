@@ -244,6 +244,15 @@ def test_a_damaged_file_is_not_deleted_before_its_step_comes_again(tmp_path):
     assert kept == ["epoch-0002", "epoch-0002-update-000008", "epoch-0003"]
 
 
+def test_a_damaged_file_is_not_one_of_those_kept(tmp_path):
+    "Before, it took the place of a whole one: the next damage left none."
+    Loop(tmp_path, at=at("step 7")).run()
+    flip(tmp_path / "checkpoints" / "epoch-0002-update-000007.safetensors")
+    Loop(tmp_path, at=at("validate 9")).run()
+    kept = sorted(p.stem for p in (tmp_path / "checkpoints").glob("epoch-*"))
+    assert kept == ["epoch-0002", "epoch-0003"]
+
+
 def test_a_metrics_file_that_cannot_be_read_is_one_line(tmp_path):
     for content in (b"", bytes(range(256)), b"epoch,update\n1,2,3\n"):
         (tmp_path / "metrics.csv").write_bytes(content)

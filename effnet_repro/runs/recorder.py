@@ -194,6 +194,7 @@ class Recorder:
         self.meter = Meter(course.case.global_batch_size)
         self.average = checkpoints.WeightAverage(course.case.weight_average_decay)
         self.rows: List[dict] = []
+        self.passed_over = set()  # Damaged files whose headers are whole
         self.last_scores: Optional[Scores] = None  # Of the weights of this very step
 
     # ---------------------------------------------------------------- going on
@@ -212,6 +213,8 @@ class Recorder:
         path, arrays, metadata, damaged = found
         for message in damaged:
             print(f"passed over: {message}", flush=True)
+        newer = lambda other: checkpoints.read_metadata(other).get("update", 0) > metadata["update"]
+        self.passed_over = {p for p in checkpoints.find_checkpoints(self.folder)[0] if newer(p)}
         return path, arrays, metadata
 
     def resume(self, found):
@@ -373,6 +376,7 @@ class Recorder:
         }
         path = checkpoints.epoch_path(self.folder, epoch, step if inside else None)
         self.newest, self.saved_step = checkpoints.save(path, {**arrays, **more}, metadata), step
+        self.passed_over.discard(path)
         self._copy_average()
         self._delete_old()
         return path
@@ -381,7 +385,9 @@ class Recorder:
         "Keep the newest checkpoints; a file that claims to be newer than this step is not one of them"
         until = lambda path: checkpoints.read_metadata(path).get("update", 0) <= self.step
         found = [p for p in checkpoints.find_checkpoints(self.folder)[0] if until(p)]
-        for old in found[: -self.course.keep]:
+        damaged = [p for p in found if p in self.passed_over]  # their steps have come again
+        whole = [p for p in found if p not in self.passed_over]
+        for old in (*damaged, *whole[: -self.course.keep]):
             old.unlink()
 
     def _refuse_broken(self, arrays):

@@ -1,6 +1,7 @@
 """What each page of the site gets after rendering: a header that fits a phone, names for its
 landmarks, buttons where something is pressed, figures as files or in the page's own colours, and
-tables whose numbers line up. `finish` does it; `build_docs` calls it."""
+tables whose numbers line up. `finish` does it; `build_docs` calls it. smalldocs does none of this yet;
+tests/test_site.py and tests/test_browser.py say what each part is for."""
 
 import base64
 import io

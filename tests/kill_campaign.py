@@ -38,6 +38,7 @@ import tiny  # noqa: E402
 from effnet_repro import checkpoint, config, runs, scaling, training  # noqa: E402
 from effnet_repro.runs import recorder  # noqa: E402
 from effnet_repro.runs.recorder import TIMING  # noqa: E402
+from effnet_repro.training import run, stream, watch  # noqa: E402
 
 KINDS = ("write", "rename", "renamed", "fsync", "delete", "step", "validate", "time")
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -294,18 +295,18 @@ def prepare(graph):
     """Make a life short: a network of one block, and nothing beside what is compared."""
     tiny.shrink()
     scaling.NET_STAGES = scaling.NET_STAGES[:1]
-    training._say_estimate = lambda *_: None
-    training.environment = lambda: {}
-    training._Events.write = lambda *_: None
+    run.say_estimate = lambda *_: None
+    run.environment = lambda: {}
+    watch.Events.write = lambda *_: None
     if graph:
         return
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)  # starts no threads: a fork is still safe
-    training.validation_batches = training.validation_arrays
-    read, budgets = training.training_batches, config.read_yaml()
-    training.training_batches = lambda *a, **how: read(*a, reader="numpy", **how)
-    training._tf_updates = lambda *a: streamed(tf, *a)
+    stream.validation_batches = stream.validation_arrays
+    read, budgets = stream.training_batches, config.read_yaml()
+    stream.training_batches = lambda *a, **how: read(*a, reader="numpy", **how)
+    stream._tf_updates = lambda *a: streamed(tf, *a)
     config.read_yaml = lambda path=None: budgets
 
 

@@ -13,10 +13,9 @@ from test_faults import one_line
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import data as d
-from effnet_repro import training
 from effnet_repro.config import for_one_device
 from effnet_repro.data import decode
-from effnet_repro.training import train, validate
+from effnet_repro.training import stream, train, validate
 
 SHAPES = {"1x1": (1, 1), "1x10000": (1, 10_000), "10000x1": (10_000, 1), "small": (20, 30)}
 
@@ -110,24 +109,24 @@ def test_a_run_names_the_damaged_picture_or_leaves_it_out(broken_set, tmp_path):
 
 def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys):
     """The same batches as TensorFlow's own, from any update on, and the same words about damage."""
-    monkeypatch.setattr(training, "_has_jax_gpu", lambda: True)
-    monkeypatch.setattr(training, "fits_device", lambda data: False)
-    monkeypatch.setattr(training, "_MANY", 0)
+    monkeypatch.setattr(stream, "has_jax_gpu", lambda: True)
+    monkeypatch.setattr(stream, "fits_device", lambda data: False)
+    monkeypatch.setattr(stream, "_MANY", 0)
     monkeypatch.setattr("keras.backend.backend", lambda: "jax")
     case = for_one_device(TINY, global_batch_size=5, micro_batch_size=5)
     good = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip", verbose=False)
-    stream = d.training_batches(good, 32, 5, seed=2, first_update=4).as_numpy_iterator()
-    for ((ours,), theirs), _ in zip(zip(training.updates(case, good, 2, 4), stream), range(3)):
-        np.testing.assert_array_equal(ours["images"], theirs[0])
-        np.testing.assert_array_equal(ours["labels"], theirs[1])
-    assert sum(mask.sum() for *_, mask in training._validation_stream(good, 32, 4)) == 15
+    theirs = d.training_batches(good, 32, 5, seed=2, first_update=4).as_numpy_iterator()
+    for ((ours,), other), _ in zip(zip(stream.updates(case, good, 2, 4), theirs), range(3)):
+        np.testing.assert_array_equal(ours["images"], other[0])
+        np.testing.assert_array_equal(ours["labels"], other[1])
+    assert sum(mask.sum() for *_, mask in stream.validation_stream(good, 32, 4)) == 15
     bad = d.open_data(broken_set, verbose=False)
     with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
-        list(training._validation_stream(bad, 32, 4))
+        list(stream.validation_stream(bad, 32, 4))
     one_line(error)
     capsys.readouterr()
-    monkeypatch.setattr(training, "find_spec", lambda name: None)  # without TensorFlow
-    (ours,) = next(training.updates(case, good, 2, 4))
+    monkeypatch.setattr(stream, "find_spec", lambda name: None)  # without TensorFlow
+    (ours,) = next(stream.updates(case, good, 2, 4))
     theirs = next(d.array_batches(good, 32, 5, seed=2, first_update=4))
     np.testing.assert_array_equal(ours["images"], theirs[0])
     assert "pip install tensorflow-cpu" in capsys.readouterr().out

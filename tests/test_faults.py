@@ -21,11 +21,11 @@ from hypothesis import strategies as st
 from pictures import encode, picture, quick, record, write
 from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 
-from effnet_repro import checkpoint, training
+from effnet_repro import checkpoint
 from effnet_repro import data as d
 from effnet_repro.config import Case, get_case, load_cases, override
 from effnet_repro.runs import StopSignals, lock_folder, read_metrics
-from effnet_repro.training import finetune, train, validate
+from effnet_repro.training import finetune, train, validate, watch
 
 
 def one_line(error):
@@ -268,11 +268,11 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch):
-    from effnet_repro import training
+    from effnet_repro.training import state
 
-    get = training.get_weights
+    get = state.get_weights
     broken = lambda network: {n: np.full_like(a, np.nan) for n, a in get(network).items()}
-    monkeypatch.setattr(training, "get_weights", broken)
+    monkeypatch.setattr(state, "get_weights", broken)
     with pytest.raises(FloatingPointError, match="After update 2 .*not finite.*no checkpoint yet"):
         train(TINY, run_dir=tmp_path, **SMOKE)
     assert checkpoint.latest(tmp_path / "checkpoints") is None
@@ -306,7 +306,7 @@ def test_killed_between_checkpoint_and_row(tmp_path, monkeypatch):
     with pytest.raises(Killed):
         train(TINY, run_dir=tmp_path, **SMOKE)
     monkeypatch.undo()
-    monkeypatch.setattr(training, "save_curves", lambda run_dir: None)
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
     train(TINY, run_dir=tmp_path, **SMOKE)
     assert read_metrics(tmp_path)["update"].tolist() == [2]
 
@@ -367,20 +367,20 @@ def test_every_row_of_the_page_names_a_test_that_exists():
 
 
 def test_too_little_memory_is_told_before_the_run(monkeypatch, capsys):
-    from effnet_repro import training
     from effnet_repro.config import for_one_device
+    from effnet_repro.training import estimation
 
     case = for_one_device(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), 384, 768)
     sample = d.open_data(verbose=False)
-    monkeypatch.setattr(training, "_found_gib", lambda: 2.0)
-    training._say_estimate(case, sample)
+    monkeypatch.setattr(estimation, "found_gib", lambda: 2.0)
+    estimation.say_estimate(case, sample)
     (told,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     fits = int(re.search(r"micro_batch_size=(\d+) would fit", told)[1])
-    assert 768 % fits == 0 and training._needed_gib(case, fits) <= 2
-    assert training._needed_gib(case, next(n for n in range(fits + 1, 385) if 768 % n == 0)) > 2
-    training._say_estimate(override(case, micro_batch_size=fits), sample)
+    assert 768 % fits == 0 and estimation.needed_gib(case, fits) <= 2
+    assert estimation.needed_gib(case, next(n for n in range(fits + 1, 385) if 768 % n == 0)) > 2
+    estimation.say_estimate(override(case, micro_batch_size=fits), sample)
     assert "warning" not in capsys.readouterr().out
     for found in (None, 0.5):
-        monkeypatch.setattr(training, "_found_gib", lambda found=found: found)
-        told = training._memory_warning(case)
+        monkeypatch.setattr(estimation, "found_gib", lambda found=found: found)
+        told = estimation.memory_warning(case)
         assert told is None if found is None else "not even one picture" in told

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
-from effnet_repro import checkpoint, training
-from effnet_repro.training import train, validate
+from effnet_repro import checkpoint
+from effnet_repro.training import run as run_module
+from effnet_repro.training import train, validate, validation, watch
 
 OPTIONS = {**SMOKE, "max_steps": 9, "epochs": 3, "global_batch_size": 4, "micro_batch_size": 4}
 OPTIONS["validate_every"] = 1
@@ -101,7 +102,7 @@ def test_a_stop_loses_no_row_and_no_step(images, whole, tmp_path, monkeypatch, s
     assert not run.finished and run.update == step
     if step == 6:
         assert [r["update"] for r in rows(tmp_path)] == ["3", "6"]
-    monkeypatch.setattr(training, "save_curves", lambda run_dir: None)
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
     assert train(TINY, images, tmp_path, **OPTIONS).finished
     same(tmp_path, whole.run_dir)
 
@@ -146,7 +147,8 @@ def measured(monkeypatch):
         n = data.validation_count
         return Scores(1 / n, 1.0, 0.25, n, size, 1.0, np.eye(spec.num_classes))
 
-    monkeypatch.setattr(training, "evaluate", evaluate)
+    for module in (run_module, validation):
+        monkeypatch.setattr(module, "evaluate", evaluate)
     return seen
 
 

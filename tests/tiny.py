@@ -29,12 +29,12 @@ EPOCHS_OF_THREE = {
 
 def shrink(patch=setattr):
     """Put the small table of blocks in place of B0's."""
-    from effnet_repro import training
+    from effnet_repro.training import evaluation, watch
 
-    training._forward.cache_clear()
+    evaluation._forward.cache_clear()
     patch(scaling, "NET_STAGES", STAGES)
     patch(scaling, "HEAD_FILTERS", 128)
-    patch(training, "save_curves", lambda run_dir: None)  # has its own test in 34_runs
+    patch(watch, "save_curves", lambda run_dir: None)  # has its own test in 34_runs
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -97,19 +97,22 @@ def _trial(case, data, precision, updates=3):
     "Time the training step of `case`, one micro-batch an update; returns measured facts"
     import keras
 
-    from effnet_repro import training
+    from effnet_repro.efficientnet import build_model
+    from effnet_repro.training import TrainingModel
+    from effnet_repro.training import updates as feed
+    from effnet_repro.training.run import make_program
 
     one = override(case, global_batch_size=case.micro_batch_size, gradient_accumulation=1)
-    program = training._program(one, data, precision, 0)
-    network = training.build_model(program.spec, image_size=one.image_size, dtype="float32", seed=0)
-    model, times = training.TrainingModel(network, program), [time.perf_counter()]
+    program = make_program(one, data, precision, 0)
+    network = build_model(program.spec, image_size=one.image_size, dtype="float32", seed=0)
+    model, times = TrainingModel(network, program), [time.perf_counter()]
     clock = keras.callbacks.LambdaCallback(
         on_train_batch_end=lambda batch, logs: (
             float(logs["loss"]),
             times.append(time.perf_counter()),
         )
     )
-    stream = training.updates(one, data, 0)
+    stream = feed(one, data, 0)
     how = dict(steps_per_epoch=updates + 1, epochs=1, verbose=0, shuffle=False)
     model.fit(stream, callbacks=[clock], **how)
     seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:]))
@@ -133,7 +136,7 @@ def _peak_memory_gib():
 
 def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
-    from effnet_repro.training import _found_gib, _memory_warning, estimate
+    from effnet_repro.training.estimation import estimate, found_gib, memory_warning
 
     if data.train_count < plan.case.global_batch_size:
         raise ValueError(
@@ -145,8 +148,8 @@ def _cost(plan, data, args):
     cost["pictures an update"] = plan.case.global_batch_size
     cost["modelled: update (s)"] = round(e["seconds_per_update"], 3)
     cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
-    cost["memory here (GiB)"] = round(_found_gib() or 0, 1) or "unknown"
-    if warning := _memory_warning(plan.case):
+    cost["memory here (GiB)"] = round(found_gib() or 0, 1) or "unknown"
+    if warning := memory_warning(plan.case):
         cost["not tried"] = warning
     elif not args.no_trial:
         trial = _trial(plan.case, data, precision_of(args))

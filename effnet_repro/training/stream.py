@@ -1,0 +1,131 @@
+"""What is fed: for every training step its images, and what the host draws for it."""
+
+import contextlib
+import functools
+import re
+from importlib.util import find_spec
+
+import keras
+import numpy as np
+
+from effnet_repro.augment import draw_mixing
+from effnet_repro.config import Case
+from effnet_repro.data import (
+    DataSet,
+    find_damaged,
+    fits_device,
+    tensorflow_arrays,
+    training_batches,
+    validation_arrays,
+    validation_batches,
+)
+from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
+from effnet_repro.training.device import has_jax_gpu
+
+
+def _controls(case, update, updates_per_epoch, seed):
+    "Everything of an update that is not a picture"
+    draws = draw_mixing(
+        mixup_alpha=case.mixup_alpha,
+        cutmix_lambda=case.cutmix_lambda,
+        seed=seed,
+        update=update,
+        micro_batches=case.gradient_accumulation,
+        micro_batch_size=case.micro_batch_size,
+    )
+    rate = np.float32(learning_rate(case, update, updates_per_epoch))
+    return {"update": np.int32(update), "learning_rate": rate, **draws}
+
+
+def tensorflow_feeds():
+    "Whether TensorFlow reads for a GPU of JAX; a CPU does not wait for pictures"
+    if not has_jax_gpu():
+        return False
+    found = find_spec("tensorflow") is not None
+    if not found:
+        _advise()
+    return found
+
+
+@functools.lru_cache(maxsize=1)
+def _advise():
+    print("data: the GPU may wait for Python's reader. Faster: pip install tensorflow-cpu.")
+
+
+def updates(
+    case: Case,  # Laid out for one device
+    data: DataSet,  # Pictures
+    seed: int,  # Of the run
+    first_update: int = 0,  # Where to begin
+):  # Endless stream of dictionaries, one an update: a tf.data.Dataset, or a generator of 1-tuples on JAX
+    "Stream the updates of a `case`"
+    per_epoch = steps_per_epoch(case, data.train_count)
+    last = total_updates(case, per_epoch)
+    how = dict(seed=seed, first_update=first_update, area_min=case.crop_area_min)
+    args = (data, case.image_size, case.global_batch_size)
+    controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
+    how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
+    if keras.backend.backend() != "tensorflow":
+        if has_jax_gpu() and fits_device(data):
+            stream = training_batches(*args, reader="jax", **how)
+        elif tensorflow_feeds():
+            stream = tensorflow_arrays(training_batches, *args, **how)
+        else:
+            stream = training_batches(*args, reader="numpy", **how)
+        return (
+            (
+                {"images": images, "labels": labels, **controls(first_update + i)},
+            )  # Keras wants tuples
+            for i, (images, labels) in enumerate(stream)
+        )
+    return _tf_updates(training_batches(*args, **how), controls, first_update)
+
+
+def _tf_updates(stream, controls, first_update):
+    import tensorflow as tf
+
+    example = controls(first_update)
+    kinds = [tf.as_dtype(v.dtype) for v in example.values()]
+
+    def add(update, pictures):
+        values = tf.numpy_function(lambda u: list(controls(u).values()), [update], kinds)
+        for value, like in zip(values, example.values()):
+            value.set_shape(like.shape)
+        return {"images": pictures[0], "labels": pictures[1], **dict(zip(example, values))}
+
+    return stream.enumerate(first_update).map(add).prefetch(2)
+
+
+@contextlib.contextmanager
+def explain_failures(data, split, due, doing):
+    "Turn what a back end says about pictures or memory into one message"
+    try:
+        yield
+    except Exception as error:
+        text = f"{type(error).__name__} {error}"
+        if re.search("RESOURCE_EXHAUSTED|ResourceExhausted|out of memory", text):
+            raise MemoryError(f"The device has too little memory for {doing()}.") from None
+        if type(error).__module__.startswith("tensorflow"):
+            for damage in find_damaged(data, split, due()).values():
+                raise ValueError(damage) from None
+        raise
+
+
+_MANY = 4096  # pictures: fewer, Python's reader has read before TensorFlow is imported
+
+
+def validation_stream(data, image_size, batch, image_resize="published"):
+    "The validation batches of the running back end"
+    if keras.backend.backend() == "tensorflow":
+        reader = validation_batches
+    elif data.validation_count > _MANY and tensorflow_feeds():
+        reader = functools.partial(tensorflow_arrays, validation_batches)
+    else:
+        reader = validation_arrays
+    at = [0]
+    due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
+    doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
+    with explain_failures(data, "validation", due, doing):
+        for one in reader(data, image_size, batch, image_resize=image_resize):
+            yield one
+            at[0] += batch

@@ -1,0 +1,84 @@
+"""Measure the weights of a run or a file, and write the scores beside them."""
+
+from pathlib import Path
+from typing import Dict, Optional
+
+from effnet_repro import checkpoint as checkpoints
+from effnet_repro.checkpoint import load_metadata, load_weights
+from effnet_repro.classes import match_classes
+from effnet_repro.config import case_from_dict, say_earlier, unknown_name
+from effnet_repro.data import open_data
+from effnet_repro.runs import Scores, measured_data, read_rows, say_scores, write_scores
+from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.device import check_backend, choose_precision
+from effnet_repro.training.evaluation import evaluate
+
+
+def validate(
+    source,  # A run folder, a checkpoint file or an average
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    *,
+    image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
+    weights: str = "both",  # Of a run folder: "last", "average", "both", or "all": see below
+    precision: str = "auto",
+    backend: Optional[str] = None,
+    data_format: Optional[str] = None,
+    on_corrupt: str = "refuse",
+    batch: int = 64,  # Pictures at a time
+) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
+    "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
+    check_backend(backend)
+    for name, value, lowest in (("batch", batch, 1), ("image_size", image_size or 32, 32)):
+        if not isinstance(value, int) or value < lowest:
+            raise ValueError(
+                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
+            )
+    source, scores = Path(source), {}
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    is_run, place = source.is_dir(), None
+    run_dir = source.parent if source.name == "checkpoints" else source
+    files = _weight_files(source, weights)
+    say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
+    for name, (path, kind) in files.items():
+        metadata = load_metadata(path)
+        data, case = match_classes(path, metadata, data), case_from_dict(metadata["case"])
+        place = place or measured_data(data)  # in the network's order of classes, as in training
+        size, update = image_size or case.image_size, checkpoints.read_update(path, kind)
+        if weights == "all" and _is_measured(run_dir, (name, update, size), place):
+            continue
+        arrays = load_weights(path, kind)[0]
+        spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
+        how = dict(precision=choose_precision(precision), image_resize=case.image_resize)
+        scores[name] = evaluate(spec, arrays, data, size, batch, **how)
+        if weights == "all":
+            say_scores(name, scores[name])
+        if is_run:
+            newest = checkpoints.read_update(run_dir, kind) <= update
+            write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
+    return scores
+
+
+def _weight_files(source, weights):
+    "What there is to measure: name -> (file or run folder, which of its weights)"
+    if weights not in ("last", "average", "both", "all"):
+        raise unknown_name("weights", weights, ("last", "average", "both", "all"))
+    newest = checkpoints.newest_file(source)
+    if newest == source:
+        return {source.name: (source, "auto")}
+    if weights == "all":
+        files = checkpoints.list_checkpoints(newest.parent)
+        found = {p.stem: (p, "last") for p in files}
+    else:
+        found = {"last": (newest, "last")} if weights in ("last", "both") else {}
+    if weights == "average" or (weights != "last" and checkpoints.has_average(newest)):
+        found["average"] = source, "average"
+    return found
+
+
+def _is_measured(run_dir, what, place):
+    "Whether validation.csv holds (name, update, image size) on these images, be it under another name"
+    name, update, image_size = what
+    want = [name == "average", str(update), str(image_size), *place.values()]
+    columns = ("update", "image_size", *place)
+    have = lambda row: [row.get("weights") == "average", *(row.get(c) for c in columns)]
+    return any(have(row) == want for row in read_rows(Path(run_dir) / "validation.csv")[0])

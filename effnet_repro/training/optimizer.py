@@ -26,6 +26,22 @@ def _fused_step(optimizer, gradient, variable, learning_rate):
     rates = dict(lr=learning_rate, rho=c["decay"], momentum=c["momentum"], epsilon=c["epsilon"])
     tf.raw_ops.ResourceApplyRMSProp(var=variable.handle, grad=gradient, **slots, **rates)
 
+# %% ../../nbs/22_optimizer.ipynb #0a71000c
+def _recipe_step(optimizer, gradient, variable, learning_rate):
+    "Apply the step of `recipe`, on any backend"
+    i, constants = optimizer._get_variable_index(variable), {"learning_rate": learning_rate}
+    step, targets = sgd_step, [optimizer.slots["momentum"][i]]
+    if optimizer.kind == "rmsprop":
+        step, targets = rmsprop_step, [optimizer.slots["mean_square"][i], *targets]
+        constants.update(optimizer.constants)
+    else:
+        constants["momentum"] = optimizer.constants["momentum"]
+    weight, *slots = (keras.ops.convert_to_tensor(v) for v in (variable, *targets))
+    for target, value in zip(
+        (variable, *targets), step(current_ops(), weight, gradient, *slots, **constants)
+    ):
+        optimizer.assign(target, value)
+
 # %% ../../nbs/22_optimizer.ipynb #f3f73a23
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class RecipeOptimizer(keras.optimizers.Optimizer):
@@ -61,20 +77,9 @@ class RecipeOptimizer(keras.optimizers.Optimizer):
             self.slots["mean_square"] = [make(v) for v in variables]
 
     def update_step(self, gradient, variable, learning_rate):
-        if self.kind == "rmsprop" and keras.backend.backend() == "tensorflow":
-            return _fused_step(self, gradient, variable, learning_rate)
-        i, constants = self._get_variable_index(variable), {"learning_rate": learning_rate}
-        step, targets = sgd_step, [self.slots["momentum"][i]]
-        if self.kind == "rmsprop":
-            step, targets = rmsprop_step, [self.slots["mean_square"][i], *targets]
-            constants.update(self.constants)
-        else:
-            constants["momentum"] = self.constants["momentum"]
-        weight, *slots = (keras.ops.convert_to_tensor(v) for v in (variable, *targets))
-        for target, value in zip(
-            (variable, *targets), step(current_ops(), weight, gradient, *slots, **constants)
-        ):
-            self.assign(target, value)
+        fused = self.kind == "rmsprop" and keras.backend.backend() == "tensorflow"
+        step = _fused_step if fused else _recipe_step
+        step(self, gradient, variable, learning_rate)
 
     def get_config(self):
         own = {"kind": self.kind, "initial_mean_square": self.initial_mean_square, **self.constants}

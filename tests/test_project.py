@@ -111,7 +111,7 @@ def not_importable_with_base_only(modules, path=ROOT):
 
 def test_imports_with_the_base_install_only():
     "So that an IPU host needs neither Keras nor a TensorFlow of ours, and nothing loads by surprise."
-    light = [f"effnet_repro.{m}" for m in MODULES if m not in WITH_KERAS]
+    light = [f"effnet_repro.{m}" for m in MODULES if m.partition(".")[0] not in WITH_KERAS]
     assert len(light) > 20 and not_importable_with_base_only(light) == []
 
 

@@ -149,7 +149,7 @@ def operations(name, size, batch):
 
     from effnet_repro.training import evaluation
 
-    evaluation.num_cores = lambda: 1  # ours with the batch in one piece
+    evaluation.core_count = lambda: 1  # ours with the batch in one piece
     run = inference(name, size, batch)
 
     def profile(k):

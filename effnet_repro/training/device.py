@@ -6,6 +6,7 @@ from importlib.util import find_spec
 import keras
 
 from effnet_repro.config import unknown_name
+from effnet_repro.data.threads import core_count
 from effnet_repro.gpu_ops import add_xla_flags
 from effnet_repro.runs import describe_machine
 
@@ -27,11 +28,6 @@ def has_jax_gpu():
     return jax.default_backend() == "gpu"
 
 
-def num_cores():
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
 def device_name() -> str:  # e.g. "CPU, 2 cores" or the GPU's name
     "Name the device that the back end computes on"
     if keras.backend.backend() == "jax":
@@ -47,7 +43,7 @@ def device_name() -> str:  # e.g. "CPU, 2 cores" or the GPU's name
         if gpus:
             details = tf.config.experimental.get_device_details(gpus[0])
             return f"{details.get('device_name', 'GPU')} x {len(gpus)}"
-    return f"CPU, {num_cores()} cores"
+    return f"CPU, {core_count()} cores"
 
 
 def environment() -> dict:  # What `environment.json` holds

@@ -8,12 +8,12 @@ from typing import Callable, Dict, Optional
 import numpy as np
 
 from effnet_repro.data import DataSet
+from effnet_repro.data.threads import core_count
 from effnet_repro.efficientnet import current_ops, xla_pays
 from effnet_repro.network import fold_proxies, params, run
 from effnet_repro.ops import TFCPUOps
 from effnet_repro.runs import Scores, score
 from effnet_repro.scaling import ModelSpec
-from effnet_repro.training.device import num_cores
 from effnet_repro.training.stream import validation_stream
 
 
@@ -52,7 +52,7 @@ def predictor(
     precision: str = "float32",  # Type to compute in
 ):  # A function from pictures (N, S, S, 3) uint8 to logits (N, classes), NumPy
     "Make a fast function that applies a trained network"
-    ops, cores = current_ops(), num_cores()
+    ops, cores = current_ops(), core_count()
     if spec.proxy_norm and not spec.folded:
         spec, weights = replace(spec, folded=True), fold_proxies(weights)
     step, tensors = _forward(spec, precision), {n: ops.asarray(w) for n, w in weights.items()}

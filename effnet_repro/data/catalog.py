@@ -31,6 +31,7 @@ class DataSet:
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
     damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
+    decoder: str = field(default="auto", compare=False)  # What makes pixels: see `decoders`
     # What readers found out about the images, as long as this object lives; a copy begins anew.
     kept: Dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 

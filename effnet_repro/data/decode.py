@@ -59,28 +59,29 @@ def _decode_accurate(data):
         raise ValueError(f"Not a picture that can be decoded ({text}).") from None
 
 
-def _decode_fast(data, strict):
-    "A JPEG decoded with the fast DCT; None where that cannot be done, or only with a warning"
+def _decode_turbo(data, fast, strict):
+    "A JPEG decoded by simplejpeg, fast DCT or not; None where that cannot be done, or only with a warning"
     if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not has_fast_dct():
         return None
     import simplejpeg
 
     try:
-        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=True, strict=strict)
+        return simplejpeg.decode_jpeg(data, colorspace="RGB", fastdct=fast, strict=strict)
     except ValueError:
         return None
 
 
-def decode_image(data: bytes, fast: bool = False) -> np.ndarray:
+def decode_image(data: bytes, fast: bool = False, turbo: bool = True) -> np.ndarray:
     """Return the pixels of an image file, (H, W, 3) uint8.
 
     `fast` asks for the fast DCT of a JPEG, which needs simplejpeg; where that cannot be done, it is the accurate
-    one. Raises `ValueError`, of one line, for a file that is damaged or no image.
+    one. simplejpeg decodes JPEGs where it is installed and `turbo` allows it, Pillow everything else: their pixels
+    are the same. Raises `ValueError`, of one line, for a file that is damaged or no image.
     """
-    pixels = _decode_fast(data, strict=True) if fast else None
+    pixels = _decode_turbo(data, fast, strict=True) if turbo else None
     if pixels is None:
         pixels = _decode_accurate(data)  # decides whether the file is damaged
-        again = _decode_fast(data, strict=False) if fast else None
+        again = _decode_turbo(data, fast, strict=False) if turbo and fast else None
         pixels = pixels if again is None else again
     return pixels
 
@@ -127,7 +128,7 @@ def picture_bytes(
     height, width, channels = _jpeg_shape(data)
     if height and width and channels in (1, 3):
         return data, (height, width)
-    pixels = decode_image(data)
+    pixels = decode_image(data, turbo=False)
     return encode_bmp(pixels), pixels.shape[:2]
 
 

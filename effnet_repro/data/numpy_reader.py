@@ -1,7 +1,11 @@
-"""The reader without TensorFlow: Pillow decodes and NumPy resizes, in threads."""
+"""The reader without TensorFlow: simplejpeg or Pillow decodes and NumPy resizes, on all cores.
+
+A batch is made in pieces, by processes where that pays and by threads elsewhere (`team`), two batches ahead of the one
+that is used. Which cores made a piece, and when, cannot be seen in it.
+"""
 
 import itertools
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from typing import Iterator, Tuple
 
 import numpy as np
@@ -10,45 +14,101 @@ from effnet_repro.config import unknown_name
 from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
 from effnet_repro.data.request import TrainRequest, ValidationRequest, check_resize
-from effnet_repro.data.threads import core_count, made_ahead
+from effnet_repro.data.team import Team, pays_processes
+from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import train_image, validation_image
 
-PIECE = 8  # Images of a batch that a thread makes at a time
+PIECE = 8  # Images of a batch that a thread or a process makes at a time
 
 
-def training_stream(request: TrainRequest) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
-    """Yield images (B, S, S, 3) uint8 and labels (B,) int32 of one update after the other, without end."""
-    fast = wants_fast_dct(request.dataset, request.image_resize)
-    how = request.image_size, request.image_resize
+@dataclass(frozen=True)
+class TrainingJob:
+    """Makes the squares of some training images, as in `team`."""
 
-    def square(number, data, crop, flip):
+    request: TrainRequest
+
+    def __call__(self, numbers: np.ndarray, places: np.ndarray):
+        """Return images (n, S, S, 3) uint8 and labels (n,) int32."""
+        some = self.request.read_images(numbers, places)
+        return np.stack([self._square(*one) for one in zip(*some[:4])]), some.labels
+
+    def _square(self, number, data, crop, flip):
+        request = self.request
+        how = request.image_size, request.image_resize
         with located(request.dataset, "train", number):
-            pixels = decode_image(data, fast)
+            pixels = decode(request.dataset, data, request.image_resize)
         if not request.random:
             return validation_image(pixels, *how)
         top, left, height, width = crop
         return train_image(pixels[top : top + height, left : left + width], flip, *how)
 
-    def piece(update, begin):
-        some = request.read(update, begin, min(begin + PIECE, request.order.local))
-        return [square(*one) for one in zip(*some[:4])], some.labels
 
-    def batches():
-        with ThreadPoolExecutor(core_count()) as pool:
-            begins = range(0, request.order.local, PIECE)
-            begin = lambda update: [pool.submit(piece, update, i) for i in begins]
-            for pieces in made_ahead(begin, itertools.count(request.first_update)):
-                images, labels = zip(*(one.result() for one in pieces))
-                yield np.stack(sum(images, [])), np.concatenate(labels)
+@dataclass(frozen=True)
+class ValidationJob:
+    """Makes the central squares of some images of a split, as in `team`; those of numbers below 0 are black."""
 
-    return batches()
+    dataset: DataSet
+    split: str
+    image_size: int
+    image_resize: str
+
+    def __call__(self, numbers: np.ndarray):
+        """Return images (n, S, S, 3) uint8 and None."""
+        return np.stack([self._square(number) for number in numbers]), None
+
+    def _square(self, number):
+        if number < 0:
+            return np.zeros((self.image_size, self.image_size, 3), np.uint8)
+        encoded, _ = read_encoded(self.dataset, self.split, number)
+        with located(self.dataset, self.split, number):
+            pixels = decode(self.dataset, encoded, self.image_resize)
+        return validation_image(pixels, self.image_size, self.image_resize)
 
 
-def _validation_image(dataset, split, number, image_size, image_resize):
-    encoded, _ = read_encoded(dataset, split, number)
-    with located(dataset, split, number):
-        pixels = decode_image(encoded, fast=image_resize == "published")
-    return validation_image(pixels, image_size, image_resize)
+def decode(dataset: DataSet, data: bytes, image_resize: str) -> np.ndarray:
+    """Return the pixels of an image file as a data set's decoder and the way of resizing ask for them."""
+    return decode_image(data, image_resize == "published", dataset.decoder != "pillow")
+
+
+def _alone(dataset, split):
+    "The data set with one split and nothing kept: what goes to other processes"
+    return replace(dataset, splits={split: dataset.splits[split]})
+
+
+def _batches(job, numbers, pieces, image_size, count):
+    """Yield images and the other results of one batch after the other, made ahead.
+
+    `pieces(number)` lists the pieces of a batch: what the job takes, the first of it an array with an entry for each
+    image. `count` is how many images there will be.
+    """
+    room = PIECE * image_size**2 * 3 if pays_processes(count) else None
+
+    with Team(job, room) as team:
+
+        def begin(number):
+            parts = pieces(number)
+            ends = np.cumsum([len(part[0]) for part in parts])
+            images = np.empty((ends[-1], image_size, image_size, 3), np.uint8)
+            done = [team.submit(p, images[e - len(p[0]) : e]) for p, e in zip(parts, ends)]
+            return images, done
+
+        for images, done in made_ahead(begin, numbers):
+            yield images, [one.result() for one in done]
+
+
+def training_stream(request: TrainRequest) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
+    """Yield images (B, S, S, 3) uint8 and labels (B,) int32 of one update after the other, without end."""
+    wants_fast_dct(request.dataset, request.image_resize)
+    job = TrainingJob(replace(request, dataset=_alone(request.dataset, "train")))
+    begins = range(0, request.order.local, PIECE)
+
+    def pieces(update):
+        ends = (min(begin + PIECE, request.order.local) for begin in begins)
+        return [request.take(update, begin, end) for begin, end in zip(begins, ends)]
+
+    updates = itertools.count(request.first_update)
+    made = _batches(job, updates, pieces, request.image_size, request.dataset.train_count)
+    return ((images, np.concatenate(labels)) for images, labels in made)
 
 
 def validation_stream(
@@ -56,16 +116,12 @@ def validation_stream(
 ) -> Iterator[Tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield images (B, S, S, 3) uint8, labels (B,) int32 and mask (B,) float32; fillers are black."""
     wants_fast_dct(request.dataset, request.image_resize)
-    how = request.image_size, request.image_resize
-
-    def square(number):
-        if number < 0:
-            return np.zeros((request.image_size, request.image_size, 3), np.uint8)
-        return _validation_image(request.dataset, "validation", number, *how)
-
-    with ThreadPoolExecutor(core_count()) as pool:
-        for ids in request.ids:
-            yield (np.stack(list(pool.map(square, ids))), *request.known(ids))
+    size, ids = request.image_size, request.ids
+    dataset = _alone(request.dataset, "validation")
+    job = ValidationJob(dataset, "validation", size, request.image_resize)
+    pieces = lambda i: [(ids[i][at : at + PIECE],) for at in range(0, request.batch, PIECE)]
+    made = _batches(job, range(len(ids)), pieces, size, ids.size)
+    return ((images, *request.known(some)) for some, (images, _) in zip(ids, made))
 
 
 def load_arrays(
@@ -80,11 +136,10 @@ def load_arrays(
     check_resize(image_resize)
     wants_fast_dct(dataset, image_resize)
     labels = dataset.splits[split].label
-    images = np.empty((len(labels), image_size, image_size, 3), np.uint8)
-
-    def place(number):
-        images[number] = _validation_image(dataset, split, number, image_size, image_resize)
-
-    with ThreadPoolExecutor(core_count()) as pool:
-        list(pool.map(place, range(len(labels))))
+    if not len(labels):
+        return np.empty((0, image_size, image_size, 3), np.uint8), labels
+    job = ValidationJob(_alone(dataset, split), split, image_size, image_resize)
+    parts = np.array_split(np.arange(len(labels)), -(-len(labels) // PIECE))
+    whole = _batches(job, [0], lambda _: [(part,) for part in parts], image_size, len(labels))
+    ((images, _),) = whole
     return images, labels

@@ -79,6 +79,11 @@ class BatchOrder:
         self._order = remember(lambda epoch: epoch_order(count, seed, epoch, run))
         self._runs = remember(lambda epoch: _run_order(count, seed, epoch, run))
 
+    def __reduce__(self):
+        "Go to other processes without the epochs that are remembered"
+        shard = self.first // self.local, self.batch // self.local
+        return BatchOrder, (self.count, self.seed, self.batch, shard, self.run)
+
     def take(self, update, begin, end):
         "Images `begin` to `end` of this process's part of an update, and their places in the run"
         epoch, j = divmod(update, self.count // self.batch)

@@ -97,11 +97,21 @@ class TrainRequest:
         crops = draw_crops(sizes, boxes, seed, places, **chance)
         return crops, draw_flips(seed, places), split.label[numbers]
 
-    def read(self, update: int, begin: int, end: int) -> Encoded:
-        """Read images `begin` to `end` of this process's part of an update. Damaged ones raise `ValueError`."""
-        numbers, places = self.order.take(update, begin, end)
+    def take(self, update: int, begin: int, end: int):
+        """Return numbers and places of images `begin` to `end` of this process's part of an update.
+
+        Images that are due soon are announced.
+        """
         if self.order.run > 1:
             announce(self.dataset.splits["train"], self.order.coming(update, begin))
+        return self.order.take(update, begin, end)
+
+    def read(self, update: int, begin: int, end: int) -> Encoded:
+        """Read images `begin` to `end` of this process's part of an update. Damaged ones raise `ValueError`."""
+        return self.read_images(*self.take(update, begin, end))
+
+    def read_images(self, numbers: np.ndarray, places: np.ndarray) -> Encoded:
+        """Read the images of these numbers, which have these places in the run."""
         data, sizes = zip(*(read_encoded(self.dataset, "train", i) for i in numbers))
         return Encoded(numbers, data, *self.draw(numbers, places, np.array(sizes)))
 

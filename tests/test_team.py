@@ -1,0 +1,102 @@
+"""Images made by processes: the same ones, errors that say where, nothing left behind."""
+
+import os
+import signal
+from itertools import islice
+
+import numpy as np
+import pytest
+from pictures import encode, picture, record, write
+from team_job import Numbers
+
+from effnet_repro import data as d
+from effnet_repro.data import numpy_reader, team
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started on POSIX only")
+
+
+@pytest.fixture
+def processes(monkeypatch):
+    "Readers that use two processes whatever there is to do"
+    monkeypatch.setattr(team, "core_count", lambda: 2)
+    monkeypatch.setattr(numpy_reader, "pays_processes", lambda images: True)
+
+
+TABLE = np.arange(10_000)
+
+
+def path_to_tests(monkeypatch):
+    here = os.path.dirname(__file__)
+    monkeypatch.setattr(team.sys, "path", [here, *team.sys.path])
+
+
+def test_pieces_are_done_by_processes(monkeypatch):
+    path_to_tests(monkeypatch)
+    job = Numbers(TABLE)
+    out = np.zeros((50, 8), TABLE.dtype)
+    with team.Team(job, room=64, count=2) as crew:
+        pieces = [np.arange(8 * i, 8 * i + 8) for i in range(50)]
+        done = [crew.submit((piece,), row) for piece, row in zip(pieces, out)]
+        who = {one.result() for one in done}
+        np.testing.assert_array_equal(out, 2 * np.array(pieces))
+        with pytest.raises(ValueError, match="no number -3"):
+            crew.submit((np.array([-3]),), out[0, :1]).result()
+        assert crew.submit((pieces[0],), out[1]).result() in who  # it goes on after an error
+    assert os.getpid() not in who and 1 <= len(who) <= 2
+    for one in who:
+        with pytest.raises(ProcessLookupError):
+            os.kill(one, 0)
+
+
+def test_a_process_that_is_killed_is_told(monkeypatch):
+    path_to_tests(monkeypatch)
+    out = np.zeros(8, TABLE.dtype)
+    with team.Team(Numbers(TABLE), room=64, count=1) as crew:
+        os.kill(crew.submit((np.arange(8),), out).result(), signal.SIGKILL)
+        with pytest.raises(RuntimeError, match="ended with status -9.*memory"):
+            crew.submit((np.arange(8),), out).result()
+
+
+def test_a_job_travels_with_its_arrays_beside_it():
+    shared = team._Shared.of(Numbers(TABLE))
+    assert len(shared.pickled) < 1000 < TABLE.nbytes
+    found = shared.load()
+    np.testing.assert_array_equal(found.table, TABLE)
+    assert not found.table.flags.writeable
+    os.close(shared.file)
+
+
+@pytest.mark.parametrize("random", ["train", "validation"])
+def test_processes_and_threads_make_the_same_batches(sample, processes, monkeypatch, random):
+    request = dict(image_size=24, global_batch_size=20, seed=3, first_update=58)
+    request["preprocessing"] = random
+    made = list(islice(d.array_batches(sample, **request), 4))  # from one epoch into the next
+    monkeypatch.setattr(numpy_reader, "pays_processes", lambda images: False)
+    for ours, theirs in zip(made, d.array_batches(sample, **request)):
+        for a, b in zip(ours, theirs):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+def test_processes_validate_the_same(sample, processes, monkeypatch):
+    made = list(d.validation_arrays(sample, 24, 64, shard=(1, 2)))
+    monkeypatch.setattr(numpy_reader, "pays_processes", lambda images: False)
+    threads = list(d.validation_arrays(sample, 24, 64, shard=(1, 2)))
+    assert len(made) == len(threads) == 3
+    for ours, theirs in zip(made, threads):
+        for a, b in zip(ours, theirs):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_a_damaged_image_is_named_by_processes(tmp_path, processes):
+    write(tmp_path, "train", [record(encode(picture())), record(encode(picture())[:200])])
+    found = d.open_data(tmp_path, verbose=False)
+    with pytest.raises(ValueError, match="can be decoded.*picture 1 of the train split, at byte"):
+        next(d.array_batches(found, 16, 2))
+
+
+def test_few_images_are_left_to_threads(monkeypatch):
+    monkeypatch.setattr(team, "core_count", lambda: 16)
+    assert team.pays_processes(10**6) and not team.pays_processes(300)
+    monkeypatch.setattr(team, "core_count", lambda: 1)
+    assert not team.pays_processes(10**6)

@@ -1,6 +1,6 @@
 """Speed and memory on this CPU, beside keras.applications: `make bench`, a program and not a test.
 
-Each network runs in a process of its own, as it ships: ours with the threads that `training` sets, the peer with
+Each network runs in a process of its own, as it ships: ours with the threads that `configure` sets, the peer with
 TensorFlow's defaults. All processes stay up and take turns, the order reversed every other round, so that what
 else the machine does hits all of them alike. A row holds the median, least and greatest round, in wall time and in
 CPU time (which a busy machine changes less), and the machine's load. Nothing is compared with a limit here.
@@ -63,7 +63,9 @@ def _our_training(name, images, labels):
     from effnet_repro.efficientnet import build_model
     from effnet_repro.network import segments
     from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import Program, TrainingModel
+    from effnet_repro.training import Program, TrainingModel, configure
+
+    configure()
 
     case = _case(name, len(images))
     spec = ModelSpec.from_case(case)
@@ -121,7 +123,9 @@ def training(name, size, batch):
 def _folded(name, size):
     from effnet_repro.efficientnet import build_model, get_weights
     from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import predictor
+    from effnet_repro.training import configure, predictor
+
+    configure()
 
     spec = ModelSpec.from_case(_case(name, 16))
     return predictor(spec, get_weights(build_model(spec, image_size=size, dtype="float32")))

@@ -1,12 +1,21 @@
 """What tests of several files share: running a command in this process, and data sets to read."""
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
 from pictures import ROOT
 
 from effnet_repro import data as d
+
+
+def pytest_collection_finish():
+    "Where a test has imported Keras, set what it reads once, before any of them computes"
+    if "keras" in sys.modules:
+        from effnet_repro.training import configure
+
+        configure()
 
 
 @pytest.fixture

@@ -293,6 +293,7 @@ def write_images(folder):
 
 def prepare(graph):
     """Make a life short: a network of one block, and nothing beside what is compared."""
+    training.configure()
     tiny.shrink()
     scaling.NET_STAGES = scaling.NET_STAGES[:1]
     run.say_estimate = lambda *_: None

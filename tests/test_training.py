@@ -20,8 +20,8 @@ from effnet_repro.data import open_data
 from effnet_repro.runs import read_case, read_metrics
 from effnet_repro.testing import relative_error, test_allclose
 from effnet_repro.training import (
+    Evaluator,
     choose_precision,
-    evaluate,
     finetune,
     finetune_case,
     load_weights,
@@ -335,12 +335,13 @@ def test_measuring_counts_every_picture_once(whole):
     from effnet_repro.scaling import ModelSpec
 
     spec = ModelSpec.from_case(whole.case, num_classes=10)
-    some = [evaluate(spec, arrays, data, 32, batch) for batch in (7, 300)]
+    evaluate = Evaluator(spec).evaluate
+    some = [evaluate(arrays, data, 32, batch) for batch in (7, 300)]
     assert [s.pictures for s in some] == [300, 300]
     assert some[0].top1 == some[1].top1 and abs(some[0].loss - some[1].loss) < 1e-4
     assert (some[0].confusion == some[1].confusion).all() and some[0].confusion.sum() == 300
     broken = {**arrays, "all/Top/logits/dense/bias": np.full(10, np.nan, "float32")}
-    assert evaluate(spec, broken, data, 32).top1 == 0
+    assert evaluate(broken, data, 32).top1 == 0
     assert metadata["class_names"] == list(data.class_names)
 
 

@@ -4,6 +4,7 @@
 says for an IPU.
 """
 
+import contextlib
 import importlib.util
 import os
 import shlex
@@ -174,7 +175,7 @@ def run_options(args):
 
 
 def start_keras(args):
-    """Choose Keras' back end before Keras is imported.
+    """Choose Keras' backend before Keras is imported, and set what the device reads at its first use.
 
     TensorFlow writes two notes on stderr before it looks at its own log level. They would stand above the one line
     that an error leaves, so the first use of the device is kept quiet; `--debug` shows everything.
@@ -198,12 +199,13 @@ def start_keras(args):
         )
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = chosen
-    if args.debug:
-        return
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    with quiet_stderr():
-        from effnet_repro.training import device_name
-
+    if not args.debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    quiet = contextlib.nullcontext if args.debug else quiet_stderr
+    with quiet():
+        from effnet_repro.training import configure, device_name
+    configure()
+    with quiet():
         device_name()
 
 

@@ -11,11 +11,12 @@ from effnet_repro.training.begin import finetune, train
 from effnet_repro.training.device import (
     PRECISIONS,
     choose_precision,
+    configure,
     device_name,
     environment,
 )
 from effnet_repro.training.estimation import estimate
-from effnet_repro.training.evaluation import evaluate, predictor
+from effnet_repro.training.evaluation import Evaluator, evaluate, predictor
 from effnet_repro.training.optimizer import RecipeOptimizer, make_optimizer
 from effnet_repro.training.report import plot_predictions, record
 from effnet_repro.training.state import training_state
@@ -25,10 +26,12 @@ from effnet_repro.training.validation import validate
 
 __all__ = [
     "PRECISIONS",
+    "Evaluator",
     "Program",
     "RecipeOptimizer",
     "TrainingModel",
     "choose_precision",
+    "configure",
     "device_name",
     "environment",
     "estimate",

@@ -11,7 +11,7 @@ from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_siz
 from effnet_repro.network import drop_statistics
 from effnet_repro.runs import Run, check_init, settle_case
 from effnet_repro.scaling import mod32_warning
-from effnet_repro.training.device import check_backend
+from effnet_repro.training.device import configure
 from effnet_repro.training.run import Options, execute
 
 
@@ -37,7 +37,7 @@ def train(
     **overrides,  # Fields of the case, e.g. epochs=3, image_size=64; None means what the case says
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
-    check_backend(backend)
+    configure(backend)
     if not isinstance(case, (str, Case)):
         raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
@@ -89,7 +89,7 @@ def finetune(
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
     "Train the last layers of a trained network a little more, at another resolution"
-    check_backend(backend)
+    configure(backend)
     arrays, metadata, source = load_weights(init, weights)
     arrays = drop_statistics(arrays, print)
     trained = case_from_dict(metadata["case"])

@@ -32,7 +32,7 @@ from effnet_repro.runs import (
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training.device import choose_precision, environment
 from effnet_repro.training.estimation import say_estimate
-from effnet_repro.training.evaluation import evaluate
+from effnet_repro.training.evaluation import Evaluator
 from effnet_repro.training.state import restore_state, training_state
 from effnet_repro.training.step import Program, TrainingModel, use_devices
 from effnet_repro.training.stream import explain_failures, updates
@@ -61,17 +61,17 @@ class Parts(NamedTuple):
     "What the functions of a run share"
 
     model: TrainingModel
+    evaluator: Evaluator
     data: DataSet
     recorder: Recorder
     stop: StopSignals
     events: Events
 
     def measure(self, averaged=None) -> Scores:  # `averaged`: weights in place of the model's own
-        program, weights = self.model.program, get_weights(self.model.network)
-        case, weights = program.case, {**weights, **(averaged or {})}
-        how = dict(precision=program.precision, image_resize=case.image_resize)
-        how["between"] = self.stop.check
-        return evaluate(program.spec, weights, self.data, case.image_size, **how)
+        case = self.model.program.case
+        weights = {**get_weights(self.model.network), **(averaged or {})}
+        how = dict(image_resize=case.image_resize, between=self.stop.check)
+        return self.evaluator.evaluate(weights, self.data, case.image_size, **how)
 
     def sync(self):
         if keras.backend.backend() == "jax":
@@ -169,7 +169,9 @@ def _execute_alone(program, data, run_dir, weights, per_epoch, options, notes):
         len(data.damaged),
     )
     with StopSignals() as stop:
-        parts = Parts(_build(program, weights), data, recorder, stop, Events(run_dir / "events"))
+        evaluator = Evaluator(program.spec, program.precision)
+        model, events = _build(program, weights), Events(run_dir / "events")
+        parts = Parts(model, evaluator, data, recorder, stop, events)
         try:
             _begin(parts, notes)
             _fit(parts, options.progress)

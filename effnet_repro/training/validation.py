@@ -10,8 +10,8 @@ from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
 from effnet_repro.runs import Scores, measured_data, read_rows, say_scores, write_scores
 from effnet_repro.scaling import ModelSpec
-from effnet_repro.training.device import check_backend, choose_precision
-from effnet_repro.training.evaluation import evaluate
+from effnet_repro.training.device import choose_precision, configure
+from effnet_repro.training.evaluation import Evaluator
 
 
 def validate(
@@ -27,13 +27,13 @@ def validate(
     batch: int = 64,  # Pictures at a time
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
-    check_backend(backend)
+    configure(backend)
     for name, value, lowest in (("batch", batch, 1), ("image_size", image_size or 32, 32)):
         if not isinstance(value, int) or value < lowest:
             raise ValueError(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
             )
-    source, scores = Path(source), {}
+    source, scores, evaluator = Path(source), {}, None
     data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
     is_run, place = source.is_dir(), None
     run_dir = source.parent if source.name == "checkpoints" else source
@@ -48,8 +48,9 @@ def validate(
             continue
         arrays = load_weights(path, kind)[0]
         spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
-        how = dict(precision=choose_precision(precision), image_resize=case.image_resize)
-        scores[name] = evaluate(spec, arrays, data, size, batch, **how)
+        if evaluator is None or evaluator.spec != spec:
+            evaluator = Evaluator(spec, choose_precision(precision))
+        scores[name] = evaluator.evaluate(arrays, data, size, batch, case.image_resize)
         if weights == "all":
             say_scores(name, scores[name])
         if is_run:

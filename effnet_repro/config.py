@@ -10,7 +10,6 @@ __all__ = ['NORMS', 'SIZES', 'FIELDS', 'CHOICES', 'PUBLISHED_KEYS', 'EARLIER', '
 
 # %% ../nbs/00_config.ipynb #2f5903de
 import dataclasses
-import os
 from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -382,8 +381,7 @@ def budget_overrides(
     "Resolve a `budget` to the fields it overrides"
     budgets = read_yaml(path).get("budgets") or read_yaml()["budgets"]
     if budget == "auto":
-        in_test = os.environ.get("IN_TEST", "").lower() in ("1", "true")
-        budget = "smoke" if in_test else "case" if data_given else "demo"
+        budget = "case" if data_given else "demo"
     if budget not in budgets:
         raise unknown_name("budget", budget, [*budgets, "auto"])
     return budget, dict(budgets[budget])

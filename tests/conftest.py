@@ -23,7 +23,7 @@ def run(capsys, monkeypatch):
     "Run a command in this process: (exit status, stdout, stderr)"
     from effnet_repro import cli
 
-    for name in ("DATA_DIR", "CONFIG_PATH", "IN_TEST"):
+    for name in ("DATA_DIR", "CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
 
     def call(*words):

@@ -26,7 +26,7 @@ def subprocess_run(*words, **env):
     "Run a command as a program of its own"
     return subprocess.run(
         [sys.executable, "-m", "effnet_repro.cli", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "IN_TEST": "", **env},
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
         capture_output=True,
         text=True,
         timeout=300,

@@ -60,7 +60,6 @@ def translated(pictures, tmp_path_factory):
     }
     done = {"": variables}
     with pytest.MonkeyPatch.context() as patch:
-        patch.delenv("IN_TEST", raising=False)
         for name in ("DATA_DIR", "CONFIG_PATH"):
             patch.setenv(name, variables[name])
         for row in COMMANDS:

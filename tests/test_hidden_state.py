@@ -7,6 +7,8 @@ import sys
 import pytest
 from tiny import PYTHON, ROOT
 
+from effnet_repro.config import budget_overrides
+
 sys.path.insert(0, str(ROOT / ".ci"))
 import tree  # noqa: E402
 
@@ -66,6 +68,13 @@ jax.config.update("jax_enable_x64", True)
 keras.config.set_floatx("float16")
 jax.devices(), tf.constant(1)
 """
+
+
+def test_the_library_does_not_know_that_a_page_is_tested(monkeypatch):
+    monkeypatch.setenv("IN_TEST", "1")
+    assert budget_overrides()[0] == "demo" and budget_overrides(data_given=True)[0] == "case"
+    texts = {name: path.read_text() for name, path in tree.modules().items()}
+    assert [name for name, text in texts.items() if "IN_TEST" in text] == []
 
 
 @pytest.fixture(scope="module")

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Callable, Dict, NamedTuple, Optional, Union
 
 from effnet_repro.checkpoint import load_metadata
-from effnet_repro.config import Case, budget_overrides, case_from_dict, differing_fields, get_case
+from effnet_repro.config import Case, case_from_dict, differing_fields, get_case
 from effnet_repro.runs.resume import NETWORK_FIELDS, list_fields
 from effnet_repro.runs.scores import Scores
 
@@ -39,16 +39,18 @@ def read_case(
 def find_run(
     source,  # A run folder or a checkpoint; None = the default folder of the case
     case: Optional[str],  # A published name; None = the demo's
-    data_dir,  # Used in a smoke test only
+    data_dir,  # For `train`
     runs,  # Folder of runs
-    train: Callable,  # Of the runtime; used in a smoke test only
+    train: Optional[
+        Callable
+    ] = None,  # Of the runtime: makes a run of two steps where there is none
 ):  # The run folder
-    "Find the run to go on with; a smoke test, which has none, makes one of two updates"
+    "Find the run to go on with; where there is none, make a small one with `train`, or raise FileNotFoundError"
     if source is not None:
         return source
     folder = Path(runs) / (case or "B1-G16-LN_PN-Half_16IPU_4x4")
     if not (folder / "checkpoints").is_dir():
-        if budget_overrides("auto", data_dir is not None)[0] != "smoke":
+        if train is None:
             raise FileNotFoundError(
                 f"No run in {folder}. Train first (`40_train`), or say where it is."
             )

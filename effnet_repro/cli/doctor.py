@@ -197,12 +197,14 @@ def doctor_command(args):
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         report["back ends"] = _back_ends(problems)
         from effnet_repro.data import open_data
+        from effnet_repro.data.decoders import DECODERS, is_installed
 
         try:
-            how = {"on_corrupt": args.on_corrupt, "verbose": False}
+            how = {"on_corrupt": args.on_corrupt, "decoder": args.decoder, "verbose": False}
             data = open_data(data_dir_of(args), args.data_format, **how)
-            report["data"] = {"found": data.describe().split("data: ", 1)[1]}
-        except (ValueError, OSError) as e:
+            there = ", ".join(name for name in DECODERS[1:] if is_installed(name))
+            report["data"] = {"found": data.describe().split("data: ", 1)[1], "decoders": there}
+        except (ImportError, ValueError, OSError) as e:
             data, report["data"] = None, {"found": "nothing usable"}
             problems.append(one_line(e))
         if plan and data and not any("does not work" in p for p in problems):

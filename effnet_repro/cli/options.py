@@ -14,6 +14,7 @@ from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.fields import config_arguments, named_case
 from effnet_repro.cli.kit import UsageError, choice, whole_number
 from effnet_repro.config import unknown_name
+from effnet_repro.data.decoders import DECODERS
 from effnet_repro.ipu import has_graphcore_wheel
 from effnet_repro.runs import quiet_stderr, read_case
 
@@ -44,6 +45,14 @@ def data_arguments(parser):
         default="refuse",
         help="what to do about damaged pictures: stop at the first one, or decode all before the "
         "run and leave them out; default: refuse",
+    )
+    parser.add_argument(
+        "--decoder",
+        type=choice("decoder", DECODERS),
+        default="auto",
+        metavar="NAME",
+        help="what decodes JPEGs: simplejpeg, pillow, tensorflow, or nvimagecodec on a GPU under JAX; auto "
+        "(default) is the fastest that is installed",
     )
 
 
@@ -167,6 +176,7 @@ def run_options(args):
         "backend": args.backend,
         "data_format": args.data_format,
         "on_corrupt": args.on_corrupt,
+        "decoder": args.decoder,
         "validate_every": None if args.no_validation else args.validate_every,
         "weights": args.weights,
         "keep": args.keep,
@@ -219,6 +229,7 @@ def finish_run(run, args):
         "--data-dir": args.data_dir,
         "--data-format": args.data_format,
         "--on-corrupt": damaged,
+        "--decoder": None if args.decoder == "auto" else args.decoder,
     }
     given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
     words = shlex.join([str(run.run_dir), *given])

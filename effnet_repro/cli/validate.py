@@ -98,10 +98,11 @@ def validate_command(args):
             "backend": args.backend,
             "data_format": args.data_format,
             "on_corrupt": args.on_corrupt,
+            "decoder": args.decoder,
         }
         how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
         if on_ipus:
-            how = {k: v for k, v in how.items() if k not in ("precision", "backend")}
+            how = {k: v for k, v in how.items() if k not in ("precision", "backend", "decoder")}
             how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
         if how["batch"] is None:  # the runtimes know
             del how["batch"]

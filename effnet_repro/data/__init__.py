@@ -9,6 +9,7 @@ that to `tf_reader`, `numpy_reader` or `device`.
 from effnet_repro.data.catalog import DataSet, open_data
 from effnet_repro.data.damage import find_damaged
 from effnet_repro.data.decode import picture_bytes
+from effnet_repro.data.decoders import choose_decoder
 from effnet_repro.data.device import fits_device
 from effnet_repro.data.figures import plot_pictures
 from effnet_repro.data.layouts import Split
@@ -37,6 +38,7 @@ __all__ = [
     "DataSet",
     "Split",
     "array_batches",
+    "choose_decoder",
     "crc32c",
     "device_batches",
     "draw_crops",

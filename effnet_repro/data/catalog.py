@@ -13,6 +13,7 @@ import numpy as np
 
 from effnet_repro.config import unknown_name
 from effnet_repro.data.damage import leave_out_damaged
+from effnet_repro.data.decoders import check_decoder
 from effnet_repro.data.layouts import OPENERS, Split, recognize
 from effnet_repro.data.sample import sample_set
 
@@ -150,6 +151,7 @@ def open_data(
     cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
     *,
     on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
+    decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec": see `decoders`
     verbose: bool = True,  # Print what was found
 ) -> DataSet:
     "List the pictures in `data_dir` and say what was found"
@@ -157,6 +159,7 @@ def open_data(
         raise unknown_name("data_format", data_format, OPENERS)
     if on_corrupt not in ("refuse", "skip"):
         raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    check_decoder(decoder)
     if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
         raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
     root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
@@ -179,6 +182,7 @@ def open_data(
         files={name: len(split.files) for name, split in splits.items()},
         builtin=data_dir is None,
         splits=splits,
+        decoder=decoder,
     )
     data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data
     if verbose:

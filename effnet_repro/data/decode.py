@@ -8,6 +8,7 @@ TensorFlow decodes the same bytes with operations of its own.
 import contextlib
 import functools
 import io
+import os
 import re
 import struct
 from importlib.util import find_spec
@@ -101,20 +102,23 @@ def _has_jpegs(dataset):
 
 
 def wants_fast_dct(dataset, image_resize: str) -> bool:
-    """Return whether JPEGs are decoded as in the published runs; where no decoder can, say so once a data set."""
-    wanted = image_resize == "published"
-    if (
-        wanted
-        and not has_fast_dct()
-        and _has_jpegs(dataset)
-        and "said accurate" not in dataset.kept
-    ):
+    """Return whether JPEGs are to be decoded as in the published runs; where they are not, say so once a data set."""
+    wanted, able = image_resize == "published", dataset.decoder not in ("pillow", "nvimagecodec")
+    if not wanted or (able and has_fast_dct()) or "said accurate" in dataset.kept:
+        return wanted
+    if _has_jpegs(dataset):
         dataset.kept["said accurate"] = True
         print(
             "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, "
-            "whose colors differ by 1.07 of 255 on average. The same: pip install simplejpeg."
+            "whose colors differ by 1.07 of 255 on average. The same: "
+            + ("--decoder simplejpeg." if has_fast_dct() else "pip install simplejpeg.")
         )
     return wanted
+
+
+def decode_for(dataset, data: bytes, image_resize: str) -> np.ndarray:
+    """Return the pixels of an image file as the decoder of a `DataSet` and the way of resizing ask for them."""
+    return decode_image(data, image_resize == "published", dataset.decoder != "pillow")
 
 
 def picture_bytes(
@@ -132,6 +136,17 @@ def picture_bytes(
     return encode_bmp(pixels), pixels.shape[:2]
 
 
+def _read(path, at, length):
+    "Bytes of a file, with the fewest calls: this is done for every image"
+    file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+    try:
+        if at:
+            os.lseek(file, at, os.SEEK_SET)
+        return os.read(file, length)
+    finally:
+        os.close(file)
+
+
 def read_encoded(dataset, split: str, i: int) -> Tuple[bytes, Tuple[int, int]]:
     """Return image `i` of a split of a `DataSet` as JPEG or BMP, and its height and width in pixels.
 
@@ -140,9 +155,7 @@ def read_encoded(dataset, split: str, i: int) -> Tuple[bytes, Tuple[int, int]]:
     """
     places = dataset.splits[split]
     path, at = places.files[places.file[i]], int(places.offset[i])
-    with open(path, "rb", buffering=0) as file:
-        file.seek(at)
-        data = file.read(int(places.length[i]))
+    data = _read(path, at, int(places.length[i]))
     with located(dataset, split, i):
         if len(data) < places.length[i]:
             raise ValueError(f"Truncated file: {len(data)} of {places.length[i]} bytes are there.")

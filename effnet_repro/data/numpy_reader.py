@@ -12,7 +12,7 @@ import numpy as np
 
 from effnet_repro.config import unknown_name
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
+from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
 from effnet_repro.data.request import TrainRequest, ValidationRequest, check_resize
 from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import made_ahead
@@ -36,7 +36,7 @@ class TrainingJob:
         request = self.request
         how = request.image_size, request.image_resize
         with located(request.dataset, "train", number):
-            pixels = decode(request.dataset, data, request.image_resize)
+            pixels = decode_for(request.dataset, data, request.image_resize)
         if not request.random:
             return validation_image(pixels, *how)
         top, left, height, width = crop
@@ -61,13 +61,8 @@ class ValidationJob:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8)
         encoded, _ = read_encoded(self.dataset, self.split, number)
         with located(self.dataset, self.split, number):
-            pixels = decode(self.dataset, encoded, self.image_resize)
+            pixels = decode_for(self.dataset, encoded, self.image_resize)
         return validation_image(pixels, self.image_size, self.image_resize)
-
-
-def decode(dataset: DataSet, data: bytes, image_resize: str) -> np.ndarray:
-    """Return the pixels of an image file as a data set's decoder and the way of resizing ask for them."""
-    return decode_image(data, image_resize == "published", dataset.decoder != "pillow")
 
 
 def _alone(dataset, split):

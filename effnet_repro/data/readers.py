@@ -12,7 +12,7 @@ from typing import Any, Iterator, Tuple
 import numpy as np
 
 from effnet_repro.config import unknown_name
-from effnet_repro.data import device, numpy_reader, tf_reader
+from effnet_repro.data import device, gpu_reader, numpy_reader, tf_reader
 from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.request import (
     TrainRequest,
@@ -22,7 +22,12 @@ from effnet_repro.data.request import (
     check_resize,
 )
 
-READERS = {"tensorflow": tf_reader, "numpy": numpy_reader, "jax": device}
+READERS = {
+    "tensorflow": tf_reader,
+    "numpy": numpy_reader,
+    "jax": device,
+    "nvimagecodec": gpu_reader,
+}
 
 
 def training_batches(

@@ -99,6 +99,7 @@ def data_notes(
         "class_names": list(data.class_names),
         "pictures": data.train_count,
         "data_fingerprint": data.fingerprint,
+        "decoder": data.decoder,
     }
 
 

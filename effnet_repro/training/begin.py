@@ -26,6 +26,7 @@ def train(
     backend: Optional[str] = None,  # "tensorflow" or "jax"; refused when Keras runs on the other
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
     on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
+    decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec"
     validate_every: Optional[
         int
     ] = 1,  # Epochs between validations; 0 = only at the end, None = never
@@ -40,7 +41,7 @@ def train(
     configure(backend)
     if not isinstance(case, (str, Case)):
         raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
     resolved, published = resolve(case, budget, data_dir is not None, config_path, **overrides)
     notes = {
         "kind": "train",
@@ -83,6 +84,7 @@ def finetune(
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
     on_corrupt: str = "refuse",
+    decoder: str = "auto",
     validate_every: Optional[int] = 1,
     keep: int = 2,
     progress: bool = True,
@@ -99,7 +101,7 @@ def finetune(
     batches = finetune_budget(budget, data_dir is not None)[1]
     overrides = {**batches, **{k: v for k, v in overrides.items() if v is not None}}
     case = finetune_case(trained, image_size, protocol, variable_filter, **overrides)
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
     warning = mod32_warning(trained.image_size, image_size)
     print(
         f"fine-tuning {', '.join(variable_filter)} at {image_size} px from {source.name}"

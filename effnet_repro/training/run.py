@@ -30,6 +30,7 @@ from effnet_repro.runs import (
     write_scores,
 )
 from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.decoding import settle_decoder
 from effnet_repro.training.device import choose_precision, environment
 from effnet_repro.training.estimation import say_estimate
 from effnet_repro.training.evaluation import Evaluator
@@ -128,7 +129,7 @@ class Options:
 def execute(case, data, run_dir, weights, options, notes):
     "Train `case` in `run_dir`, from its newest checkpoint, from `weights`, or from scratch"
     run_dir = Path(run_dir)
-    data = match_run(run_dir, data)
+    data = settle_decoder(match_run(run_dir, data), run_dir)
     program = make_program(case, data, options.precision, options.seed)
     per_epoch = data.train_count // case.global_batch_size
     if per_epoch == 0:
@@ -241,6 +242,7 @@ def _describe_run(run_dir, program, data, notes):
         "seed": program.seed,
         "precision": program.precision,
         "backend": keras.backend.backend(),
+        "decoder": data.decoder,
         "data": {"root": data.root, "format": data.format, "builtin": data.builtin},
         "skipped_pictures": list(data.damaged),
         "pictures": {"train": data.train_count, "validation": data.validation_count},

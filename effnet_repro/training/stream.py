@@ -1,9 +1,7 @@
 """What is fed: for every training step its images, and what the host draws for it."""
 
 import contextlib
-import functools
 import re
-from importlib.util import find_spec
 
 import keras
 import numpy as np
@@ -16,10 +14,11 @@ from effnet_repro.data import (
     fits_device,
     tensorflow_arrays,
     training_batches,
-    validation_arrays,
     validation_batches,
 )
+from effnet_repro.data.decoders import READER_OF
 from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
+from effnet_repro.training.decoding import decoder_here
 from effnet_repro.training.device import has_jax_gpu
 
 
@@ -37,21 +36,6 @@ def _controls(case, update, updates_per_epoch, seed):
     return {"update": np.int32(update), "learning_rate": rate, **draws}
 
 
-def tensorflow_feeds():
-    "Whether TensorFlow reads for a GPU of JAX; a CPU does not wait for pictures"
-    if not has_jax_gpu():
-        return False
-    found = find_spec("tensorflow") is not None
-    if not found:
-        _advise()
-    return found
-
-
-@functools.lru_cache(maxsize=1)
-def _advise():
-    print("data: the GPU may wait for Python's reader. Faster: pip install tensorflow-cpu.")
-
-
 def updates(
     case: Case,  # Laid out for one device
     data: DataSet,  # Pictures
@@ -66,19 +50,38 @@ def updates(
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
     how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
     if keras.backend.backend() != "tensorflow":
-        if has_jax_gpu() and fits_device(data):
-            stream = training_batches(*args, reader="jax", **how)
-        elif tensorflow_feeds():
-            stream = tensorflow_arrays(training_batches, *args, **how)
-        else:
-            stream = training_batches(*args, reader="numpy", **how)
+        stream = _arrays(args, how)
         return (
             (
                 {"images": images, "labels": labels, **controls(first_update + i)},
             )  # Keras wants tuples
             for i, (images, labels) in enumerate(stream)
         )
-    return _tf_updates(training_batches(*args, **how), controls, first_update)
+    return _tf_updates(_tensors(training_batches, args, how), controls, first_update)
+
+
+def _arrays(args, how):
+    "The training batches of a back end that takes arrays"
+    data, decoder = args[0], decoder_here(args[0])
+    stays = decoder in ("simplejpeg", "pillow") and has_jax_gpu() and fits_device(data)
+    reader = "jax" if stays else READER_OF[decoder]
+    if reader == "tensorflow":
+        return tensorflow_arrays(training_batches, *args, **how)
+    return training_batches(*args, reader=reader, **how)
+
+
+def _tensors(make, args, how, more=()):
+    "The batches of `make` as a tf.data.Dataset, whatever decodes; `more` are (type, shape) of what follows the labels"
+    reader = READER_OF[decoder_here(args[0])]
+    if reader == "tensorflow":
+        return make(*args, **how)
+    import tensorflow as tf
+
+    size = args[1]
+    kinds = (("uint8", (None, size, size, 3)), ("int32", (None,)), *more)
+    signature = tuple(tf.TensorSpec(shape, kind) for kind, shape in kinds)
+    batches = lambda: make(*args, reader=reader, **how)
+    return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
 
 def _tf_updates(stream, controls, first_update):
@@ -111,21 +114,19 @@ def explain_failures(data, split, due, doing):
         raise
 
 
-_MANY = 4096  # pictures: fewer, Python's reader has read before TensorFlow is imported
-
-
 def validation_stream(data, image_size, batch, image_resize="published"):
     "The validation batches of the running back end"
+    args, how = (data, image_size, batch), dict(image_resize=image_resize)
     if keras.backend.backend() == "tensorflow":
-        reader = validation_batches
-    elif data.validation_count > _MANY and tensorflow_feeds():
-        reader = functools.partial(tensorflow_arrays, validation_batches)
+        make = lambda: _tensors(validation_batches, args, how, [("float32", (None,))])
+    elif READER_OF[decoder_here(data)] == "tensorflow":
+        make = lambda: tensorflow_arrays(validation_batches, *args, **how)
     else:
-        reader = validation_arrays
+        make = lambda: validation_batches(*args, reader=READER_OF[decoder_here(data)], **how)
     at = [0]
     due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
     doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
     with explain_failures(data, "validation", due, doing):
-        for one in reader(data, image_size, batch, image_resize=image_resize):
+        for one in make():
             yield one
             at[0] += batch

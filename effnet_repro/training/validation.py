@@ -10,6 +10,7 @@ from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
 from effnet_repro.runs import Scores, measured_data, read_rows, say_scores, write_scores
 from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.decoding import settle_decoder
 from effnet_repro.training.device import choose_precision, configure
 from effnet_repro.training.evaluation import Evaluator
 
@@ -24,6 +25,7 @@ def validate(
     backend: Optional[str] = None,
     data_format: Optional[str] = None,
     on_corrupt: str = "refuse",
+    decoder: str = "auto",
     batch: int = 64,  # Pictures at a time
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
@@ -34,7 +36,8 @@ def validate(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
             )
     source, scores, evaluator = Path(source), {}, None
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
+    data = settle_decoder(data)
     is_run, place = source.is_dir(), None
     run_dir = source.parent if source.name == "checkpoints" else source
     files = _weight_files(source, weights)

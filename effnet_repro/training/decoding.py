@@ -1,0 +1,66 @@
+"""Which decoder a run reads with: chosen once, said, and kept when the run goes on."""
+
+import contextlib
+import functools
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import keras
+
+from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
+from effnet_repro.data.decoders import is_installed
+from effnet_repro.training.device import has_jax_gpu
+
+
+def decoder_here(data: DataSet) -> str:
+    """Return the decoder that the running back end reads a data set with."""
+    gpu = has_jax_gpu()
+    wish = data.decoder
+    resident = gpu and wish == "auto" and fits_device(data)
+    works = _works if gpu else is_installed
+    return choose_decoder(wish, keras.backend.backend(), gpu, resident, works)
+
+
+@functools.lru_cache(maxsize=None)
+def _works(decoder):
+    "Whether a decoder is installed and, for the GPU's, decodes an image; where it does not, say why once"
+    if decoder != "nvimagecodec" or not is_installed(decoder):
+        return is_installed(decoder)
+    why = gpu_decode.problem()
+    if why is not None:
+        print(f"data: nvImageCodec is installed, but does not work here ({why})", flush=True)
+    return why is None
+
+
+def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
+    """Return the data set with the decoder of a run, and print it.
+
+    Where the user did not choose, a run that goes on keeps the decoder it began with, as long as it is installed.
+    """
+    stored = _stored_decoder(run_dir)
+    if data.decoder == "auto" and stored is not None:
+        with contextlib.suppress(ValueError, ImportError):  # begun on another machine
+            decoder_here(replace(data, decoder=stored))
+            data = replace(data, decoder=stored)
+    chosen = decoder_here(data)
+    print(f"data: images are decoded by {chosen}", flush=True)
+    if stored not in (None, chosen):
+        print(
+            f"data: the run began with images decoded by {stored}, whose pixels differ a little: it goes on, "
+            "but not bit for bit",
+            flush=True,
+        )
+    if has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data):
+        found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
+        print(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
+    return replace(data, decoder=chosen)
+
+
+def _stored_decoder(run_dir):
+    "The decoder that config.json of a run names; None where there is none"
+    if run_dir is None:
+        return None
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        return json.loads((Path(run_dir) / "config.json").read_text()).get("decoder")
+    return None

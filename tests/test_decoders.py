@@ -1,0 +1,131 @@
+"""Which decoder is chosen, refused, said, stored and kept when a run goes on."""
+
+import importlib.util
+import json
+from dataclasses import replace
+
+import keras
+import numpy as np
+import pytest
+from pictures import bmp, encode, picture, record, write
+from tiny import SMOKE, TINY, small_network  # noqa: F401
+
+from effnet_repro import data as d
+from effnet_repro.config import for_one_device
+from effnet_repro.data import decoders
+from effnet_repro.training import decoding, stream, train, validate
+
+ALL = {"simplejpeg", "pillow", "tensorflow", "nvimagecodec"}
+
+
+@pytest.mark.parametrize(
+    "backend, gpu, resident, there, chosen",
+    [
+        ("tensorflow", False, False, ALL, "tensorflow"),
+        ("jax", True, False, ALL, "nvimagecodec"),
+        ("jax", True, True, ALL, "simplejpeg"),  # decoded once, and as published
+        ("jax", True, False, ALL - {"nvimagecodec"}, "simplejpeg"),
+        ("jax", True, False, {"tensorflow", "pillow"}, "tensorflow"),
+        ("jax", True, True, {"tensorflow", "pillow"}, "pillow"),
+        ("jax", False, False, ALL, "simplejpeg"),
+        ("jax", False, False, {"tensorflow", "pillow"}, "pillow"),
+    ],
+)
+def test_auto_is_the_fastest_that_is_there(backend, gpu, resident, there, chosen, monkeypatch):
+    monkeypatch.setattr(decoders, "is_installed", there.__contains__)
+    assert d.choose_decoder("auto", backend, gpu, resident) == chosen
+
+
+def test_wishes_that_cannot_be_met(sample, monkeypatch):
+    with pytest.raises(ValueError, match="Unknown decoder 'pilow'.*Did you mean 'pillow'"):
+        d.open_data(decoder="pilow")
+    monkeypatch.setattr(decoders, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match="simplejpeg is not installed. Run: pip install simplejp"):
+        d.open_data(decoder="simplejpeg")
+    with pytest.raises(ImportError, match=r"pip install 'effnet_repro\[cuda12\]'"):
+        d.open_data(decoder="nvimagecodec")
+    monkeypatch.setattr(decoders, "find_spec", lambda name: name)
+    with pytest.raises(
+        ValueError, match="nvimagecodec needs JAX on an NVIDIA GPU.*tensorflow on a"
+    ):
+        d.choose_decoder("nvimagecodec", "tensorflow")
+
+
+def test_a_package_within_a_package_that_is_missing(monkeypatch):
+    def find(name):
+        raise ModuleNotFoundError(name)
+
+    monkeypatch.setattr(decoders, "find_spec", find)
+    assert not decoders.is_installed("nvimagecodec")
+    monkeypatch.undo()
+    for name, package in (("pillow", "PIL"), ("tensorflow", "tensorflow")):
+        assert decoders.is_installed(name) == (importlib.util.find_spec(package) is not None)
+
+
+def test_a_run_says_stores_and_keeps_its_decoder(tmp_path, capsys):
+    options = {**SMOKE, "max_steps": 1, "validate_every": None}
+    run = train(TINY, None, tmp_path, decoder="simplejpeg", **options)
+    assert "images are decoded by simplejpeg" in capsys.readouterr().out
+    assert json.loads((run.run_dir / "config.json").read_text())["decoder"] == "simplejpeg"
+    train(TINY, None, tmp_path, **{**options, "max_steps": 2})
+    said = capsys.readouterr().out
+    assert "images are decoded by simplejpeg" in said and "bit for bit" not in said
+    train(TINY, None, tmp_path, decoder="tensorflow", **{**options, "max_steps": 3})
+    said = capsys.readouterr().out
+    assert "began with images decoded by simplejpeg" in said and "not bit for bit" in said
+    validate(tmp_path, decoder="pillow", weights="last")
+    assert "images are decoded by pillow" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="batches as tensors")
+@pytest.mark.parametrize("decoder", ["simplejpeg", "pillow"])
+def test_tensorflow_trains_on_images_of_other_decoders(sample, decoder, capsys):
+    data = replace(sample, decoder=decoder)
+    case = for_one_device(TINY, global_batch_size=5, micro_batch_size=5)
+    ours = next(iter(stream.updates(case, data, 2, 4)))
+    how = dict(seed=2, first_update=4, area_min=case.crop_area_min)
+    images, labels = next(
+        d.array_batches(data, case.image_size, 5, image_resize=case.image_resize, **how)
+    )
+    np.testing.assert_array_equal(ours["images"], images)
+    np.testing.assert_array_equal(ours["labels"], labels)
+    theirs = list(d.validation_arrays(data, 32, 128, image_resize="modern"))
+    for ours, other in zip(stream.validation_stream(data, 32, 128, "modern"), theirs):
+        for a, b in zip(ours, other):
+            np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_published_run_is_told(tmp_path, monkeypatch, capsys):
+    write(tmp_path, "train", [record(encode(picture(60, 60)))])
+    data = d.open_data(tmp_path, verbose=False)
+    next(d.array_batches(replace(data, decoder="simplejpeg"), 32, 1))
+    assert capsys.readouterr().out == ""
+    fast, accurate = (
+        next(d.array_batches(replace(data, decoder=name), 32, 1))[0].astype(int)
+        for name in ("simplejpeg", "pillow")
+    )
+    assert "accurate DCT" in capsys.readouterr().out and 0 < abs(fast - accurate).mean() < 3
+    write(tmp_path / "b", "train", [record(bmp(1))])
+    no_jpeg = replace(d.open_data(tmp_path / "b", verbose=False), decoder="pillow")
+    next(d.array_batches(no_jpeg, 8, 1, image_resize="modern"))
+    assert capsys.readouterr().out == ""
+
+
+def test_auto_leaves_out_what_does_not_work(sample, monkeypatch, capsys):
+    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
+    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    monkeypatch.setattr(decoding, "is_installed", lambda name: True)
+    monkeypatch.setattr(decoding.gpu_decode, "problem", lambda: "RuntimeError: an old driver")
+    decoding._works.cache_clear()
+    assert [decoding.decoder_here(sample) for _ in range(2)] == ["simplejpeg"] * 2
+    assert capsys.readouterr().out.count("does not work here (RuntimeError: an old driver)") == 1
+    decoding._works.cache_clear()
+
+
+def test_the_gpu_waits_and_it_is_said(sample, monkeypatch, capsys):
+    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
+    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    decoding.settle_decoder(replace(sample, decoder="simplejpeg"))
+    assert "Faster: pip install 'effnet_repro[cuda12]'" in capsys.readouterr().out

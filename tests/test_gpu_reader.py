@@ -1,0 +1,182 @@
+"""The reader of a GPU, with a producer that decodes on the host and cuts with NumPy: the same images as the others."""
+
+import importlib.util
+import threading
+from dataclasses import replace
+from itertools import islice
+
+import numpy as np
+import pytest
+from pictures import bmp, encode, picture, record, write
+
+from effnet_repro import data as d
+from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, request
+
+
+class HostProducer:
+    "Does what a GPU does; refuses each fifth JPEG"
+
+    refused = sent = 0
+
+    def __init__(self):
+        self.thread = None
+
+    def _alone(self):
+        assert self.thread in (None, threading.get_ident())  # no two threads at once
+
+    def decode(self, data):
+        self.thread = threading.get_ident()
+        refuses = [len(one) % 5 == 0 for one in data]
+        HostProducer.refused += sum(refuses)
+        return [
+            None if no else self._image(decode.decode_image(one)) for no, one in zip(refuses, data)
+        ]
+
+    def _image(self, pixels):
+        return gpu_decode.Image(0, pixels.shape[1] * 3, pixels.shape[:2], pixels)
+
+    def upload(self, pixels):
+        self._alone()
+        HostProducer.sent += 1
+        return self._image(pixels)
+
+    def empty(self, shape):
+        return np.zeros(shape, np.uint8)
+
+    def write(self, images, rows, out, first, published):
+        self._alone()
+        for i, (image, row) in enumerate(zip(images, rows)):
+            out[first + i] = cut(image.owner, row, out.shape[1], published)
+        self.thread = None
+
+
+def taps(at, corner, scale, size, half):
+    place = (corner + at.astype(np.float32) + half) * scale - half
+    low = np.floor(place)
+    first, second = np.maximum(low, 0).astype(int), np.minimum(low + 1, size - 1).astype(int)
+    return first, second, place - low
+
+
+def cut(pixels, row, side, published):
+    "The kernel's arithmetic, line by line"
+    x, half = np.arange(side), np.float32(0 if published else 0.5)
+    target = side - 1 - x if row["flip"] and not published else x
+    x0, x1, fx = taps(target, row["corner"][1], row["scale"][1], row["width"], half)
+    y0, y1, fy = taps(x, row["corner"][0], row["scale"][0], row["height"], half)
+    if row["flip"] and published:
+        x0, x1 = row["width"] - 1 - x0, row["width"] - 1 - x1
+    image = pixels[row["top"] :, row["left"] :].astype(np.float32)
+    line = lambda y: image[y][:, x0] + (image[y][:, x1] - image[y][:, x0]) * fx[:, None]
+    value = line(y0) + (line(y1) - line(y0)) * fy[:, None, None]
+    if published:
+        return value.astype(np.float16).astype(np.uint8)
+    return np.clip(np.rint(value), 0, 255).astype(np.uint8)
+
+
+def requested(data, size, batch, how="published", random=True, first=3):
+    order = request.batch_order(data, batch, 5, (0, 1))
+    return request.TrainRequest(data, order, size, how, random, 0.05, first)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    "JPEGs of several shapes, gray ones, a PNG and a BMP"
+    folder = tmp_path_factory.mktemp("mixed")
+    made = [record(encode(picture(40 + 7 * i, 90 - 5 * i, i)), 1 + i % 3) for i in range(9)]
+    made += [record(encode(picture(50, 60, 9), mode="L")), record(encode(picture(), "PNG"))]
+    made += [record(bmp(3))]
+    write(folder, "train", made)
+    data = d.open_data(write(folder, "validation", made), verbose=False)
+    return replace(data, decoder="pillow")  # the accurate DCT for the readers that are compared
+
+
+@pytest.mark.parametrize("how", ["published", "modern"])
+@pytest.mark.parametrize("random", [True, False])
+def test_the_same_training_batches(mixed, how, random, monkeypatch):
+    monkeypatch.setattr(gpu_reader, "SLICE", 5)
+    monkeypatch.setattr(gpu_reader, "AT_ONCE", 4)
+    HostProducer.refused = HostProducer.sent = 0
+    args = requested(mixed, 24, 6, how, random)
+    theirs = numpy_reader.training_stream(args)
+    ours = gpu_reader.training_stream(args, HostProducer)
+    for (a, b), (c, e) in islice(zip(ours, theirs), 9):  # over the ends of epochs
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, e)
+    ours.close()
+    assert HostProducer.sent > HostProducer.refused > 0  # refused ones, and those that are no JPEG
+
+
+@pytest.mark.parametrize("how", ["published", "modern"])
+@pytest.mark.parametrize("batch, shard", [(5, (0, 1)), (2, (1, 3)), (40, (0, 1))])
+def test_the_same_validation_batches(mixed, how, batch, shard, monkeypatch):
+    monkeypatch.setattr(gpu_reader, "AT_ONCE", 8)
+    args = request.ValidationRequest(mixed, 20, batch, shard, how)
+    ours = list(gpu_reader.validation_stream(args, HostProducer))
+    theirs = list(numpy_reader.validation_stream(args))
+    assert len(ours) == len(theirs)
+    for one, other in zip(ours, theirs):
+        for a, b in zip(one, other):
+            assert a.dtype == b.dtype
+            np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("damage", [lambda e: e[:200], lambda e: b"GIF89a but no more"])
+def test_damage_is_named(tmp_path, damage):
+    good = encode(picture())
+    write(tmp_path, "train", [record(good), record(damage(good)), record(good)])
+    data = d.open_data(tmp_path, verbose=False)
+    with pytest.raises(ValueError, match="can be decoded.*picture 1 of the train split, at byte"):
+        next(gpu_reader.training_stream(requested(data, 16, 3), HostProducer))
+
+
+def test_what_a_decoder_refuses_and_the_host_cannot_read_is_named(tmp_path):
+    good = encode(picture())
+    bad = good[:3] + b"\0" * 40 + good[43:]  # an end, but no beginning
+    write(tmp_path, "train", [record(good), record(good), record(bad)])
+    data = d.open_data(tmp_path, verbose=False)
+    with pytest.raises(ValueError, match="picture 2 of the train split, at byte"):
+        next(gpu_reader.training_stream(requested(data, 16, 3), HostProducer))
+
+
+def test_an_image_of_another_size_than_its_header_is_decoded_again(mixed):
+    class Odd(HostProducer):
+        def _image(self, pixels):
+            return gpu_decode.Image(0, 0, (1, 1), pixels[:1, :1])
+
+        def upload(self, pixels):
+            return HostProducer._image(self, pixels)
+
+    args = requested(mixed, 24, 6)
+    ours, theirs = (gpu_reader.training_stream(args, make) for make in (Odd, HostProducer))
+    np.testing.assert_array_equal(next(ours)[0], next(theirs)[0])
+
+
+def test_a_producer_that_does_not_work_is_told(mixed):
+    def make():
+        raise RuntimeError("no GPU")
+
+    with pytest.raises(RuntimeError, match="no GPU"):
+        next(gpu_reader.training_stream(requested(mixed, 16, 3), make))
+
+
+def test_a_row_is_laid_out_as_in_the_kernel():
+    fields = [gpu_decode.ROW.fields[name][1] for name in gpu_decode.ROW.names]
+    assert fields == [0, 8, 16, 20, 24, 28, 32, 36, 40, 48] and gpu_decode.ROW.itemsize == 56
+
+
+def test_without_a_gpu_the_problem_is_said():
+    found = gpu_decode.problem()
+    assert found is None or (": " in found and "\n" not in found)
+
+
+def test_nvimagecodec_decodes_as_libjpeg(mixed, capfd):
+    "On the host's cores: that the calls are right, and quiet"
+    if not importlib.util.find_spec("nvidia") or not importlib.util.find_spec("nvidia.nvimgcodec"):
+        pytest.skip("nvImageCodec is not installed")
+    codec = gpu_decode.Codec(None, 1)
+    encoded = [decode.read_encoded(mixed, "train", i)[0] for i in range(10)]
+    good = codec.decode([*encoded, encoded[0][:300]])
+    assert good.pop() is None
+    for data, image in zip(encoded, good):
+        np.testing.assert_array_equal(np.asarray(image), decode.decode_image(data))
+    assert capfd.readouterr().err == ""

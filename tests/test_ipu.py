@@ -85,9 +85,9 @@ def test_mistakes_that_ours_does_not_make(short, monkeypatch):
         assert len(machine.calls["cross_replica_sum"]) == len(pipe.accumulators)
         assert {v.dtype.base_dtype for v in p.variables.values()} == {tf.float32}
     with pytest.raises(TypeError, match="flat list"):
-        ipu._flat(0, [[tf.zeros(1)]])
+        ipu.stages._flat(0, [[tf.zeros(1)]])
     case = short()
-    monkeypatch.setattr(ipu, "_mean_over_replicas", lambda graphcore, ops, replicas, g: g)
+    monkeypatch.setattr(ipu.program, "_mean_over_replicas", lambda graphcore, ops, replicas, g: g)
     with ipu_standin.install():
         p = program(case, images, labels)
         ipu.set_state(p, initial_weights(p.spec))
@@ -327,7 +327,7 @@ def test_batch_norm_is_refused(short):
 
 def test_refused_checkpoints(tiny, tmp_path):
     spec = ModelSpec.from_case(tiny, num_classes=3)
-    metadata = dict(case=ipu.case_to_dict(tiny), num_classes=3, update=1, epoch=0, seed=0)
+    metadata = dict(case=config.case_to_dict(tiny), num_classes=3, update=1, epoch=0, seed=0)
     path = checkpoint.save(tmp_path / "epoch-0001.safetensors", initial_weights(spec), metadata)
     with ipu_standin.install():
         with pytest.raises(ValueError, match="has 3 classes, the data"):

@@ -39,16 +39,16 @@ def test_missing_and_wrong_sdk(monkeypatch):
 
 def test_devices(monkeypatch):
     assert ipu.choose_device("auto") == "keras"
-    monkeypatch.setattr(ipu, "has_ipu", lambda: True)
+    monkeypatch.setattr(ipu.sdk, "has_ipu", lambda: True)
     with pytest.warns(UserWarning, match="IPUs here.* unused. Found: .*not Graphcore's build"):
         assert ipu.choose_device("auto") == "keras"
-    monkeypatch.setattr(ipu, "has_ipu", lambda: False)
+    monkeypatch.setattr(ipu.sdk, "has_ipu", lambda: False)
     with pytest.raises(ValueError, match="Unknown device 'tpu'"):
         ipu.choose_device("tpu")
     with ipu_standin.install():
         assert ipu.choose_device("ipu") == "ipu"
         assert ipu.choose_device("auto") == "keras"  # the build without an IPU
-        monkeypatch.setattr(ipu, "has_ipu", lambda: True)
+        monkeypatch.setattr(ipu.sdk, "has_ipu", lambda: True)
         assert ipu.choose_device("auto") == "ipu"
 
 

@@ -367,7 +367,7 @@ def on_ipus(run_dir, monkeypatch, count=1, stop_at=None):
     "Train in `count` processes, one after the other at every meeting, until the end or until asked to stop."
     import threading
 
-    from effnet_repro import ipu
+    from effnet_repro.ipu import runtime
 
     meeting, said = threading.Barrier(count), {}
 
@@ -379,19 +379,19 @@ def on_ipus(run_dir, monkeypatch, count=1, stop_at=None):
         meeting.wait()
         return found
 
-    monkeypatch.setattr(ipu, "gather", gather)
-    monkeypatch.setattr(ipu, "get_state", lambda program: weights(program.recorder.step))
-    monkeypatch.setattr(ipu, "save_curves", lambda run_dir: None)
-    monkeypatch.setattr(ipu, "_anybody_stops", lambda host, done: done == stop_at)
+    monkeypatch.setattr(runtime, "gather", gather)
+    monkeypatch.setattr(runtime, "get_state", lambda program: weights(program.recorder.step))
+    monkeypatch.setattr(runtime, "save_curves", lambda run_dir: None)
+    monkeypatch.setattr(runtime, "_anybody_stops", lambda host, done: done == stop_at)
 
     def process(index):
         course = Course(TINY, steps_per_epoch=3, last_step=12, schedule=3)
         recorder = Recorder(run_dir, course, FACTS, process=(index, count))
         recorder.resume(recorder.find())
         meeting.wait()
-        host = ipu._Host(Program(recorder, count), recorder, None)
+        host = runtime._Host(Program(recorder, count), recorder, None)
         try:
-            ipu._fit(host)
+            runtime._fit(host)
         except Stopped:
             host.stop_here()
 

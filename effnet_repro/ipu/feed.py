@@ -1,0 +1,158 @@
+"""What the host feeds to IPUs: micro-batches with everything random drawn for them, and images to validate on."""
+
+import functools
+from typing import Dict, Tuple
+
+import numpy as np
+
+from effnet_repro.augment import draw_mixing
+from effnet_repro.config import Case
+from effnet_repro.data import DataSet, validation_batches
+from effnet_repro.ipu.layout import compute_dtype
+from effnet_repro.ops import NumpyOps, Rng
+from effnet_repro.scaling import ModelSpec, blocks
+
+
+def mask_rates(
+    spec: ModelSpec,  # The network
+) -> Dict[str, float]:  # Residual block -> probability that its branch is dropped, where above 0
+    "List the branches that stochastic depth may drop"
+    return {b.name: b.drop_path_rate for b in blocks(spec) if b.residual and b.drop_path_rate}
+
+
+def draw_masks(
+    spec: ModelSpec,  # The network
+    micro_batch_size: int,  # Pictures, m
+    seed: int,  # Of the run
+    update: int,  # Number of the weight update
+    micro_batch: int,  # Number within the update, over all replicas
+) -> Dict[
+    str, np.ndarray
+]:  # "drop_path" (m, branches) and "dropout" (m, features), uint8, 1 = keep
+    "Draw what one micro-batch keeps; what never drops is left out"
+    rng, rates = Rng(NumpyOps(), seed, update, micro_batch), mask_rates(spec)
+    drawn = {}
+    if rates:
+        rate = np.array(list(rates.values()), "float32")
+        drawn["drop_path"] = rng.mask("pipeline", "drop_path", rate, (micro_batch_size, len(rate)))
+    if spec.dropout_rate:
+        shape = (micro_batch_size, spec.head_filters)
+        drawn["dropout"] = rng.mask("pipeline", "dropout", spec.dropout_rate, shape)
+    return {kind: (mask > 0).astype("uint8") for kind, mask in drawn.items()}
+
+
+class FedMasks:
+    "What a segment may ask of `Rng`, read from masks that came with the pictures"
+
+    def __init__(self, ops, spec, masks):  # masks: "drop_path" and "dropout", tensors of uint8
+        self.ops, self.masks, self.statistics = ops, masks, {}
+        self.columns = {name: i for i, name in enumerate(mask_rates(spec))}
+
+    def mask(self, segment, kind, rate, shape):  # float32, of `shape`
+        kept = self.masks[kind]
+        if kind == "drop_path":
+            kept = kept[:, self.columns[segment]]
+        kept = self.ops.reshape(self.ops.cast(kept, "float32"), shape)
+        return kept * (1.0 / (1.0 - rate))
+
+
+@functools.lru_cache(maxsize=4)
+def _mixing(case, seed, update):
+    return draw_mixing(
+        mixup_alpha=case.mixup_alpha,
+        cutmix_lambda=case.cutmix_lambda,
+        seed=seed,
+        update=update,
+        micro_batches=case.gradient_accumulation * case.num_replicas,
+        micro_batch_size=case.micro_batch_size,
+    )
+
+
+def draws(
+    case: Case,  # In the layout to run
+    spec: ModelSpec,  # Its network
+    seed: int,  # Of the run
+    update: int,  # Number of the weight update
+    micro_batch: int,  # Number within the update, over all replicas
+) -> Dict[str, np.ndarray]:  # Name -> array: mixing and masks, without what the case switches off
+    "Draw everything random of one micro-batch"
+    drawn = draw_masks(spec, case.micro_batch_size, seed, update, micro_batch)
+    if case.mixup_alpha or case.cutmix_lambda:
+        drawn.update({k: v[micro_batch] for k, v in _mixing(case, seed, update).items()})
+    return drawn
+
+
+def element_stream(
+    case: Case,  # In the layout to run
+    spec: ModelSpec,  # Its network
+    pictures,  # tf.data.Dataset of (images uint8, labels int32) in batches of this process's update
+    seed: int = 0,  # Of the run
+    first_update: int = 0,  # Update of the first batch
+    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+):  # tf.data.Dataset of dictionaries, one a micro-batch
+    "Cut batches into micro-batches and add what is drawn for each"
+    import tensorflow as tf
+
+    index, count = shard
+    mine = case.gradient_accumulation * case.num_replicas // count  # micro-batches of an update
+
+    def drawn(j):
+        update, own = divmod(int(j), mine)
+        return list(draws(case, spec, seed, update, own * count + index).values())
+
+    example = draws(case, spec, seed, 0, 0)
+    kinds = [tf.as_dtype(v.dtype) for v in example.values()]
+
+    def add(j, pictures):
+        element = {"images": pictures[0], "labels": pictures[1]}
+        if example:
+            values = tf.numpy_function(drawn, [j], kinds)
+            for (name, like), value in zip(example.items(), values):
+                element[name] = tf.ensure_shape(value, like.shape)
+        if not case.eight_bit_io:
+            element["images"] = tf.cast(element["images"], compute_dtype(case))
+        return element
+
+    def cut(images, labels):  # whole micro-batches: taking single pictures apart costs more
+        side = (case.image_size, case.image_size, 3)
+        images = tf.reshape(images, (mine, case.micro_batch_size, *side))
+        return images, tf.reshape(labels, (mine, case.micro_batch_size))
+
+    pictures = pictures.map(cut).unbatch()
+    return pictures.enumerate(first_update * mine).map(add).prefetch(8)
+
+
+def validation_stream(
+    data: DataSet,  # Its validation pictures are read
+    image_size: int,  # Side, pixels
+    batch: int,  # Pictures of an element
+    replicas: int,  # Of this process
+    shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
+    most_runs: int = 8,  # Program runs for the pictures
+    image_resize: str = "published",  # Or "modern": see `29_transforms`
+):  # (elements for each replica and run, runs with the first, function that makes the dataset)
+    "Read every validation picture once a round, after a run of fillers; all replicas get as many"
+    most = -(-data.validation_count // shard[1])
+    elements = -(-most // batch)
+    each = -(-elements // replicas)  # elements of a replica
+    iterations = -(-each // most_runs)
+    runs = -(-each // iterations)
+
+    def dataset():
+        import tensorflow as tf
+
+        names = ("images", "labels", "mask")
+        real = validation_batches(data, image_size, batch, shard=shard, image_resize=image_resize)
+        fixed = lambda *v: {n: tf.ensure_shape(t, (batch, *t.shape[1:])) for n, t in zip(names, v)}
+        real = real.map(fixed)
+        blank = tf.data.Dataset.from_tensors(
+            {n: np.zeros(s.shape, s.dtype.as_numpy_dtype) for n, s in real.element_spec.items()}
+        )
+        spare = iterations * runs * replicas - elements
+        return (
+            blank.repeat(iterations * replicas)
+            .concatenate(real.concatenate(blank.repeat(spare)))
+            .repeat()
+        )
+
+    return iterations, 1 + runs, dataset

@@ -48,6 +48,14 @@ def refused(run):
     return call
 
 
+@pytest.fixture
+def graph():
+    "An empty graph of TensorFlow 1 to build in"
+    tf = pytest.importorskip("tensorflow")
+    with tf.Graph().as_default() as g:
+        yield g
+
+
 @pytest.fixture(scope="session")
 def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")

@@ -9,8 +9,8 @@ import unittest.mock
 
 import tensorflow as tf
 
+from . import arguments, norms, pipelining, program, queues
 from . import config as config_module
-from . import norms, pipelining, program, queues
 from .machine import Machine, ProcessAbort, World, current, machine, set_machine
 
 tf1 = tf.compat.v1
@@ -145,7 +145,7 @@ def _modules(sdk):
     "All modules of an SDK by name"
     at_least = Machine(sdk).at_least
     infeed, outfeed = queues.make_infeed_class(at_least), queues.make_outfeed_class(at_least)
-    options = pipelining.make_stage_options(at_least)
+    options = arguments.make_stage_options(at_least)
     group_norm, layer_norm, instance_norm = norms.make_norms(at_least)
     base = "tensorflow.python.ipu"
     made = {}
@@ -189,11 +189,11 @@ def _modules(sdk):
     add(
         "pipelining_ops",
         pipeline=pipeline,
-        PipelineSchedule=pipelining.PipelineSchedule,
-        RecomputationMode=pipelining.RecomputationMode,
+        PipelineSchedule=arguments.PipelineSchedule,
+        RecomputationMode=arguments.RecomputationMode,
         PipelineStageOptions=options,
-        OptimizerFunctionOutput=pipelining.OptimizerFunctionOutput,
-        recomputation_checkpoint=pipelining.recomputation_checkpoint,
+        OptimizerFunctionOutput=arguments.OptimizerFunctionOutput,
+        recomputation_checkpoint=arguments.recomputation_checkpoint,
     )
     add(
         "normalization_ops",
@@ -208,7 +208,7 @@ def _modules(sdk):
     add("cross_replica_ops", **reductions)
     add("replication_ops", replication_index=program.replication_index)
     add("cross_replica_optimizer", CrossReplicaOptimizer=CrossReplicaOptimizer)
-    method = pipelining.GradientAccumulationReductionMethod
+    method = arguments.GradientAccumulationReductionMethod
     if at_least("2.6"):
         add("gradient_accumulation", GradientAccumulationReductionMethod=method)
     elif at_least("2.5"):

@@ -16,7 +16,7 @@ from effnet_repro.scaling import ModelSpec, blocks
 def mask_rates(
     spec: ModelSpec,  # The network
 ) -> Dict[str, float]:  # Residual block -> probability that its branch is dropped, where above 0
-    "List the branches that stochastic depth may drop"
+    """Return the residual blocks whose branch stochastic depth may drop, in the order of the network."""
     return {b.name: b.drop_path_rate for b in blocks(spec) if b.residual and b.drop_path_rate}
 
 
@@ -29,7 +29,10 @@ def draw_masks(
 ) -> Dict[
     str, np.ndarray
 ]:  # "drop_path" (m, branches) and "dropout" (m, features), uint8, 1 = keep
-    "Draw what one micro-batch keeps; what never drops is left out"
+    """Draw what one micro-batch keeps: a byte per image and branch, and per image and feature of the head.
+
+    Ours: as bytes they are 2 % of the images' traffic. What never drops is left out.
+    """
     rng, rates = Rng(NumpyOps(), seed, update, micro_batch), mask_rates(spec)
     drawn = {}
     if rates:
@@ -42,7 +45,12 @@ def draw_masks(
 
 
 class FedMasks:
-    "What a segment may ask of `Rng`, read from masks that came with the pictures"
+    """Stands in for `Rng` inside a stage: the masks came with the images, and are handed to the segments.
+
+    - `ops`: tensor operations.
+    - `spec`: the network; each of its residual blocks has a column of "drop_path".
+    - `masks`: "drop_path" (m, branches) and "dropout" (m, features), tensors of uint8, 1 = keep.
+    """
 
     def __init__(self, ops, spec, masks):  # masks: "drop_path" and "dropout", tensors of uint8
         self.ops, self.masks, self.statistics = ops, masks, {}
@@ -75,7 +83,10 @@ def draws(
     update: int,  # Number of the weight update
     micro_batch: int,  # Number within the update, over all replicas
 ) -> Dict[str, np.ndarray]:  # Name -> array: mixing and masks, without what the case switches off
-    "Draw everything random of one micro-batch"
+    """Draw everything random of one micro-batch: its mixing and its masks, as NumPy arrays.
+
+    The draws depend on seed, update and micro-batch alone, so every process can make its own.
+    """
     drawn = draw_masks(spec, case.micro_batch_size, seed, update, micro_batch)
     if case.mixup_alpha or case.cutmix_lambda:
         drawn.update({k: v[micro_batch] for k, v in _mixing(case, seed, update).items()})
@@ -90,7 +101,12 @@ def element_stream(
     first_update: int = 0,  # Update of the first batch
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
 ):  # tf.data.Dataset of dictionaries, one a micro-batch
-    "Cut batches into micro-batches and add what is drawn for each"
+    """Return the infeed's dataset: one element is one micro-batch of one replica.
+
+    Each element is a dictionary: "images" (m, side, side, 3), uint8, or the type of activations without 8-bit input;
+    "labels" (m,), int32; and what `draws` gives. Micro-batch j of an update goes to replica j mod R, since a queue
+    hands an element to each replica in turn; of `count` processes, the one with `index` gets every `count`-th.
+    """
     import tensorflow as tf
 
     index, count = shard
@@ -131,7 +147,13 @@ def validation_stream(
     most_runs: int = 8,  # Program runs for the pictures
     image_resize: str = "published",  # Or "modern": see `29_transforms`
 ):  # (elements for each replica and run, runs with the first, function that makes the dataset)
-    "Read every validation picture once a round, after a run of fillers; all replicas get as many"
+    """Plan the reading of every validation image.
+
+    Returns (elements for each replica and run, runs, function that makes the dataset).
+
+    The first run has fillers only: it compiles the program. All replicas get as many elements, the last ones blank
+    where the images do not divide; a mask of zeros says so. The dataset repeats, a round for each set of weights.
+    """
     most = -(-data.validation_count // shard[1])
     elements = -(-most // batch)
     each = -(-elements // replicas)  # elements of a replica

@@ -15,7 +15,7 @@ DEVICE_LOOP = 104  # Training steps of a device loop, published
 def ipus_per_replica(
     num_stages: int,  # Stages of the pipeline, >= 1
 ) -> int:  # IPUs that one replica occupies
-    "Count the IPUs of a replica: stages, rounded up to a power of two"
+    """Return how many IPUs a replica occupies: its stages, rounded up to a power of two."""
     return 1 << (num_stages - 1).bit_length()
 
 
@@ -23,7 +23,11 @@ def for_ipus(
     case: Case,  # A case in its published layout
     ipus: int = 16,  # IPUs to lay it out for, over all processes
 ) -> Case:  # The same experiment with as many replicas as fit, and its global batch
-    "Lay a `case` out on a machine of `ipus` IPUs"
+    """Lay a `case` out on a machine of `ipus` IPUs.
+
+    Replicas and accumulation change, stages and global batch stay. Raises ValueError where the stages do not divide
+    the IPUs, or where the accumulation does not suit the schedule.
+    """
     each = ipus_per_replica(case.num_stages)
     if ipus % each or ipus < each:
         raise ValueError(
@@ -42,7 +46,11 @@ def resolve_for_ipus(
     data_given: bool = False,  # Whether the user pointed at a data set
     **overrides,  # The user's own values; None means what the budget or the case says
 ) -> Case:
-    "Work out what will run on `ipus` IPUs"
+    """Return the case that runs on `ipus` IPUs: the published one, with the budget's changes and the user's own.
+
+    The case keeps its batch, which belongs to its layout, so a budget changes everything else. Raises ValueError for
+    an unknown name, and where `for_ipus` does.
+    """
     case = get_case(case) if isinstance(case, str) else case
     changes = budget_overrides(budget, data_given)[1]
     batch = ("global_batch_size", "micro_batch_size")
@@ -58,7 +66,11 @@ def finetune_layout(
     ipus: int = 16,  # IPUs, each a replica
     micro_batch_size: Optional[int] = None,  # Pictures at a time; None = the most that divides
 ) -> Case:  # One IPU a replica
-    "Lay a fine-tuning out over single IPUs, with its global batch"
+    """Lay a fine-tuning out over single IPUs: a replica each, the same global batch.
+
+    Published: single IPUs, 16 replicas, a global batch of 512. Ours: the micro-batch is the largest divisor of a
+    replica's images that the training's micro-batch allows. Raises ValueError where the IPUs do not divide the batch.
+    """
     if case.global_batch_size % ipus:
         raise ValueError(
             f"The global batch must be a multiple of the IPUs. Received: global_batch_size="
@@ -76,7 +88,7 @@ def finetune_layout(
 def compute_dtype(
     case: Case,  # precision
 ) -> str:  # Type of activations
-    "Read the type to compute in off a `case`"
+    """Return the type of activations, "float16" or "float32"."""
     return "float32" if case.precision == "32.32" else "float16"
 
 
@@ -96,7 +108,10 @@ def machine_options(
     ipus: Optional[int] = None,  # IPUs of this process; None = popdist chooses them
     connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile without a device
 ) -> Dict[str, Any]:  # Dotted name of an `IPUConfig` field -> value; enumerations by name
-    "List the `IPUConfig` fields that a `case` sets"
+    """Return the fields of Graphcore's `IPUConfig` that a `case` sets, as plain data: no SDK is needed to read them.
+
+    Source: `ipu_utils.py`, `train.py` and `efficientnet.py` of the published code.
+    """
     target = case.internal_exchange_optimisation_target
     convolutions = _convolution_options(case)
     matmuls = {k: v for k, v in convolutions.items() if k == "partialsType"}
@@ -127,7 +142,7 @@ def machine_options(
 
 
 class Plan(NamedTuple):
-    "How the stages of a program lie on a replica's IPUs"
+    """How the stages of a program lie on a replica's IPUs."""
 
     splits: Tuple[str, ...]  # Segments that begin a stage
     device_mapping: Tuple[int, ...]  # IPU of each stage
@@ -138,7 +153,11 @@ def plan_stages(
     case: Case,  # In the layout to run
     spec: ModelSpec,  # Its network
 ) -> Plan:
-    "Lay the stages of a `case` on the IPUs of a replica"
+    """Return where the stages of a `case` lie on a replica's IPUs.
+
+    A single stage is cut in two all the same, because a pipeline has at least two stages; both run on one IPU in turn.
+    Raises ValueError for splits that are no segments of the network, or that do not suit the schedule.
+    """
     n = case.num_stages
     if n > 1:
         split_segments(spec, case.pipeline_splits, n)
@@ -155,7 +174,10 @@ def pipeline_options(
     plan: Plan,  # From `plan_stages`
     updates_per_run: int = 1,  # Weight updates of one program run; the learning rate holds for all
 ) -> Dict[str, Any]:  # Keyword arguments of `pipelining_ops.pipeline`, as plain data
-    "List the options of the pipeline of a `case`"
+    """Return the options of `pipelining_ops.pipeline` for a `case`, as plain data.
+
+    Raises ValueError for a number of `available_memory_proportion` that is neither one nor two a stage.
+    """
     options = dict(
         gradient_accumulation_count=case.gradient_accumulation,
         repeat_count=updates_per_run,

@@ -14,7 +14,7 @@ def count_ipus(
     per_replica: int,  # IPUs that a replica needs
     ipus: Optional[int] = None,  # What the caller says; None = poprun's, or 16
 ) -> int:  # IPUs over all processes
-    "Work out how many IPUs there are"
+    """Return how many IPUs a program has. Raises ValueError where poprun was started for another number a replica."""
     if graphcore.popdist is None:
         return ipus or 16
     given = graphcore.popdist.getNumIpusPerReplica()
@@ -34,7 +34,11 @@ def poprun_command(
     instances: Optional[int] = None,  # Processes; None = a replica each, at most 8
     source=None,  # Run folder or checkpoint to validate or fine-tune; None = runs/<name of the case>
 ) -> str:
-    "Write the poprun line that runs a `case`"
+    """Return the poprun line that runs a `case`: one process feeds sixteen IPUs too slowly.
+
+    A training keeps its replicas; validation and fine-tuning take single IPUs. Raises ValueError for an unknown
+    command, and where the processes do not divide the replicas.
+    """
     if command not in ("train", "validate", "finetune"):
         raise unknown_name("command", command, ("train", "validate", "finetune"))
     each = ipus_per_replica(case.num_stages) if command == "train" else 1
@@ -60,7 +64,10 @@ def broadcast(
     arrays: Dict[str, np.ndarray],  # The same names and shapes in every process
     root: int = 0,  # The process whose values all get
 ) -> Dict[str, np.ndarray]:
-    "Give every process the arrays of one of them"
+    """Return the arrays of process `root`, in every process; all call it at the same time.
+
+    Host collectives moved between SDKs, so two that every build has are enough here: this, and `gather` made of it.
+    """
     if graphcore.popdist is None:
         return arrays
     found = {}
@@ -89,7 +96,7 @@ def gather(
     graphcore: Graphcore,  # The SDK
     arrays,  # Arrays of the same shapes in every process
 ) -> list:  # One list of arrays a process
-    "Collect the arrays of all processes, in all processes"
+    """Return the arrays of every process, in every process; all call it at the same time."""
     named = {str(i): v for i, v in enumerate(arrays)}
     every = (broadcast(graphcore, named, i) for i in range(graphcore.instances[1]))
     return [[found[n] for n in named] for found in every]

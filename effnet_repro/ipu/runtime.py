@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
@@ -47,6 +48,15 @@ from effnet_repro.runs import (
 from effnet_repro.scaling import ModelSpec
 
 
+@dataclass(frozen=True)
+class Options:
+    """How a run is done, whatever its case."""
+
+    seed: int = 0  # Of weights, order, crops, mixing and masks
+    keep: int = 2  # Checkpoints, >= 1
+    connection: str = "ALWAYS"  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
+
+
 def train(
     case: Union[str, Case],  # A published name or a case
     data_dir=None,  # Folder of pictures; None = the built-in sample set
@@ -64,7 +74,11 @@ def train(
     connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
     **overrides,  # Fields of the case; None means what the case says
 ) -> Run:
-    "Train a `case` on IPUs, or go on with it when `run_dir` holds a checkpoint"
+    """Train a `case` on IPUs, or go on with it when `run_dir` holds a checkpoint.
+
+    The case keeps its published layout on as many IPUs as there are. Raises ImportError without Graphcore's TensorFlow,
+    and ValueError where case, data or weights do not fit each other.
+    """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     start = get_case(case) if isinstance(case, str) else case
     ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
@@ -78,7 +92,8 @@ def train(
         data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
-    done = _execute(graphcore, resolved, data, run_dir, arrays, seed, keep, notes, connection)
+    options = Options(seed, keep, connection)
+    done = _execute(graphcore, resolved, data, run_dir, arrays, options, notes)
     how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
     return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
@@ -102,7 +117,10 @@ def finetune(
     micro_batch_size: Optional[int] = None,  # Pictures of an IPU at a time
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
-    "Train the last layers of a trained network a little more, on single IPUs"
+    """Train the last layers of a trained network a little more, on single IPUs: see `finetune_layout`.
+
+    Raises ImportError without Graphcore's TensorFlow, and ValueError where weights and data do not fit each other.
+    """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     arrays, metadata, source = checkpoints.load_weights(init, weights)
     arrays = drop_statistics(arrays, print)
@@ -118,7 +136,8 @@ def finetune(
     named = [name for name, value in overrides.items() if value is not None]
     case = settle_case(run_dir, case, DEVICE_LOOP, named)
     notes = {"kind": "finetune", "init": str(source), "protocol": protocol}
-    done = _execute(graphcore, case, data, run_dir, arrays, seed, keep, notes, connection)
+    options = Options(seed, keep, connection)
+    done = _execute(graphcore, case, data, run_dir, arrays, options, notes)
     how = dict(ipus=ipus, data_format=data_format, on_corrupt=on_corrupt)
     return _with_scores(done, data_dir, how) if validation and graphcore.popdist is None else done
 
@@ -133,16 +152,14 @@ def _with_scores(done, data_dir, how):
     return done._replace(scores=scores)
 
 
-def _execute(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
+def _execute(graphcore, case, data, run_dir, weights, options, notes):
     "Train `case` in `run_dir`, which the first process holds for this run"
-    writes = graphcore.instances[0] == 0 and connection != "PRE_COMPILE"
+    writes = graphcore.instances[0] == 0 and options.connection != "PRE_COMPILE"
     with lock_folder(run_dir) if writes else contextlib.nullcontext():
-        return _execute_alone(
-            graphcore, case, data, run_dir, weights, seed, keep, notes, connection
-        )
+        return _execute_alone(graphcore, case, data, run_dir, weights, options, notes)
 
 
-def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, connection):
+def _execute_alone(graphcore, case, data, run_dir, weights, options, notes):
     "The run itself, once it has the folder to itself"
     data = match_run(run_dir, data)
     spec = ModelSpec.from_case(case, num_classes=data.num_classes)
@@ -155,32 +172,32 @@ def _execute_alone(graphcore, case, data, run_dir, weights, seed, keep, notes, c
         )
     schedule = steps_per_epoch(case, data.train_count)
     last = min(total_updates(case, schedule), case.max_steps or sys.maxsize)
-    course = Course(case, per_epoch, last, keep=keep, schedule=schedule)
-    recorder = Recorder(run_dir, course, _facts(case, data, seed), len(data.damaged), shard)
-    recorder.writes &= connection != "PRE_COMPILE"
+    course = Course(case, per_epoch, last, keep=options.keep, schedule=schedule)
+    recorder = Recorder(run_dir, course, _facts(case, data, options.seed), len(data.damaged), shard)
+    recorder.writes &= options.connection != "PRE_COMPILE"
     found = recorder.find()
     if found is not None:
-        refuse_other_run(found[0], found[2], data, case, seed)
+        refuse_other_run(found[0], found[2], data, case, options.seed)
     recorder.resume(found)
     average, first = recorder.folder / "average.safetensors", recorder.step
     if first >= last:
         return Run(run_dir, case, first, True, recorder.newest, average, {})
     local = case.num_replicas // shard[1] * per_replica
-    options = machine_options(case, None if graphcore.popdist else local, connection)
-    configure(graphcore, options, per_replica)
+    settings = machine_options(case, None if graphcore.popdist else local, options.connection)
+    configure(graphcore, settings, per_replica)
     if case.stochastic_rounding:  # 16-bit weights must round alike in every replica
         alike = dict(experimental_identical_replicas=case.precision == "16.16")
-        graphcore.ipu.utils.reset_ipu_seed(seed, **alike)
+        graphcore.ipu.utils.reset_ipu_seed(options.seed, **alike)
 
     def dataset():
-        how = dict(seed=seed, first_update=first, area_min=case.crop_area_min, shard=shard)
+        how = dict(seed=options.seed, first_update=first, area_min=case.crop_area_min, shard=shard)
         how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
         pictures = training_batches(data, case.image_size, case.global_batch_size, **how)
-        return element_stream(case, spec, pictures, seed, first, shard)
+        return element_stream(case, spec, pictures, options.seed, first, shard)
 
     program = TrainingProgram(graphcore, case, spec, dataset)
-    if connection == "PRE_COMPILE":
-        set_state(program, weights or initial_weights(spec, seed))
+    if options.connection == "PRE_COMPILE":
+        set_state(program, weights or initial_weights(spec, options.seed))
         program.run(0.0)
         print(f"{case.name}: compiled; nothing was run", flush=True)
         return Run(run_dir, case, 0, False, None, None, {})

@@ -23,7 +23,7 @@ _INSTALL = (
 
 
 def describe_tensorflow() -> str:  # e.g. "TensorFlow 2.21.0, not Graphcore's build"
-    "Say which TensorFlow is installed"
+    """Return which TensorFlow is installed, for messages."""
     try:
         import tensorflow as tf
     except ModuleNotFoundError as e:
@@ -37,7 +37,7 @@ def describe_tensorflow() -> str:  # e.g. "TensorFlow 2.21.0, not Graphcore's bu
 
 
 def has_graphcore_wheel() -> bool:  # Without importing it, which takes seconds
-    "Tell whether the installed TensorFlow names itself Graphcore's"
+    """Return whether the installed TensorFlow names itself Graphcore's."""
     try:
         return "+gc" in version("tensorflow")
     except PackageNotFoundError:
@@ -45,7 +45,7 @@ def has_graphcore_wheel() -> bool:  # Without importing it, which takes seconds
 
 
 def has_graphcore() -> bool:  # Whether programs can be built; an IPU may still be missing
-    "Tell whether Graphcore's TensorFlow is installed"
+    """Return whether Graphcore's TensorFlow can be imported. TensorFlow is imported by it, which takes seconds."""
     try:
         importlib.import_module("tensorflow.python.ipu")
     except ImportError:
@@ -54,7 +54,7 @@ def has_graphcore() -> bool:  # Whether programs can be built; an IPU may still 
 
 
 def has_ipu() -> bool:  # Whether Graphcore's `gc-info` lists at least one
-    "Look for an IPU"
+    """Return whether this machine has an IPU."""
     lister = shutil.which("gc-info")
     if lister is None:
         return False
@@ -68,7 +68,11 @@ def has_ipu() -> bool:  # Whether Graphcore's `gc-info` lists at least one
 def choose_device(
     device: str = "auto",  # "ipu", "keras" or "auto"
 ) -> str:  # "ipu" or "keras"
-    "Choose the runtime: `auto` takes IPUs where there are some; Keras finds CPUs and GPUs itself"
+    """Choose the runtime: "auto" takes IPUs where there are some; Keras finds CPUs and GPUs itself.
+
+    Warns when there are IPUs that cannot be used. Raises ValueError for an unknown name, and ImportError for "ipu"
+    without Graphcore's TensorFlow; the message says what to install.
+    """
     if device not in ("auto", "ipu", "keras"):
         raise unknown_name("device", device, ("auto", "ipu", "keras"))
     if device == "ipu":
@@ -85,7 +89,12 @@ def choose_device(
 
 
 class Graphcore:
-    "The one place where Graphcore's software is called"
+    """Graphcore's modules, and the process that this is among those that `poprun` started.
+
+    What is installed is looked at, not version numbers: constructors and functions are asked for their parameters. So
+    the differences from SDK 2.1 to 3.4 stand in this module. Raises ImportError where Graphcore's TensorFlow is missing
+    or older than SDK 2.1.
+    """
 
     def __init__(self):
         if not has_graphcore():
@@ -143,7 +152,7 @@ def configure(
     options: Dict[str, Any],  # From `machine_options`
     per_replica: int,  # IPUs of a replica
 ):  # The `IPUConfig` that is now in force
-    "Fill an `IPUConfig` and configure the machine"
+    """Fill an `IPUConfig` with `options` and configure the machine; under poprun with the IPUs that it gave."""
     module, options = graphcore.ipu.config, dict(options)
     config = module.IPUConfig()
     rounding = options.pop("floating_point_behaviour.esr")
@@ -177,7 +186,7 @@ def infeed(
     dataset,  # `tf.data.Dataset` of micro-batches
     name="infeed",  # Of the queue, where the SDK takes one
 ):  # IPUInfeedQueue
-    "Make the queue that feeds a program"
+    """Make the queue that feeds a program."""
     return _named(graphcore.ipu.ipu_infeed_queue.IPUInfeedQueue, name, dataset)
 
 
@@ -185,7 +194,7 @@ def outfeed(
     graphcore,  # `Graphcore`
     name="outfeed",  # Of the queue, where the SDK takes one
 ):  # IPUOutfeedQueue that keeps all it is given
-    "Make the queue that a program answers in"
+    """Make the queue that a program answers in."""
     return _named(graphcore.ipu.ipu_outfeed_queue.IPUOutfeedQueue, name)
 
 
@@ -198,7 +207,7 @@ def pipeline(
     outfeed_queue,
     options: Dict[str, Any],  # From `pipeline_options`
 ):  # An operation
-    "Call `pipelining_ops.pipeline`, by keyword only, since positions move between SDKs"
+    """Call `pipelining_ops.pipeline`, by keyword only, since positions move between SDKs."""
     ops, options = graphcore.ipu.pipelining_ops, dict(options)
     options["pipeline_schedule"] = ops.PipelineSchedule[options["pipeline_schedule"]]
     memory = options.pop("stage_memory", None)
@@ -213,7 +222,10 @@ def pipeline(
 
 
 def host_collectives(graphcore):
-    "The module with `broadcast`, for this SDK"
+    """Return Graphcore's module with `broadcast` between processes, which moved in SDK 3.0.
+
+    Raises ImportError without one.
+    """
     for name in ("distributed", "horovod"):  # since SDK 3.0, and before
         try:
             module = importlib.import_module(f"tensorflow.python.ipu.{name}")
@@ -226,7 +238,11 @@ def host_collectives(graphcore):
 
 
 class IPUOps(TFOps):
-    "The tensor namespace on an IPU: TensorFlow's, with Graphcore's norm and swish"
+    """The operations on an IPU: TensorFlow's, with PopLibs' norm and swish.
+
+    PopLibs has one operation for statistics, normalizing and affine, with strided groups: channel c belongs to group
+    c mod G, as in `group_statistics`. The activation and the proxy follow in the type of the activations.
+    """
 
     def __init__(
         self,

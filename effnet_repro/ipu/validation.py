@@ -21,7 +21,11 @@ from effnet_repro.scaling import ModelSpec
 
 
 class ValidationProgram:
-    "A network on every IPU of this process: pictures in, logits out"
+    """A network on every IPU of this process: images in, logits out.
+
+    One IPU holds a whole network for inference, so there is no pipeline: a loop on every IPU, each with its own batch.
+    Several sets of weights share one program.
+    """
 
     def __init__(
         self,
@@ -55,7 +59,7 @@ class ValidationProgram:
         self.session.run(self.queue.initializer)
 
     def run(self, weights: Dict[str, np.ndarray]):  # Yields logits (n, classes), labels, mask (n,)
-        "Apply weights to all pictures, the fillers first"
+        """Apply weights to all images; the first run has fillers only, and compiles."""
         assign(self.session, [(v, weights[n]) for n, v in self.variables.items()])
         for _ in range(self.runs):
             self.session.run(self.step)
@@ -63,7 +67,7 @@ class ValidationProgram:
             yield logits.reshape(-1, logits.shape[-1]), labels.reshape(-1), mask.reshape(-1)
 
     def close(self):
-        "Give back the queue and its pictures"
+        """Give back the queue and its images."""
         self.session.run(self.queue.deleter)
         self.session.close()
 
@@ -78,7 +82,10 @@ def evaluate(
     ipus: int = 16,  # IPUs over all processes, each a replica
     batch: int = 8,  # Pictures of an IPU at a time
 ) -> Dict[str, Scores]:  # By the same names
-    "Measure sets of weights on every validation picture, on every IPU"
+    """Measure sets of weights on every validation image, on every IPU.
+
+    Proxy statistics are folded first. Raises ValueError for weights of another network.
+    """
     index, count = graphcore.instances
     folded, sets = replace(spec, folded=True) if spec.proxy_norm else spec, {}
     for name, arrays in weights.items():
@@ -109,7 +116,10 @@ def validate(
     batch: int = 8,  # Pictures of an IPU at a time
     on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
 ) -> Dict[str, Scores]:  # "last" and "average", or the name of the file
-    "Measure trained weights on every validation picture, whichever runtime trained them"
+    """Measure trained weights on every validation image, whichever runtime trained them.
+
+    A run folder gets its scores written down. Raises ValueError where the data do not fit the network.
+    """
     graphcore, data, source = (
         Graphcore(),
         open_data(data_dir, data_format, on_corrupt=on_corrupt),

@@ -240,7 +240,7 @@ def _programs(ops, stage, loss_of):
 
     return _compiled(ops, forward), _compiled(ops, backward)
 
-# %% ../nbs/35_pipeline.ipynb #0468a4a7
+# %% ../nbs/35_pipeline.ipynb #35a00001
 class Gradients(NamedTuple):
     "What one replica computes in one update"
 
@@ -249,6 +249,11 @@ class Gradients(NamedTuple):
     alive: tuple  # Most micro-batches that a stage held at once, by stage
 
 
+def _params(stages):
+    "Parameters of all segments, in the order of the network"
+    return [p for stage in stages for s in stage for p in s.params]
+
+# %% ../nbs/35_pipeline.ipynb #0468a4a7
 class Pipeline:
     "Stages of a network that can be run in the order of any schedule"
 
@@ -272,7 +277,10 @@ class Pipeline:
         replica: int = 0,  # Index of the replica
     ) -> Gradients:
         "Run all micro-batches forward and backward"
-        count, names = len(micro_batches), [_names(stage) for stage in self.stages]
+        count, names = (
+            len(micro_batches),
+            [[p.name for p in _params([stage])] for stage in self.stages],
+        )
         number = lambda n: self.ops.const(n, "int32")
         travelling = {(m, 0): x for m, (x, _) in enumerate(micro_batches)}
         stash, alive, sums, losses = [{} for _ in names], [0] * len(names), {}, []
@@ -291,12 +299,8 @@ class Pipeline:
             upstream = travelling.pop((m, i + 1))
             mine, travelling[m, i] = self.programs[i][1](own, stash[i].pop(m), *given, upstream)
             sums.update({n: sums[n] + g if n in sums else g for n, g in mine.items()})
-        trained = [p.name for stage in self.stages for s in stage for p in s.params if p.trainable]
-        return Gradients({n: sums[n] for n in trained}, sum(losses) / count, tuple(alive))
-
-
-def _names(stage):
-    return [p.name for s in stage for p in s.params]
+        trained = {p.name: sums[p.name] for p in _params(self.stages) if p.trainable}
+        return Gradients(trained, sum(losses) / count, tuple(alive))
 
 # %% ../nbs/35_pipeline.ipynb #0a489081
 def first_slots(

@@ -36,9 +36,9 @@ import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
 from effnet_repro import checkpoint, config, runs, scaling, training  # noqa: E402
-from effnet_repro.runs import recorder  # noqa: E402
+from effnet_repro.runs import recorder, watch  # noqa: E402
 from effnet_repro.runs.recorder import TIMING  # noqa: E402
-from effnet_repro.training import run, stream, watch  # noqa: E402
+from effnet_repro.training import runtime, stream  # noqa: E402
 
 KINDS = ("write", "rename", "renamed", "fsync", "delete", "step", "validate", "time")
 SIGNALS = (signal.SIGKILL,) * 5 + (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
@@ -296,8 +296,8 @@ def prepare(graph):
     training.configure()
     tiny.shrink()
     scaling.NET_STAGES = scaling.NET_STAGES[:1]
-    run.say_estimate = lambda *_: None
-    run.environment = lambda: {}
+    runtime.say_estimate = lambda *_: None
+    runtime.environment = lambda: {}
     watch.Events.write = lambda *_: None
     if graph:
         return

@@ -24,8 +24,8 @@ from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 from effnet_repro import checkpoint
 from effnet_repro import data as d
 from effnet_repro.config import Case, get_case, load_cases, override
-from effnet_repro.runs import StopSignals, lock_folder, read_metrics
-from effnet_repro.training import finetune, train, validate, watch
+from effnet_repro.runs import StopSignals, lock_folder, read_metrics, watch
+from effnet_repro.training import finetune, train, validate
 
 
 def one_line(error):

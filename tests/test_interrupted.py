@@ -12,7 +12,8 @@ import pytest
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
-from effnet_repro.training import Evaluator, train, validate, watch
+from effnet_repro.runs import watch
+from effnet_repro.training import Evaluator, train, validate
 
 OPTIONS = {**SMOKE, "max_steps": 9, "epochs": 3, "global_batch_size": 4, "micro_batch_size": 4}
 OPTIONS["validate_every"] = 1

@@ -29,7 +29,7 @@ EPOCHS_OF_THREE = {
 
 def shrink(patch=setattr):
     """Put the small table of blocks in place of B0's."""
-    from effnet_repro.training import watch
+    from effnet_repro.runs import watch
 
     patch(scaling, "NET_STAGES", STAGES)
     patch(scaling, "HEAD_FILTERS", 128)

@@ -100,7 +100,7 @@ def _trial(case, data, precision, updates=3):
     from effnet_repro.efficientnet import build_model
     from effnet_repro.training import TrainingModel
     from effnet_repro.training import updates as feed
-    from effnet_repro.training.run import make_program
+    from effnet_repro.training.runtime import make_program
 
     one = override(case, global_batch_size=case.micro_batch_size, gradient_accumulation=1)
     program = make_program(one, data, precision, 0)

@@ -2,13 +2,15 @@
 
 `folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
 files, `metrics` and `scores` what was trained and measured, `environment` where. `resume` says which run may go on,
-`signals` when it stops.
+`signals` when it stops, `watch` shows it. `task` says what to train, `runtime` what has to be computed for it, and
+`loop` is the one loop over training steps.
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
 from effnet_repro.runs.environment import describe_machine, quiet_stderr
 from effnet_repro.runs.folder import Run, find_run, read_case
 from effnet_repro.runs.lock import lock_folder, wait_for_folder
+from effnet_repro.runs.loop import execute
 from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
 from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
 from effnet_repro.runs.resume import (
@@ -22,6 +24,7 @@ from effnet_repro.runs.resume import (
     refuse_other_run,
     settle_case,
 )
+from effnet_repro.runs.runtime import Runtime
 from effnet_repro.runs.scores import (
     Scores,
     measured_data,
@@ -34,23 +37,28 @@ from effnet_repro.runs.scores import (
 )
 from effnet_repro.runs.signals import Stopped, StopSignals
 from effnet_repro.runs.tables import append_rows, read_rows, write_json, write_rows
+from effnet_repro.runs.task import Options, Task
 
 __all__ = [
     "NETWORK_FIELDS",
     "PROTOCOLS",
     "Course",
     "Meter",
+    "Options",
     "Recorder",
     "Run",
+    "Runtime",
     "Scores",
     "StopSignals",
     "Stopped",
+    "Task",
     "append_rows",
     "average_until",
     "check_init",
     "data_notes",
     "describe_epoch",
     "describe_machine",
+    "execute",
     "find_run",
     "finetune_budget",
     "finetune_case",

@@ -71,11 +71,11 @@ class Meter:
         """Begin to measure the speed: the next step compiles, or waits for images, and is not timed."""
         self.seconds, self.timed, self._since = 0.0, 0, None
 
-    def tick(self):
-        """Note that a step has come back."""
+    def tick(self, steps: int = 1):
+        """Note that `steps` more have come back."""
         now = time.perf_counter()
         if self._since is not None:
-            self.seconds, self.timed = self.seconds + now - self._since, self.timed + 1
+            self.seconds, self.timed = self.seconds + now - self._since, self.timed + steps
         self._since = now
 
     def add(self, loss: float, accuracy: float):
@@ -281,12 +281,11 @@ class Recorder:
 
     # ---------------------------------------------------------------- while it trains
 
-    def count(self, loss: float, accuracy: float):
-        """Take in what a step says, after the weights have changed. A loss that is no number ends the run."""
+    def count(self, loss: float, accuracy: float, step: Optional[int] = None):
+        """Take in what a step says; None = the newest one. A loss that is no number ends the run."""
         if not np.isfinite(loss):
-            raise FloatingPointError(
-                f"The loss of update {self.step} is {loss}. {self.last_good()}"
-            )
+            step = self.step if step is None else step
+            raise FloatingPointError(f"The loss of update {step} is {loss}. {self.last_good()}")
         self.meter.add(loss, accuracy)
 
     def ends_epoch(self) -> bool:

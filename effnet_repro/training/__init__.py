@@ -1,8 +1,8 @@
 """Train, fine-tune and validate with Keras: a case in, a run folder out.
 
-`begin` and `validation` are what a user calls, `run` is what happens between. `optimizer` and `step` tell how a
-training step is computed, `stream` what is fed to it, `evaluation` how weights are measured. `device` names what
-computes.
+`begin` and `validation` are what a user calls, `runtime` is what `runs.loop` drives, step by step through `steps`.
+`optimizer` and `step` tell how a training step is computed, `stream` what is fed to it, `evaluation` how weights are
+measured. `device` names what computes.
 """
 
 from effnet_repro.checkpoint import load_weights

@@ -9,10 +9,10 @@ from effnet_repro.config import Case, case_from_dict, resolve, say_earlier
 from effnet_repro.data import open_data
 from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
 from effnet_repro.network import drop_statistics
-from effnet_repro.runs import Run, check_init, settle_case
+from effnet_repro.runs import Options, Run, Task, check_init, execute, settle_case
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.device import configure
-from effnet_repro.training.run import Options, execute
+from effnet_repro.training.runtime import KerasRuntime
 
 
 def train(
@@ -57,8 +57,9 @@ def train(
         data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
-    options = Options(seed, precision, validate_every, keep, progress)
-    return execute(resolved, data, run_dir, arrays, options, notes)
+    options = Options(seed, validate_every, keep, progress)
+    task = Task(resolved, data, run_dir, arrays, options, notes)
+    return execute(task, KerasRuntime(resolved, seed, precision))
 
 
 def _named(overrides):
@@ -118,5 +119,7 @@ def finetune(
         "protocol": protocol,
         "trained_at": trained.image_size,
     }
-    options = Options(seed, precision, validate_every, keep, progress)
-    return execute(case, data, run_dir, arrays, options, notes)
+    options = Options(seed, validate_every, keep, progress)
+    return execute(
+        Task(case, data, run_dir, arrays, options, notes), KerasRuntime(case, seed, precision)
+    )

@@ -5,9 +5,7 @@ from typing import Dict
 import keras
 import numpy as np
 
-from effnet_repro.checkpoint import AVERAGE
-from effnet_repro.efficientnet import get_weights, set_weights, weights_by_name
-from effnet_repro.runs import refuse_other_run
+from effnet_repro.efficientnet import get_weights, weights_by_name
 from effnet_repro.training.step import TrainingModel
 
 
@@ -24,21 +22,20 @@ def training_state(
     return arrays
 
 
-def restore_state(found, model, data):
-    "Put what a checkpoint holds, (path, arrays, metadata), into a training model"
-    path, arrays, metadata = found
-    refuse_other_run(path, metadata, data, model.program.case, model.program.seed)
-    apart = ("slots/", AVERAGE)
-    set_weights(model.network, {n: a for n, a in arrays.items() if not n.startswith(apart)})
+def set_slots(
+    model: TrainingModel,  # Its weights are there already
+    arrays: Dict[str, np.ndarray],  # "slots/<slot>/<full name>", and others
+    step: int,  # Training steps behind them
+):
+    "Give the optimizer of a training model its slots; ValueError where one is missing or has another shape"
     by_id = {id(v): n for n, v in weights_by_name(model.network).items()}
     for slot, values in model.optimizer.slots.items():
         for v, target in zip(model.trainable_variables, values):
             value = arrays.get(f"slots/{slot}/{by_id[id(v)]}")
             if np.shape(value) != tuple(target.shape) or value is None:
                 raise ValueError(
-                    f"{path} does not fit: the slot {slot} of {by_id[id(v)]} has shape "
-                    f"{None if value is None else value.shape}, the network {tuple(target.shape)}. "
-                    "Go on from a checkpoint that this code wrote."
+                    f"the slot {slot} of {by_id[id(v)]} has shape "
+                    f"{None if value is None else value.shape}, the network {tuple(target.shape)}."
                 )
             target.assign(value)
-    model.optimizer.iterations.assign(metadata["update"])
+    model.optimizer.iterations.assign(step)

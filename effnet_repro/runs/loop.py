@@ -1,0 +1,214 @@
+"""The loop of every run: begin or go on, train, write down, validate, and stop where asked.
+
+`execute` runs a `Task` on a `Runtime`. It holds the folder's lock, finds the newest checkpoint and refuses one of
+another run, and writes checkpoints, averages and rows through a `Recorder`. Nothing here knows what computes.
+"""
+
+import contextlib
+from collections import deque
+from dataclasses import replace
+from typing import Dict, Optional
+
+import numpy as np
+
+from effnet_repro.checkpoint import AVERAGE
+from effnet_repro.classes import match_run
+from effnet_repro.runs.folder import Run
+from effnet_repro.runs.lock import lock_folder
+from effnet_repro.runs.recorder import Recorder
+from effnet_repro.runs.resume import refuse_other_run
+from effnet_repro.runs.runtime import Runtime
+from effnet_repro.runs.scores import Scores, measured_data, say_scores, write_scores
+from effnet_repro.runs.signals import Stopped, StopSignals
+from effnet_repro.runs.tables import write_json
+from effnet_repro.runs.task import Task
+from effnet_repro.runs.watch import Events, ProgressBar, show_epoch
+
+#: Steps after which several processes agree whether to stop; a single one looks after every step.
+AGREE_EVERY = 16
+
+
+def execute(task: Task, runtime: Runtime) -> Run:
+    """Train in the task's folder: from its newest checkpoint, from the task's weights, or from scratch.
+
+    Returns when all steps are done, or when somebody asked to stop. Raises ValueError where the folder holds another
+    run or a checkpoint that does not fit, RuntimeError where another process uses the folder, FloatingPointError where
+    the loss is no longer finite.
+    """
+    data = runtime.settle(match_run(task.run_dir, task.data), task.run_dir)
+    task = replace(task, data=data)
+    first = runtime.process[0] == 0
+    if not data.validation_count and task.options.validate_every is not None:
+        if first:
+            where = f"no validation pictures in {data.root}"
+            print(f"{where}: the accuracy is not measured", flush=True)
+        task = replace(task, options=replace(task.options, validate_every=None))
+    course = task.course()
+    with contextlib.ExitStack() as stack:
+        if first:
+            stack.enter_context(lock_folder(task.run_dir))
+        facts, skipped = task.facts(runtime.precision), len(task.data.damaged)
+        recorder = Recorder(task.run_dir, course, facts, skipped, runtime.process)
+        stop = stack.enter_context(StopSignals())
+        stack.callback(runtime.close)
+        return _Loop(task, runtime, recorder, stop).run()
+
+
+class _Loop:
+    """One run, once it has its folder to itself."""
+
+    def __init__(self, task: Task, runtime: Runtime, recorder: Recorder, stop: StopSignals):
+        self.task, self.runtime, self.recorder, self.stop = task, runtime, recorder, stop
+        self.events = Events(recorder.run_dir / "events")
+        self.unread = deque()  # (the step before, result of `advance`), the oldest first
+        self.bar: Optional[ProgressBar] = None
+
+    def run(self) -> Run:
+        """Do all of it."""
+        recorder, scores = self.recorder, {}
+        try:
+            self._begin()
+            self._train()
+            scores, finished = self._final_scores(), True
+        except Stopped:
+            self._stop_here()
+            finished = False
+        average = recorder.folder / "average.safetensors"
+        case = self.task.case
+        return Run(
+            recorder.run_dir, case, recorder.step, finished, recorder.newest, average, scores
+        )
+
+    # ---------------------------------------------------------------- begin
+
+    def _begin(self):
+        "Go on from the newest checkpoint, if there is one, and describe what is still to be done"
+        recorder, runtime, task = self.recorder, self.runtime, self.task
+        found = recorder.find()
+        if found is None:
+            runtime.begin(task.data, 0, task.weights)
+        else:
+            self._restore(*found)
+        recorder.resume(found)
+        if recorder.step < recorder.course.last_step and recorder.writes:
+            config = task.config(runtime.precision, runtime.backend)
+            write_json(recorder.run_dir / "config.json", config)
+            write_json(recorder.run_dir / "environment.json", runtime.environment())
+            runtime.say_cost()
+        if self._asked_to_stop():
+            raise Stopped
+        if recorder.writes:
+            row = recorder.complete_row(self._measure)
+            if recorder.last_scores is not None:
+                show_epoch(recorder, row, self.events)
+
+    def _restore(self, path, arrays, metadata):
+        "Give the runtime what a checkpoint holds"
+        task = self.task
+        refuse_other_run(path, metadata, task.data, task.case, task.options.seed)
+        own = {n: a for n, a in arrays.items() if not n.startswith(AVERAGE)}
+        try:
+            self.runtime.begin(task.data, metadata["update"], own)
+        except ValueError as e:
+            hint = "Go on from a checkpoint that this code wrote."
+            raise ValueError(f"{path} does not fit: {e} {hint}") from None
+
+    # ---------------------------------------------------------------- training steps
+
+    def _train(self):
+        "Do the steps that are left"
+        recorder = self.recorder
+        last, alone = recorder.course.last_step, self.runtime.process[1] == 1
+        self.bar = ProgressBar(last, recorder.step, self.task.options.progress and recorder.writes)
+        try:
+            while recorder.step < last:
+                before = recorder.step // AGREE_EVERY
+                self._advance()
+                agree = alone or recorder.step // AGREE_EVERY != before
+                if recorder.ends_epoch():
+                    self._end_epoch()
+                    agree = True
+                if agree and self._asked_to_stop():
+                    raise Stopped
+        finally:
+            self.bar.close()
+
+    def _advance(self):
+        "Let the runtime do its next steps, and read what came before while it is busy"
+        recorder, course = self.recorder, self.recorder.course
+        inside = recorder.step % course.steps_per_epoch
+        most = min(course.steps_per_epoch - inside, course.last_step - recorder.step)
+        values = self.runtime.advance(most)
+        self.unread.append((recorder.step, values))
+        recorder.step += len(values)
+        self._read(self.runtime.ahead)
+        recorder.meter.tick(len(values))
+        self.bar.advance(len(values))
+
+    def _read(self, ahead: int = 0):
+        "Wait for all results but the newest `ahead`, and hand their losses and accuracies on"
+        recorder = self.recorder
+        while len(self.unread) > ahead:
+            before, values = self.unread.popleft()
+            for i, (loss, accuracy) in enumerate(np.asarray(values, "float64"), 1):
+                recorder.count(float(loss), float(accuracy), before + i)
+            self.bar.show(loss, recorder.meter.images_per_s)
+
+    def _asked_to_stop(self) -> bool:
+        "Whether any process was asked to stop; then all do, after the same step"
+        asked = self.stop.stop_requested
+        if self.runtime.process[1] == 1:
+            return asked
+        return any(part[0] for part in self.runtime.gather(np.float32([asked])))
+
+    def _share_sums(self):
+        "A process knows the loss of its own images only: tell all of all"
+        if self.runtime.process[1] > 1:
+            meter = self.recorder.meter
+            meter.share(self.runtime.gather(meter.sums))
+
+    # ---------------------------------------------------------------- ends
+
+    def _end_epoch(self):
+        "Write down an epoch, and validate where that is due"
+        recorder = self.recorder
+        self._read()
+        self._share_sums()
+        if not recorder.writes:
+            recorder.meter.reset()
+            return
+        row = recorder.end_epoch(self.runtime.state(), self._measure)
+        show_epoch(recorder, row, self.events)
+
+    def _stop_here(self):
+        "Save what was trained since the last checkpoint, and say so"
+        recorder = self.recorder
+        self._read()
+        if not recorder.ends_epoch():
+            self._share_sums()
+        if not recorder.writes:
+            return
+        recorder.stop(self.runtime.state)
+        where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
+        with contextlib.suppress(OSError):  # the terminal is gone
+            print(f"stopped after update {recorder.step}{where}", flush=True)
+
+    def _measure(self, arrays: Optional[Dict[str, np.ndarray]] = None) -> Scores:
+        "Measure the runtime's weights, with `arrays` in place of its own; a stop comes between two batches"
+        alone = self.runtime.process[1] == 1  # several processes stop together, after a step
+        return self.runtime.scores(arrays, self.stop.check if alone else lambda: None)
+
+    def _final_scores(self) -> Dict[str, Scores]:
+        "Validate the last weights, if that was not just done, and the averaged ones; write both down"
+        recorder, average = self.recorder, self.recorder.average
+        if self.task.options.validate_every is None or not recorder.writes:
+            return {}
+        scores = {"last": recorder.last_scores or self._measure()}
+        if average.count:
+            scores["average"] = self._measure(average.arrays())
+        at = {"last": recorder.step, "average": average.last_update}
+        place = measured_data(self.task.data)
+        for kind, s in scores.items():
+            say_scores(kind, s)
+            write_scores(recorder.run_dir, kind, s, at[kind], place, in_any_case=True)
+        return scores

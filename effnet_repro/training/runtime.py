@@ -1,0 +1,115 @@
+"""Keras as the runtime of a run: its training step driven one by one, its weights as arrays, its scores."""
+
+import contextlib
+from typing import Dict, Optional
+
+import keras
+import numpy as np
+
+from effnet_repro.config import Case
+from effnet_repro.data import DataSet, update_pictures
+from effnet_repro.efficientnet import build_model, get_weights, set_weights
+from effnet_repro.network import segments
+from effnet_repro.recipe import trained_segments
+from effnet_repro.runs import Runtime, Scores
+from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.decoding import settle_decoder
+from effnet_repro.training.device import choose_precision, environment
+from effnet_repro.training.estimation import say_estimate
+from effnet_repro.training.evaluation import Evaluator
+from effnet_repro.training.state import set_slots, training_state
+from effnet_repro.training.step import Program, TrainingModel, use_devices
+from effnet_repro.training.steps import Unread, compiled_steps
+from effnet_repro.training.stream import explain_failures, updates
+
+
+def make_program(case: Case, data: DataSet, precision: str, seed: int) -> Program:
+    """Return what a training step needs to know; `precision` may be "auto"."""
+    spec = ModelSpec.from_case(case, num_classes=data.num_classes)
+    trained = trained_segments([s.name for s in segments(spec)], case.variable_filter)
+    return Program(case, spec, trained, choose_precision(precision), seed)
+
+
+class KerasRuntime(Runtime):
+    """Trains a network with Keras, on all devices of this process.
+
+    - `case`: laid out for one process.
+    - `seed`: of weights, order, crops, mixing and masks.
+    - `precision`: type to compute in; "auto" is bfloat16 on a GPU under JAX, else float32.
+    """
+
+    ahead = 1  # the device has its next step before Python waits for this one
+
+    def __init__(self, case: Case, seed: int, precision: str = "auto"):
+        self.case, self.seed, self.precision = case, seed, choose_precision(precision)
+        self.backend = keras.backend.backend()
+        self.devices = contextlib.ExitStack()
+        self.steps = None  # Of the model, once there was one: see `compiled_steps`
+
+    def settle(self, data: DataSet, run_dir) -> DataSet:
+        """Choose what decodes the images, and say so."""
+        return settle_decoder(data, run_dir)
+
+    def begin(self, data: DataSet, step: int, arrays: Optional[Dict[str, np.ndarray]]):
+        """Build the network, with these arrays or fresh ones."""
+        self.data, self.step = data, step
+        self.program = make_program(self.case, data, self.precision, self.seed)
+        self.devices.enter_context(use_devices(self.case))
+        size = self.case.image_size
+        network = build_model(self.program.spec, image_size=size, dtype="float32", seed=self.seed)
+        if arrays is not None:
+            set_weights(network, {n: a for n, a in arrays.items() if not n.startswith("slots/")})
+        self.model = TrainingModel(network, self.program)
+        self.evaluator = Evaluator(self.program.spec, self.precision)
+        if step:
+            set_slots(self.model, arrays, step)
+
+    def advance(self, n: int):
+        """Start one training step."""
+        if self.steps is None:
+            stream = updates(self.case, self.data, self.seed, self.step)
+            self.steps = compiled_steps(self.model, stream)
+        with self.explained():
+            logs = self.steps.do()
+        self.step += 1
+        return Unread(logs, self.explained)
+
+    def explained(self):
+        """Return a context that turns what a backend says about images or memory into one message."""
+        case = self.case
+        order = lambda u: update_pictures(self.data, case.global_batch_size, u, self.seed)
+        coming = range(self.step, self.step + 4)  # read, but not yet used
+        due = lambda: np.concatenate([order(u) for u in coming])
+        doing = lambda: (
+            f"micro_batch_size={case.micro_batch_size} at {case.image_size} pixels: use less"
+        )
+        return explain_failures(self.data, "train", due, doing)
+
+    def _sync(self):
+        if self.steps is not None:
+            self.steps.sync()
+
+    def state(self) -> Dict[str, np.ndarray]:
+        """Return weights and slots."""
+        with self.explained():
+            self._sync()
+            return training_state(self.model)
+
+    def scores(self, arrays=None, between=lambda: None) -> Scores:
+        """Measure on every validation image."""
+        self._sync()
+        case, weights = self.case, {**get_weights(self.model.network), **(arrays or {})}
+        how = dict(image_resize=case.image_resize, between=between)
+        return self.evaluator.evaluate(weights, self.data, case.image_size, **how)
+
+    def environment(self) -> dict:
+        """Describe the machine."""
+        return environment()
+
+    def say_cost(self):
+        """Print how long the run will take, and how much memory."""
+        say_estimate(self.case, self.data)
+
+    def close(self):
+        """Leave the devices as they were."""
+        self.devices.close()

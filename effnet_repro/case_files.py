@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from effnet_repro.fields import unknown_name
+from effnet_repro.scaling import SIZE_TABLE, size_name
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -50,7 +51,6 @@ def _default_path():
 
 _ONLY = {"model": "efficientnet", "dataset": "imagenet", "standard_imagenet": True}
 _DROPPED = ("name_suffix", "pipeline", *_ONLY)
-NATIVE_SIZES = (224, 240, 260, 300, 380, 456, 528, 600)  # Of B0 to B7, pixels
 
 
 def _from_published(name, values, path, keys):
@@ -77,9 +77,9 @@ def _from_published(name, values, path, keys):
         if theirs in values and ours in values:
             raise ValueError(f"{path}: {name} has both {theirs!r} and {ours!r}. Keep one of them.")
     fields = {"gradient_accumulation": 1, "num_replicas": 1, **rest, **special}
-    size = fields.get("model_size")
-    if size in range(len(NATIVE_SIZES)):
-        fields.setdefault("image_size", NATIVE_SIZES[size])
+    size = SIZE_TABLE.get(size_name(fields.get("model_size")))
+    if size:
+        fields.setdefault("image_size", size.native)
     factors = [fields.get(f) for f in ("micro_batch_size", "gradient_accumulation", "num_replicas")]
     try:
         fields["available_memory_proportion"] = [float(v) for v in memory]

@@ -60,7 +60,7 @@ def finetune_size(
     trained: Case,  # The case of the training
 ) -> int:  # Pixels
     "Choose the size to fine-tune at: native after a published half, else about twice the pixels, same modulo 32"
-    size = SIZE_TABLE["CIFAR" if trained.model_size == "cifar" else f"B{trained.model_size}"]
+    size = SIZE_TABLE[trained.network.size]
     if trained.image_size == size.half:
         return size.native
     return trained.image_size + 32 * max(1, round((math.sqrt(2) - 1) * trained.image_size / 32))

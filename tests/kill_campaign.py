@@ -35,7 +35,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
 
-from effnet_repro import checkpoint, config, runs, scaling, training  # noqa: E402
+from effnet_repro import checkpoint, config, runs, training  # noqa: E402
 from effnet_repro.runs import recorder, watch  # noqa: E402
 from effnet_repro.runs.recorder import TIMING  # noqa: E402
 from effnet_repro.training import runtime, stream  # noqa: E402
@@ -61,6 +61,7 @@ OPTIONS = {
     "micro_batch_size": 4,
     "validate_every": 1,
 }
+CASE = config.override(tiny.TINY, net_stages=tiny.STAGES[:1])
 FINISHED, STOPPED, INTERRUPTED, FAILED = 0, 10, 11, 12  # How a life says that it ended
 
 
@@ -121,7 +122,7 @@ def live(run_dir, data_dir, log, moment):
         os.dup2(out, 1)
         os.dup2(out, 2)
         moment.watch()
-        run = training.train(tiny.TINY, data_dir, run_dir, **OPTIONS)
+        run = training.train(CASE, data_dir, run_dir, **OPTIONS)
         status = FINISHED if run.finished else STOPPED
     except KeyboardInterrupt:
         status = INTERRUPTED
@@ -295,7 +296,6 @@ def prepare(graph):
     """Make a life short: a network of one block, and nothing beside what is compared."""
     training.configure()
     tiny.shrink()
-    scaling.NET_STAGES = scaling.NET_STAGES[:1]
     runtime.say_estimate = lambda *_: None
     runtime.environment = lambda: {}
     watch.Events.write = lambda *_: None

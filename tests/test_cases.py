@@ -14,7 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from effnet_repro.augment import draw_mixing
-from effnet_repro.case_files import NATIVE_SIZES
 from effnet_repro.cli import cases_command
 from effnet_repro.cli.fields import field_arguments
 from effnet_repro.config import (
@@ -31,7 +30,7 @@ from effnet_repro.config import (
 from effnet_repro.efficientnet import build_model, get_weights, weights_by_name
 from effnet_repro.fields import UNCHANGED, describe, option
 from effnet_repro.recipe import trained_segments
-from effnet_repro.scaling import SIZE_TABLE, ModelSpec, count
+from effnet_repro.scaling import ModelSpec, count
 from effnet_repro.training import Program, TrainingModel
 
 PUBLISHED_FILE = Path(__file__).parent / "data" / "published_cases.json"
@@ -186,10 +185,6 @@ def test_every_repeated_key_of_our_form_is_refused(tmp_path, old, new):
     assert load_cases(write(tmp_path, OWN))["mine"].norm == "GN"
     with pytest.raises(ValueError, match="stands twice"):
         load_cases(write(tmp_path, OWN.replace(old, new, 1)))
-
-
-def test_native_sizes_are_those_of_the_networks():
-    assert NATIVE_SIZES == tuple(SIZE_TABLE[f"B{n}"].native for n in range(8))
 
 
 @pytest.mark.parametrize("name", sorted(CASES))

@@ -1,7 +1,8 @@
 """A run that was written before some fields of a case existed goes on, validates and converts as it was trained.
 
 `data/earlier_run` is such a run: four training steps of six, with the weights and scores that the same version reached
-when it went on (`earlier_run_at_6.npz`, `earlier_run_scores.json`).
+when it went on (`earlier_run_at_6.npz`, `earlier_run_scores.json`). The fields of its small network were added to its
+stored case afterwards, when a case could name them; before, its table of blocks was replaced in memory.
 """
 
 import json
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 from tiny import EPOCHS_OF_THREE, ROOT, TINY, small_network  # noqa: F401
 
-from effnet_repro import checkpoint, scaling
+from effnet_repro import checkpoint
 from effnet_repro.config import (
     EARLIER,
     case_from_dict,
@@ -26,24 +27,13 @@ from effnet_repro.runs import read_case
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training import finetune, train, validate
 
-FULL = scaling.NET_STAGES, scaling.HEAD_FILTERS
 DATA = ROOT / "tests" / "data"
 SAYS = "before these fields existed"
-CASE = override(TINY, group_size=4)
+STAGES = ("r1_k3_s2_e1_i32_o16", "r1_k3_s2_i16_o16")
+CASE = override(TINY, group_size=4, net_stages=STAGES, top_filters=32)
 HOW = {**EPOCHS_OF_THREE, "epochs": 2, "max_steps": 6, "validate_every": 1}
 HOW.update(base_learning_rate_exponent=-12, warmup_epochs=0.5)
 SCORES = json.loads((DATA / "earlier_run_scores.json").read_text())
-
-
-@pytest.fixture(autouse=True)
-def smaller_network(monkeypatch, request):
-    if "converted_files" in request.node.name:  # of a network that other formats know
-        monkeypatch.setattr(scaling, "NET_STAGES", FULL[0])
-        monkeypatch.setattr(scaling, "HEAD_FILTERS", FULL[1])
-        return
-    stages = scaling.NetStage(3, 1, 32, 16, False, 2), scaling.NetStage(3, 1, 16, 16, True, 2)
-    monkeypatch.setattr(scaling, "NET_STAGES", stages)
-    monkeypatch.setattr(scaling, "HEAD_FILTERS", 32)
 
 
 @pytest.fixture

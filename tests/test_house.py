@@ -24,9 +24,9 @@ MODULES = tree.modules()
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
     "fields testing proxy_norm",
+    "scaling",
     "case_files",
     "config",
-    "scaling",
     "ops norms checkpoint data recipe augment",
     "group_conv classes",
     "mbconv",

@@ -22,7 +22,7 @@ from ipu_updates import (  # noqa: E402
     PLAIN_SLOTS,
     both,
     change_differences,
-    shorten,
+    short_case,
 )
 
 from effnet_repro import ipu  # noqa: E402
@@ -34,8 +34,8 @@ from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 
 @pytest.fixture
-def short(monkeypatch):
-    return shorten(monkeypatch)
+def short():
+    return short_case
 
 
 @pytest.mark.parametrize("precision", ["16.32", "16.16"])

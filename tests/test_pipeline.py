@@ -24,7 +24,7 @@ from effnet_repro.pipeline import (
     split_segments,
 )
 from effnet_repro.recipe import cross_entropy, rmsprop_settings
-from effnet_repro.scaling import SIZE_TABLE, ModelSpec, Size
+from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error
 
 CASES = load_cases()
@@ -172,13 +172,15 @@ PICTURES = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("floa
 TARGETS = np.eye(10, dtype="float32")[np.arange(8) % 10]
 CASE = CASES["B0-G16-LN_PN-Half_16IPU_2x8"]
 RATE = CASE.learning_rate
-
-
-@pytest.fixture(scope="module", autouse=True)
-def tiny():
-    SIZE_TABLE["TINY"] = Size(width=0.25, depth=0.3, dropout_rate=0.0, native=32)
-    yield
-    del SIZE_TABLE["TINY"]
+STAGES = (
+    "r1_k3_s1_e1_i8_o8",
+    "r1_k3_s2_i8_o8",
+    "r1_k5_s2_i8_o16",
+    "r1_k3_s2_i16_o24",
+    "r1_k5_s1_i24_o32",
+    "r2_k5_s2_i32_o48",
+    "r1_k3_s1_i48_o80",
+)
 
 
 @pytest.fixture
@@ -192,8 +194,9 @@ def quick_compiler():
 
 def network(norm, drop_path_rate=0.0):
     "Eight blocks, one of them residual, a quarter as wide as B0"
-    arm = dict(group_size=16, expand_ratio=4, num_classes=10, drop_path_rate=drop_path_rate)
-    return ModelSpec("TINY", norm=norm, norm_groups=4 if norm == "GN" else 1, **arm)
+    arm = dict(norm=norm, norm_groups=4 if norm == "GN" else 1, drop_path_rate=drop_path_rate)
+    small = dict(net_stages=STAGES, top_filters=320, image_size=32, dropout_rate=0.0)
+    return ModelSpec("B0", num_classes=10, **arm, **small)
 
 
 def parts(ops, size):

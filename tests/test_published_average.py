@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import parity_vectors
 import pytest
-from tiny import small_network  # noqa: F401
+from tiny import SMALL, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, convert
 from effnet_repro.efficientnet import build_model, fold, load_published, to_published
@@ -13,7 +13,8 @@ from effnet_repro.ops import get_ops
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error
 
-SPEC = ModelSpec.from_name("CIFAR-G16-LN_PN", num_classes=10, image_size=32)
+SPEC = ModelSpec.from_name("CIFAR-G16-LN_PN", num_classes=10, image_size=32, **SMALL)
+CASE = convert.case_for(SPEC)
 X = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 
 
@@ -87,13 +88,13 @@ def test_an_average_goes_through_every_format(tmp_path):
     convert.write_tf1(tmp_path / "average.ckpt", weights)
     written, _ = convert.read_tf1(tmp_path / "average.ckpt")
     assert all((written[n] == v).all() for n, v in variables.items())
-    said = convert.convert(tmp_path / "average.ckpt", tmp_path / "ours.safetensors").notes
+    said = convert.convert(tmp_path / "average.ckpt", tmp_path / "ours.safetensors", case=CASE).notes
     assert any("Stored proxy statistics are used" in note for note in said)
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "out.safetensors", to="torch")
     convert.convert(tmp_path / "out.safetensors", tmp_path / "again.safetensors")
     convert.convert(tmp_path / "again.safetensors", tmp_path / "again.ckpt")
     for name in ("average.ckpt", "ours.safetensors", "out.safetensors", "again.ckpt"):
-        found = convert.read(tmp_path / name)
+        found = convert.read(tmp_path / name, case=CASE)
         with np.errstate(over="ignore"):
             logits = run(get_ops("numpy"), found.spec, found.arrays, X)
         assert relative_error(logits, wanted) < 1e-5, name
@@ -104,7 +105,7 @@ def test_an_average_goes_through_every_format(tmp_path):
 def test_an_ordinary_checkpoint_is_read_as_before(tmp_path):
     weights = unpack(averaged(), statistics=False)
     convert.write_tf1(tmp_path / "model.ckpt", weights)
-    found = convert.read(tmp_path / "model.ckpt")
+    found = convert.read(tmp_path / "model.ckpt", case=CASE)
     assert found.arrays.keys() == weights.keys() and not found.spec.stored_proxies
     assert any("computed: the stored ones are the same" in note for note in found.notes)
 
@@ -114,10 +115,9 @@ def test_validation_uses_them_and_fine_tuning_goes_on(tmp_path, capsys):
     from effnet_repro.training import evaluate, finetune, validate
 
     weights, path = unpack(averaged()), tmp_path / "ours.safetensors"
-    case = convert.case_for(SPEC)
-    convert.write_ours(path, convert.Weights(SPEC, weights, case, tuple("0123456789")))
+    convert.write_ours(path, convert.Weights(SPEC, weights, CASE, tuple("0123456789")))
     (score,) = validate(path, image_size=32).values()
-    data, spec = open_data(verbose=False), ModelSpec.from_case(case, num_classes=10)
+    data, spec = open_data(verbose=False), ModelSpec.from_case(CASE, num_classes=10)
     plain = unpack(pack(weights), statistics=False)
     assert score.loss != evaluate(spec, plain, data, 32).loss
     capsys.readouterr()

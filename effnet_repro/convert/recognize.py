@@ -58,6 +58,7 @@ def case_for(
         image_size=spec.image_size,
     )
     rest = ("expand_ratio", "norm_groups", "input_norm", "dropout_rate", "drop_path_rate")
+    rest += ("net_stages", "top_filters")
     fields = {**network, **{f: getattr(spec, f) for f in rest}}
     alike = lambda case: [getattr(case, f) == value for f, value in network.items()]
     base = max(load_cases().values(), key=lambda case: (alike(case)[:1], sum(alike(case))))

@@ -17,15 +17,14 @@ def rmsprop_step(
     ops,  # Tensor namespace, see get_ops
     weight,  # Any shape, float32
     gradient,  # Shape of `weight`, float32, loss scale undone and weight decay added
-    mean_square,  # Slot s, shape of `weight`; starts at `case.rmsprop_initial_mean_square`
-    momentum_slot,  # Slot m, shape of `weight`; starts at 0
-    *,
+    *slots,  # s, which starts at `case.rmsprop_initial_mean_square`, and m, from 0; shape of `weight`
     learning_rate,  # Of this update, a number or a scalar tensor
     decay,  # Of the mean square, in [0, 1)
     momentum,  # In [0, 1)
     epsilon,  # Added to the mean square inside the root
-):  # (weight, mean_square, momentum_slot), all new
+):  # (weight, s, m), all new
     "Update one `weight` by RMSProp in the form of TensorFlow 1"
+    mean_square, momentum_slot = slots
     mean_square = mean_square + (1.0 - decay) * (ops.square(gradient) - mean_square)
     step = learning_rate * gradient / ops.sqrt(mean_square + epsilon)
     momentum_slot = momentum * momentum_slot + step

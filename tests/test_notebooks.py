@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from effnet_repro.config import FIELDS, RUN_FIELDS
+
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = sorted((ROOT / "nbs").glob("*.ipynb"))
 RUNS = ("40_train", "41_finetune", "42_validate")
@@ -135,6 +137,19 @@ def test_run_notebook_has_parameters(name):
     if not path.exists():
         pytest.skip(f"nbs/{name}.ipynb is not written yet")
     assert parameter_errors(read(path)) == []
+
+
+def parameters_of(name):
+    cells = read(ROOT / "nbs" / f"{name}.ipynb")["cells"]
+    (tagged,) = [c for c in cells if "parameters" in c["metadata"].get("tags", [])]
+    return {node.targets[0].id for node in ast.parse(source(tagged)).body}
+
+
+def test_run_notebooks_offer_the_fields_of_a_run():
+    "A new field of a case is a parameter of 40_train: one line, `name = None`."
+    fields = {name: parameters_of(name) & set(FIELDS) - {"precision"} for name in RUNS}
+    assert fields["40_train"] == set(RUN_FIELDS)
+    assert fields["41_finetune"] | fields["42_validate"] < set(RUN_FIELDS)
 
 
 def cell(text, kind="code", outputs=(), tags=()):

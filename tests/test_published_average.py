@@ -88,7 +88,9 @@ def test_an_average_goes_through_every_format(tmp_path):
     convert.write_tf1(tmp_path / "average.ckpt", weights)
     written, _ = convert.read_tf1(tmp_path / "average.ckpt")
     assert all((written[n] == v).all() for n, v in variables.items())
-    said = convert.convert(tmp_path / "average.ckpt", tmp_path / "ours.safetensors", case=CASE).notes
+    said = convert.convert(
+        tmp_path / "average.ckpt", tmp_path / "ours.safetensors", case=CASE
+    ).notes
     assert any("Stored proxy statistics are used" in note for note in said)
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "out.safetensors", to="torch")
     convert.convert(tmp_path / "out.safetensors", tmp_path / "again.safetensors")

@@ -12,7 +12,7 @@ import pytest
 from conversions import ROOT, SMALL, TIMM, logits, moved, pictures, same, timm_vectors, write_timm
 from safetensors.numpy import load_file, save_file
 
-from effnet_repro import checkpoint, convert
+from effnet_repro import averaging, checkpoint, convert
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error
 
@@ -107,7 +107,7 @@ def test_a_converted_file_validates_and_fine_tunes(tmp_path):
     weights = moved(SMALL)
     convert.write_tf1(tmp_path / "model.ckpt", weights.arrays)
     convert.convert(tmp_path / "model.ckpt", tmp_path / "ours.safetensors")
-    arrays, metadata, _ = checkpoint.load_weights(tmp_path / "ours.safetensors")
+    arrays, metadata, _ = averaging.load_weights(tmp_path / "ours.safetensors")
     same(arrays, weights.arrays)
     assert metadata["num_classes"] == 10 and len(metadata["class_names"]) == 10
     scores = validate(tmp_path / "ours.safetensors", image_size=32)
@@ -118,7 +118,7 @@ def test_a_run_folder_and_its_average(tmp_path):
     weights = moved(SMALL)
     run_dir = tmp_path / "run"
     convert.write_ours(checkpoint.epoch_path(run_dir / "checkpoints", 1), weights)
-    average = checkpoint.WeightAverage()
+    average = averaging.WeightAverage()
     average.update({n: 2 * a for n, a in weights.arrays.items()}, 1)
     average.save(run_dir / "checkpoints" / "average.safetensors")
     same(convert.read(run_dir, weights="last").arrays, weights.arrays)

@@ -28,7 +28,7 @@ LAYERS = [
     "case_files",
     "config",
     "ops norms checkpoint data recipe augment",
-    "group_conv classes",
+    "group_conv classes averaging",
     "mbconv",
     "network kernels",
     "fused_norm gpu_ops",

@@ -1,6 +1,7 @@
 """Our own checkpoints, read and written as weights."""
 
-from effnet_repro.checkpoint import load_weights, save
+from effnet_repro.averaging import load_weights
+from effnet_repro.checkpoint import save
 from effnet_repro.config import case_from_dict, case_to_dict, earlier_note
 from effnet_repro.convert.weights import Weights, class_names_of
 from effnet_repro.network import check_matches, params, spec_of_arrays

@@ -1,8 +1,6 @@
-"""What writers of several files share: syncing, and removing what a killed writer left."""
+"""What writers of several files share: removing what a killed one left."""
 
-import os
 import re
-from pathlib import Path
 
 
 def remove_leftovers(path):
@@ -11,16 +9,3 @@ def remove_leftovers(path):
     for left in path.parent.glob(".*.tmp*"):
         if ours.fullmatch(left.name):
             left.unlink()
-
-
-def sync(path):
-    "Force a file, or a folder's list of names, to disk; some file systems cannot do the latter"
-    if os.name != "nt":
-        handle = os.open(str(path), os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        except OSError:
-            if not Path(path).is_dir():
-                raise
-        finally:
-            os.close(handle)

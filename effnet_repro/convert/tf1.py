@@ -17,10 +17,10 @@ from typing import Dict, Optional
 
 import numpy as np
 
-from effnet_repro.checkpoint import explain_writing
+from effnet_repro.checkpoint import explain_writing, sync
 from effnet_repro.config import EARLIER, list_some
 from effnet_repro.convert.recognize import case_for
-from effnet_repro.convert.replace import remove_leftovers, sync
+from effnet_repro.convert.replace import remove_leftovers
 from effnet_repro.convert.weights import CASE_KEY, Found, needed, text_of
 from effnet_repro.network import input_affine, pack, statistics_note, unpack
 

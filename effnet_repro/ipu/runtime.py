@@ -8,6 +8,7 @@ from typing import Optional, Sequence, Union
 
 import numpy as np
 
+from effnet_repro import averaging
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.classes import match_classes, match_run
 from effnet_repro.config import Case, case_from_dict, case_to_dict, get_case, say_earlier
@@ -87,7 +88,7 @@ def train(
     named = [name for name, value in overrides.items() if value is not None]
     resolved = settle_case(run_dir, resolved, DEVICE_LOOP, named)
     if init is not None:
-        arrays, metadata, source = checkpoints.load_weights(init, weights)
+        arrays, metadata, source = averaging.load_weights(init, weights)
         arrays = drop_statistics(arrays, print)
         data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
@@ -122,7 +123,7 @@ def finetune(
     Raises ImportError without Graphcore's TensorFlow, and ValueError where weights and data do not fit each other.
     """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
-    arrays, metadata, source = checkpoints.load_weights(init, weights)
+    arrays, metadata, source = averaging.load_weights(init, weights)
     arrays = drop_statistics(arrays, print)
     trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
     say_earlier(source, metadata["case"])

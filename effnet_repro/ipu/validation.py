@@ -6,6 +6,7 @@ from typing import Dict, Optional
 
 import numpy as np
 
+from effnet_repro import averaging
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.classes import match_classes
 from effnet_repro.config import Case, case_from_dict, say_earlier
@@ -129,16 +130,16 @@ def validate(
     kinds = [weights] if weights != "both" else ["last", "average"]
     if not source.is_dir():
         kinds = ["last"]
-    elif weights == "both" and not checkpoints.has_average(checkpoints.newest_file(source)):
+    elif weights == "both" and not averaging.has_average(checkpoints.newest_file(source)):
         kinds = ["last"]  # the run ended before its first epoch did
     sets, updates = {}, {}
     for kind in kinds:
-        arrays, metadata, path = checkpoints.load_weights(source, kind)
+        arrays, metadata, path = averaging.load_weights(source, kind)
         case = case_from_dict(metadata["case"])
         data = match_classes(path, metadata, data)
         check_init(path, metadata, data, case)
         name = kind if source.is_dir() else path.name
-        sets[name], updates[name] = arrays, checkpoints.read_update(path, kind)
+        sets[name], updates[name] = arrays, averaging.read_update(path, kind)
     say_earlier(source, metadata["case"])
     spec = ModelSpec.from_case(case, num_classes=metadata["num_classes"])
     size = image_size or case.image_size
@@ -146,6 +147,6 @@ def validate(
     if source.is_dir() and graphcore.instances[0] == 0:
         place = measured_data(data)
         for name, found in scores.items():
-            newest = checkpoints.read_update(source, name) <= updates[name]
+            newest = averaging.read_update(source, name) <= updates[name]
             write_scores(source, name, found, updates[name], place, in_any_case=newest)
     return scores

@@ -15,6 +15,7 @@ from typing import Callable, Dict, List, Optional
 import numpy as np
 
 from effnet_repro import checkpoint as checkpoints
+from effnet_repro.averaging import WeightAverage, pack_average, unpack_average
 from effnet_repro.config import Case
 from effnet_repro.recipe import learning_rate
 from effnet_repro.runs.resume import average_until
@@ -192,7 +193,7 @@ class Recorder:
         self.step, self.started = 0, time.perf_counter()
         self.newest, self.saved_step = None, 0  # The newest checkpoint, and its step
         self.meter = Meter(course.case.global_batch_size)
-        self.average = checkpoints.WeightAverage(course.case.weight_average_decay)
+        self.average = WeightAverage(course.case.weight_average_decay)
         self.rows: List[dict] = []
         self.passed_over = set()  # Damaged files whose headers are whole
         self.last_scores: Optional[Scores] = None  # Of the weights of this very step
@@ -230,7 +231,7 @@ class Recorder:
         if not self.writes:
             return
         print(f"going on from {path.name}, update {self.step}", flush=True)
-        self.average = checkpoints.unpack_average(arrays, metadata)
+        self.average = unpack_average(arrays, metadata)
         if self.average is None:
             print(
                 "its average is beside it, as older versions had it; from the next one on it is inside",
@@ -361,7 +362,7 @@ class Recorder:
         self._refuse_broken(arrays)
         if not inside and self.average.last_update < step:
             self.average.update({n: w for n, w in arrays.items() if n.startswith("all/")}, step)
-        more, average = checkpoints.pack_average(self.average)
+        more, average = pack_average(self.average)
         own = [lasting(row) for row in self.rows if row["update"] == step]
         metadata = {
             **self.facts,

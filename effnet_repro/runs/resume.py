@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from effnet_repro import checkpoint as checkpoints
+from effnet_repro.averaging import WeightAverage
 from effnet_repro.config import (
     NETWORK_FIELDS,
     Case,
@@ -19,7 +20,7 @@ def average_until(
     folder: Path,  # Folder of the checkpoints
     case: Case,  # Its decay
     update: int,  # Weight updates done
-) -> checkpoints.WeightAverage:
+) -> WeightAverage:
     "Work out the weight average of a run of an older version, up to the checkpoint of `update`"
     average, why = _average_beside(folder, case, update)
     epochs = 0
@@ -39,11 +40,11 @@ def _average_beside(folder, case, update):
     "The average beside the checkpoints, if it is whole and not newer than `update`; else a fresh one, and why"
     path = folder / "average.safetensors"
     fresh, why = (
-        checkpoints.WeightAverage(case.weight_average_decay),
+        WeightAverage(case.weight_average_decay),
         "the other checkpoints are gone",
     )
     try:
-        found = checkpoints.WeightAverage.load(path)
+        found = WeightAverage.load(path)
     except FileNotFoundError:
         return fresh, f"there is no {path.name}"
     except ValueError as e:

@@ -5,7 +5,7 @@
 measured. `device` names what computes.
 """
 
-from effnet_repro.checkpoint import load_weights
+from effnet_repro.averaging import load_weights
 from effnet_repro.finetuning import finetune_case
 from effnet_repro.training.begin import finetune, train
 from effnet_repro.training.device import (

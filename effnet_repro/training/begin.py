@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
-from effnet_repro.checkpoint import load_weights
+from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import Case, case_from_dict, resolve, say_earlier
 from effnet_repro.data import open_data

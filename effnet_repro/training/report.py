@@ -6,7 +6,7 @@ from typing import Optional
 
 import numpy as np
 
-from effnet_repro.checkpoint import load_weights
+from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict
 from effnet_repro.data import DataSet, plot_pictures, validation_arrays

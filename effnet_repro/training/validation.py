@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Dict, Optional
 
 from effnet_repro import checkpoint as checkpoints
-from effnet_repro.checkpoint import load_metadata, load_weights
+from effnet_repro.averaging import has_average, load_weights, read_update
+from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
@@ -46,7 +47,7 @@ def validate(
         metadata = load_metadata(path)
         data, case = match_classes(path, metadata, data), case_from_dict(metadata["case"])
         place = place or measured_data(data)  # in the network's order of classes, as in training
-        size, update = image_size or case.image_size, checkpoints.read_update(path, kind)
+        size, update = image_size or case.image_size, read_update(path, kind)
         if weights == "all" and _is_measured(run_dir, (name, update, size), place):
             continue
         arrays = load_weights(path, kind)[0]
@@ -57,7 +58,7 @@ def validate(
         if weights == "all":
             say_scores(name, scores[name])
         if is_run:
-            newest = checkpoints.read_update(run_dir, kind) <= update
+            newest = read_update(run_dir, kind) <= update
             write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
     return scores
 
@@ -74,7 +75,7 @@ def _weight_files(source, weights):
         found = {p.stem: (p, "last") for p in files}
     else:
         found = {"last": (newest, "last")} if weights in ("last", "both") else {}
-    if weights == "average" or (weights != "last" and checkpoints.has_average(newest)):
+    if weights == "average" or (weights != "last" and has_average(newest)):
         found["average"] = source, "average"
     return found
 

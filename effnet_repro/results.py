@@ -10,12 +10,11 @@ import csv
 import json
 import os
 import re
-import subprocess
 from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from effnet_repro.runs import append_rows, describe_machine, write_json
+from effnet_repro.runs import append_rows, describe_machine, git, write_json
 
 #: What every row has to say besides its numbers.
 REQUIRED = ("device", "versions", "command", "revision", "uncommitted_changes", "seed", "n", "date")
@@ -38,17 +37,6 @@ def portable(command: Sequence[str]) -> str:
     return " ".join(words)
 
 
-def _git(*words):
-    try:
-        here = str(Path(__file__).resolve().parent)
-        done = subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return done.stdout.strip()
-
-
 def revision() -> Dict[str, object]:
     """Return `revision` and `uncommitted_changes` of the program that measures.
 
@@ -62,8 +50,8 @@ def revision() -> Dict[str, object]:
             "revision": re.sub("-dirty$", "", given),
             "uncommitted_changes": given.endswith("-dirty"),
         }
-    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
-    return {"revision": _git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
+    changes = git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
+    return {"revision": git("rev-parse", "HEAD"), "uncommitted_changes": bool(changes)}
 
 
 def origin(

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from effnet_repro import results
+from effnet_repro.runs import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = {
@@ -103,7 +104,7 @@ def test_new_results_are_no_changes_of_the_program(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-qm", "a")
     monkeypatch.delenv("EFFNET_REVISION", raising=False)
-    monkeypatch.setattr(results, "__file__", str(module))
+    monkeypatch.setattr(environment, "__file__", str(module))
     (tmp_path / "results" / "new.csv").write_text("1")
     assert results.revision()["uncommitted_changes"] is False
     module.write_text("changed")

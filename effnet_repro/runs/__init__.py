@@ -7,7 +7,7 @@ files, `metrics` and `scores` what was trained and measured, `environment` where
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
-from effnet_repro.runs.environment import describe_machine, quiet_stderr
+from effnet_repro.runs.environment import describe_machine, git, quiet_stderr
 from effnet_repro.runs.folder import Run, find_run, read_case
 from effnet_repro.runs.lock import lock_folder, wait_for_folder
 from effnet_repro.runs.loop import execute
@@ -63,6 +63,7 @@ __all__ = [
     "finetune_budget",
     "finetune_case",
     "finetune_size",
+    "git",
     "list_fields",
     "lock_folder",
     "measured_data",

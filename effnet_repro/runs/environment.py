@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Optional
 
 
 @contextlib.contextmanager
@@ -31,15 +32,18 @@ def _version(package):
         return None
 
 
-def _git(*args):
+def git(
+    *words: str,  # What follows "git" on the command line
+) -> Optional[str]:  # What it prints; None where there is no git, or no repository
+    "Ask git about the repository that this package lies in"
     try:
-        here = Path(__file__).parent if "__file__" in globals() else Path.cwd()
-        out = subprocess.run(
-            ["git", *args], cwd=str(here), capture_output=True, text=True, timeout=10
+        here = str(Path(__file__).resolve().parent)
+        done = subprocess.run(
+            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
         )
-        return out.stdout.strip() if out.returncode == 0 else None
-    except (OSError, subprocess.TimeoutExpired):
+    except (OSError, subprocess.SubprocessError):
         return None
+    return done.stdout.strip()
 
 
 def describe_machine(
@@ -63,6 +67,6 @@ def describe_machine(
         "python": platform.python_version(),
         "backend": backend,
         "versions": {p: v for p in packages if (v := _version(p))},
-        "revision": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": bool(_git("status", "--porcelain")),
+        "revision": git("rev-parse", "HEAD"),
+        "uncommitted_changes": bool(git("status", "--porcelain")),
     }

@@ -11,6 +11,7 @@ from effnet_repro.cli.finetune import finetune_command
 from effnet_repro.cli.kit import COMMANDS, EXIT_STATUSES, Command, UsageError, main
 from effnet_repro.cli.options import BACKENDS
 from effnet_repro.cli.plan import plan_command
+from effnet_repro.cli.predict import predict_command
 from effnet_repro.cli.resolve import Plan, plan_training
 from effnet_repro.cli.train import train_command
 from effnet_repro.cli.validate import validate_command
@@ -29,6 +30,7 @@ __all__ = [
     "main",
     "plan_command",
     "plan_training",
+    "predict_command",
     "train_command",
     "validate_command",
 ]

@@ -153,18 +153,18 @@ def _open_tfrecords(root, cache_dir, say):
     return splits, names
 
 
-_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff")
 
 
 def _list_folder(folder, classes):
     paths, sizes, labels = [], [], []
     for label, name in enumerate(classes):
         inside = _listed(folder / name) if (folder / name).is_dir() else ()
-        found = [(path, os.stat(path)) for path in inside if path.suffix.lower() in _SUFFIXES]
+        found = [(path, os.stat(path)) for path in inside if path.suffix.lower() in IMAGE_SUFFIXES]
         found = [(path, facts) for path, facts in found if not stat.S_ISDIR(facts.st_mode)]
         if (folder / name).is_dir() and not found:
             raise ValueError(
-                f"The class folder {folder / name} holds no picture ({' '.join(_SUFFIXES)}). "
+                f"The class folder {folder / name} holds no picture ({' '.join(IMAGE_SUFFIXES)}). "
                 f"Put pictures there, or remove the folder."
             )
         paths += [path for path, _ in found]

@@ -1,0 +1,108 @@
+"""Images outside a data set, named by their paths: found, and made into squares as a validation makes them."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Iterator, List, Sequence, Tuple
+
+import numpy as np
+
+from effnet_repro.data.decode import decode_image, picture_bytes
+from effnet_repro.data.layouts import IMAGE_SUFFIXES, left_by_tools
+from effnet_repro.data.numpy_reader import PIECE
+from effnet_repro.data.request import check_resize
+from effnet_repro.data.team import Team, pays_processes
+from effnet_repro.data.threads import made_ahead
+from effnet_repro.data.transforms import validation_image
+
+
+def find_images(places: Iterable) -> List[str]:
+    """Return the paths of images: files as they are named, and of a folder every image in it or below, sorted.
+
+    What does not exist, and a folder without images, stays in the list: reading it says what is wrong.
+    """
+    found = []
+    for place in places:
+        inside = _images_below(place) if os.path.isdir(place) else []
+        found += inside or [os.fspath(place)]
+    return found
+
+
+def _images_below(folder):
+    found = []
+    for inner, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not left_by_tools(name))
+        names = (n for n in sorted(files) if n.lower().endswith(IMAGE_SUFFIXES))
+        found += [os.path.join(inner, name) for name in names if not left_by_tools(name)]
+    return found
+
+
+@dataclass(frozen=True)
+class SquaresJob:
+    """Makes the central squares of some images, as in `team`, and says which could not be read."""
+
+    image_size: int  # Side of the square, S, pixels
+    image_resize: str  # "published" or "modern"
+
+    def __call__(self, images: Sequence) -> Tuple[np.ndarray, List[str]]:
+        """Return squares (n, S, S, 3) uint8 and for each image what is wrong with it: "" for nothing.
+
+        An image is a path, the bytes of a file, an array (H, W, 3) or (H, W) uint8, or Pillow's. The square of one
+        that cannot be read is black.
+        """
+        squares = np.zeros((len(images), self.image_size, self.image_size, 3), np.uint8)
+        problems = []
+        for square, image in zip(squares, images):
+            try:
+                square[...] = self._square(image)
+                problems.append("")
+            except IsADirectoryError:
+                problems.append(f"A folder without images ({' '.join(IMAGE_SUFFIXES)}).")
+            except (OSError, ValueError) as error:
+                problems.append(getattr(error, "strerror", None) or str(error))
+        return squares, problems
+
+    def _square(self, image):
+        if isinstance(image, (str, os.PathLike)):
+            image = Path(image).read_bytes()
+        if isinstance(image, bytes):
+            fast = self.image_resize == "published"
+            pixels = decode_image(picture_bytes(image)[0], fast)
+        else:
+            pixels = as_pixels(image)
+        return validation_image(pixels, self.image_size, self.image_resize)
+
+
+def as_pixels(image) -> np.ndarray:
+    """Return an image that is in memory as (H, W, 3) uint8: an array, gray or RGB, or one of Pillow's.
+
+    Raises `ValueError` for other shapes and types: floats may mean 0..1 or 0..255.
+    """
+    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
+    if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
+        raise ValueError(
+            "An image in memory is an array (height, width, 3) or (height, width) of uint8. "
+            f"Received: {pixels.dtype} {pixels.shape}."
+        )
+    return pixels
+
+
+def square_batches(
+    images: Sequence, image_size: int, image_resize: str, batch: int
+) -> Iterator[Tuple[np.ndarray, List[str]]]:
+    """Yield the squares of images, `batch` at a time, as `SquaresJob` makes them; two batches are made ahead."""
+    check_resize(image_resize)
+    room = PIECE * image_size**2 * 3 if pays_processes(len(images)) else None
+    with Team(SquaresJob(image_size, image_resize), room) as team:
+
+        def begin(first):
+            some = images[first : first + batch]
+            squares = np.empty((len(some), image_size, image_size, 3), np.uint8)
+            pieces = range(0, len(some), PIECE)
+            return squares, [
+                team.submit((some[i : i + PIECE],), squares[i : i + PIECE]) for i in pieces
+            ]
+
+        for squares, done in made_ahead(begin, range(0, len(images), batch)):
+            yield squares, [problem for one in done for problem in one.result()]

@@ -1,0 +1,202 @@
+"""Images in, classes out: `predict` for a list, `Predictor` for a network that stays.
+
+Weights are read from whatever `convert.read` reads: a run folder, a checkpoint, a file of keras.applications, a state
+dict of PyTorch. An image is cut, resized and normalized as in the validation of the network it is shown to. Nothing
+heavy is imported before a `Predictor` is made.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+
+import numpy as np
+
+from effnet_repro.classes import has_names
+from effnet_repro.convert import read
+from effnet_repro.data.decode import has_fast_dct
+from effnet_repro.data.files import SquaresJob, find_images, square_batches
+from effnet_repro.scaling import count
+
+MOST_ON_GPU, MOST_ON_CPU = 256, 64  # Images at a time: more are no faster
+GPU_GIB, CPU_GIB = 16.0, 4.0  # Of memory, where nothing tells
+SHARE = 0.25  # Of memory that the activations of a batch may take, if all were kept
+
+
+class Guess(NamedTuple):
+    """A class that a network sees in an image."""
+
+    name: str  # Its name, or its number where the classes have no names
+    label: int  # From 0
+    probability: float  # In [0, 1]
+
+
+class Prediction(NamedTuple):
+    """What a network says of an image."""
+
+    image: object  # As it was given: a path, mostly
+    guesses: Tuple[Guess, ...]  # The most likely first; none where there is a problem
+    problem: str = ""  # Why there is no answer, e.g. that the file is damaged
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How weights are read, where the file does not say it."""
+
+    weights: str = "auto"  # Of a run folder: "last", "average", "auto" = the average of a long run
+    class_names: Optional[Sequence[str]] = None  # By label; None = the file's, or numbers
+    arch: Optional[str] = None  # timm's name of a PyTorch file, e.g. "tf_efficientnet_b0"
+
+
+def _read(source, reading):
+    "The weights of `source`, with a classifier"
+    given = {"arch": reading.arch} if reading.arch else {}
+    try:
+        network = read(source, weights=reading.weights, **given)
+    except ValueError as error:
+        if "has no classifier" not in str(error):
+            raise
+        raise ValueError(
+            f"{source} has no classifier: it cannot name a class. Give it one: effnet-finetune {source} "
+            "--data-dir FOLDER --new-head."
+        ) from None
+    names = network.class_names if reading.class_names is None else tuple(reading.class_names)
+    if len(names) != network.spec.num_classes:
+        raise ValueError(
+            f"{len(names)} class names for the {network.spec.num_classes} classes of {source}."
+        )
+    return network._replace(class_names=names)
+
+
+class Predictor:
+    """A trained network that names what images show.
+
+    - `source`: a run folder, a checkpoint, or a file of another program: see `convert.read`.
+    - `image_size`: side that images are resized to, pixels; None is what the network was trained at.
+    - `precision`: type to compute in: "float32", "bfloat16", "float16"; "auto" is bfloat16 on a GPU under JAX.
+    - `backend`: "tensorflow" or "jax"; refused where Keras runs on the other.
+    - `reading`: fields of `Reading`: weights, class_names, arch.
+
+    Raises ValueError for weights of no network of ours, or without a classifier.
+    """
+
+    def __init__(self, source, *, image_size=None, precision="auto", backend=None, **reading):
+        from effnet_repro.training import choose_precision, configure, predictor
+
+        configure(backend)
+        network = _read(source, Reading(**reading))
+        self.spec, self.case, self.notes = network.spec, network.case, network.notes
+        self.image_size = image_size or network.case.image_size
+        if self.image_size < 32:
+            raise ValueError(f"`image_size` must be at least 32. Received: {image_size}.")
+        named = has_names(network.class_names)
+        self.class_names = network.class_names if named else tuple(map(str, self._labels))
+        self.precision = choose_precision(precision)
+        self._logits = predictor(self.spec, network.arrays, self.precision)
+        self.seconds, self._timed = 0.0, 0
+        if self.case.image_resize == "published" and not has_fast_dct():
+            self.notes += (
+                "JPEGs are decoded with the accurate DCT; training used the fast one. The same: "
+                "pip install simplejpeg.",
+            )
+
+    @property
+    def _labels(self):
+        return range(self.spec.num_classes)
+
+    @property
+    def images_per_s(self) -> float:
+        """Speed so far, from files to probabilities, without the first batch; not a number after one batch."""
+        return self._timed / self.seconds if self._timed else float("nan")
+
+    def see(self, image) -> np.ndarray:
+        """Return what the network sees of an image, (S, S, 3) uint8. Raises ValueError where it cannot be read."""
+        (square,), (problem,) = SquaresJob(self.image_size, self.case.image_resize)([image])
+        if problem:
+            raise ValueError(f"{image}: {problem}")
+        return square
+
+    def probabilities(self, squares: np.ndarray) -> np.ndarray:
+        """Return the probability of each class, (n, classes) float64, of squares (n, S, S, 3) uint8."""
+        logits = np.asarray(self._logits(squares), "float64")
+        p = np.exp(logits - logits.max(1, keepdims=True))
+        return p / p.sum(1, keepdims=True)
+
+    def __call__(
+        self, images: Sequence, top: int = 5, batch: Optional[int] = None
+    ) -> Iterator[Prediction]:
+        """Yield a `Prediction` of each image, in order.
+
+        - `images`: paths, bytes of files, arrays (H, W, 3) uint8, or Pillow's; mixed if need be.
+        - `top`: how many guesses.
+        - `batch`: images at a time; None is what suits the device.
+        """
+        for name, value in (("top", top), ("batch", 1 if batch is None else batch)):
+            if value < 1:
+                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
+        most = batch or suitable_batch(self.spec, self.image_size)
+        batch = -(-len(images) // max(1, -(-len(images) // most)))  # the last one is no smaller
+        return self._predicted(images, top, max(batch, 1))
+
+    def _predicted(self, images, top, batch):
+        how = self.image_size, self.case.image_resize, batch
+        first, since = True, time.perf_counter()
+        for number, (squares, problems) in enumerate(square_batches(images, *how)):
+            missing = batch - len(squares)  # one shape, one compilation
+            squares = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
+            p = self.probabilities(squares)
+            now = time.perf_counter()
+            if not first:
+                self.seconds, self._timed = self.seconds + now - since, self._timed + len(problems)
+            first = False
+            some = images[number * batch : (number + 1) * batch]
+            for one in zip(some, p, problems):
+                yield self._prediction(*one, top)
+            since = time.perf_counter() if first else now
+
+    def _prediction(self, image, p, problem, top):
+        if not problem and not np.isfinite(p).all():
+            problem = "The network's answer is not a number: its weights are broken."
+        if problem:
+            return Prediction(image, (), problem)
+        best = np.argsort(-p, kind="stable")[:top]
+        return Prediction(
+            image, tuple(Guess(self.class_names[i], int(i), float(p[i])) for i in best)
+        )
+
+
+def suitable_batch(spec, image_size: int) -> int:
+    """Return how many images at a time suit the device: a power of two that its memory holds."""
+    from effnet_repro.training.device import has_jax_gpu
+    from effnet_repro.training.estimation import found_gib
+
+    gpu = has_jax_gpu()
+    memory = (_gpu_gib() or GPU_GIB) if gpu else (found_gib() or CPU_GIB)
+    needed = 4 * count(spec, image_size).activations / 2**30  # of an image, were all of them kept
+    fitting = max(1, int(SHARE * memory / needed))
+    return min(MOST_ON_GPU if gpu else MOST_ON_CPU, 2 ** (fitting.bit_length() - 1))
+
+
+def _gpu_gib():
+    "Memory of JAX's first GPU that may be used; None where it does not say"
+    import jax
+
+    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit and limit / 2**30
+
+
+def predict(
+    source,  # A run folder, a checkpoint, or a file of another program: see `convert.read`
+    images,  # A path of a file or folder, an array (H, W, 3) uint8, Pillow's image, or a list of such
+    *,
+    top: int = 5,  # Guesses for each image
+    batch: Optional[int] = None,  # Images at a time; None = what suits the device
+    **options,  # Of `Predictor`: image_size, precision, backend, weights, class_names, arch
+) -> List[Prediction]:  # One for each image, in order; of a folder, every image in it or below
+    "Name what images show. For several lists keep a `Predictor`"
+    one = not isinstance(images, (list, tuple)) or hasattr(images, "dtype")
+    listed = []
+    for image in [images] if one else images:
+        path = isinstance(image, (str, bytes)) or hasattr(image, "__fspath__")
+        is_path = path and not isinstance(image, bytes)
+        listed += find_images([image]) if is_path else [image]
+    return list(Predictor(source, **options)(listed, top, batch))

@@ -145,21 +145,6 @@ def test_a_broken_network_gives_no_answer(network, tmp_path, images):
     assert found.guesses == () and "weights are broken" in found.problem
 
 
-# ---------------------------------------------------------------- files of other programs
-
-
-def test_without_a_classifier_it_says_what_to_do(tmp_path):
-    path = write_network(tmp_path / "n.safetensors")
-    weights = convert.read(path)
-    state = convert.to_state_dict(weights.spec, weights.arrays)
-    from safetensors.numpy import save_file
-
-    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
-    save_file(body, str(tmp_path / "body.safetensors"))
-    with pytest.raises(ValueError, match="no classifier.*effnet-finetune .*--new-head"):
-        Predictor(tmp_path / "body.safetensors")
-
-
 # ---------------------------------------------------------------- the command
 
 

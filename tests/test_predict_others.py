@@ -2,8 +2,9 @@
 
 import numpy as np
 import pytest
-from conversions import logits, write_timm
+from conversions import SMALL, logits, moved, write_timm
 from pictures import picture
+from safetensors.numpy import save_file
 
 from effnet_repro import convert
 from effnet_repro.network import initial_weights
@@ -37,6 +38,15 @@ def test_a_network_knows_how_its_images_are_made(timm, keras_file):
     assert network.class_names == tuple(map(str, range(10)))
     network = Predictor(keras_file, image_size=64)
     assert (network.case.input_norm, network.image_size) == ("keras", 64)
+
+
+def test_without_a_classifier_it_says_what_to_do(tmp_path):
+    weights = moved(SMALL)
+    state = convert.to_state_dict(weights.spec, weights.arrays)
+    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
+    save_file(body, str(tmp_path / "body.safetensors"))
+    with pytest.raises(ValueError, match="no classifier.*effnet-finetune .*--new-head"):
+        Predictor(tmp_path / "body.safetensors")
 
 
 @pytest.mark.long

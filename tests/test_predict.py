@@ -13,6 +13,7 @@ from PIL import Image
 from tiny import PYTHON, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, convert, training
+from effnet_repro.averaging import WeightAverage
 from effnet_repro.config import override
 from effnet_repro.data import open_data, validation_arrays
 from effnet_repro.data.files import as_pixels, find_images
@@ -127,7 +128,7 @@ def test_the_weights_of_a_run(tmp_path, images):
     folder.mkdir(parents=True)
     last = write_network(folder / "epoch-0001.safetensors", epochs=2)
     other = checkpoint.load(write_network(tmp_path / "other.safetensors", seed=1))[0]
-    average = checkpoint.WeightAverage()
+    average = WeightAverage()
     average.update({n: a for n, a in other.items() if n.startswith("all/")}, 0)
     average.save(folder / "average.safetensors")
     path = sorted(images.rglob("*.png"))[0]

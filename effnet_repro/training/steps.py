@@ -3,9 +3,6 @@
 Keras compiles the step (`make_train_function`); so a step costs what it costs in `model.fit`.
 """
 
-from collections import deque
-from itertools import islice
-
 import keras
 import numpy as np
 
@@ -38,21 +35,32 @@ class TensorFlowSteps:
 
 
 class JaxSteps:
-    """Steps from one state to the next. A step takes over the memory of the state before."""
+    """Steps from one state to the next. A step takes over the memory of the state before.
+
+    The next batch is taken from the stream, and sent to the devices, once the step before has been started.
+    """
 
     def __init__(self, model: TrainingModel, stream):
         model.make_train_function()
-        self.model, self.batches = model, _on_devices(stream)
+        self.model, self.batches, self.waiting = model, iter(stream), None
+        self.place = _placement()
         slots, metrics = model.optimizer.variables, model.metrics_variables
         self.variables = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
         self.state = tuple([v.value for v in some] for some in self.variables)
 
     def do(self) -> dict:
         """Start a step and return its logs; their way to the host begins as soon as they are there."""
-        logs, self.state = self.model.train_function(self.state, self.batches)
+        batch = self._next() if self.waiting is None else self.waiting
+        logs, self.state = self.model.train_function(self.state, iter([batch]))
         for value in logs.values():
             value.copy_to_host_async()
+        if self.place is not None:
+            self.waiting = self._next()
         return logs
+
+    def _next(self):
+        batch = next(self.batches)
+        return batch if self.place is None else self.place(batch)
 
     def sync(self):
         """Give the variables the newest state."""
@@ -61,30 +69,15 @@ class JaxSteps:
                 variable.assign(value)
 
 
-def _on_devices(stream):
-    "The batches of a stream on JAX's devices, whose transfers begin one batch early"
+def _placement():
+    "A function that sends a batch to JAX's devices; None on a single CPU, where there is no way to go"
     import jax
 
     distribution = keras.distribution.distribution()
-    if distribution is None and jax.default_backend() == "cpu":
-        return stream  # there is no way to go
-
-    def place(value):
-        if distribution is None:
-            return jax.device_put(value)
-        layout = distribution.get_data_layout(np.shape(value)).backend_layout
-        return jax.device_put(value, layout)
-
-    return _one_early(jax.tree.map(place, batch) for batch in stream)
-
-
-def _one_early(batches):
-    "The same batches, each of which is taken before the one before it is given out"
-    waiting = deque(islice(batches, 1))
-    for batch in batches:
-        waiting.append(batch)
-        yield waiting.popleft()
-    yield from waiting
+    if distribution is None:
+        return None if jax.default_backend() == "cpu" else jax.device_put
+    layout = lambda value: distribution.get_data_layout(np.shape(value)).backend_layout
+    return lambda batch: jax.device_put(batch, jax.tree.map(layout, batch))
 
 
 class Unread:

@@ -10,6 +10,7 @@ In a copy of the tree without git, EFFNET_REVISION says the revision: see `effne
 """
 
 import argparse
+import functools
 import os
 import re
 import subprocess
@@ -23,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from effnet_repro import data as d  # noqa: E402
 from effnet_repro.data import decode, decoders, device, gpu_decode, transforms  # noqa: E402
@@ -65,20 +66,19 @@ def by_pool(pool, encoded, seconds):
         yield count / (time.perf_counter() - begin)
 
 
-def by_stream(stream, batch, seconds):
-    "Images a second of a stream after its first batches, three readings"
-    for _ in range(4):
-        images = next(stream)[0]
+def by_stream(make, batch, seconds):
+    "Images a second of a stream after its first batches, three readings, each of a stream that begins anew"
     for _ in range(3):
-        count, begin = 0, time.perf_counter()
-        while time.perf_counter() - begin < seconds / 3:
-            images = next(stream, (None,))[0]
-            if images is None:
-                break
+        stream, count = make(), -4 * batch
+        for images, *_ in stream:
             count += batch
+            if count == 0:
+                begin = time.perf_counter()
+            if count > 0 and time.perf_counter() - begin > seconds / 3:
+                break
         getattr(images, "block_until_ready", lambda: None)()
         yield count / (time.perf_counter() - begin)
-    getattr(stream, "close", lambda: None)()
+        getattr(stream, "close", lambda: None)()
 
 
 def streams(data, sizes, batch):
@@ -92,6 +92,8 @@ def streams(data, sizes, batch):
             args = replace(data, decoder=name), size
             if reader == "tensorflow":
                 make = lambda a: d.tensorflow_arrays(d.training_batches, *a, batch)
+            elif reader == "numpy" and not device_name().startswith("CPU"):
+                make = lambda a: d.training_batches(*a, batch, reader="jax")
             else:
                 make = lambda a, r=reader: d.training_batches(*a, batch, reader=r)
             yield f"{name}: training", size, batch, make, args
@@ -113,7 +115,12 @@ def rates(data, a):
                 yield name, "", "", list(by_pool(opened, 8 * encoded, a.seconds))
     for name, size, batch, make, args in streams(data, a.sizes, a.batch):
         if re.search(a.only, name):
-            yield name, size, batch, list(by_stream(make(args), batch, a.seconds))
+            yield (
+                name,
+                size,
+                batch,
+                list(by_stream(functools.partial(make, args), batch, a.seconds)),
+            )
 
 
 # ---------------------------------------------------------------- differences

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
 
@@ -60,6 +60,11 @@ class DataSet:
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
             f"training and {self.validation_count:,} validation pictures{left_out}"
         )
+
+
+def one_split(dataset: DataSet, split: str) -> DataSet:
+    """Return the data set with one split and nothing kept: what goes to other processes."""
+    return replace(dataset, splits={split: dataset.splits[split]})
 
 
 _WHOLE = 2**28  # bytes of a split that are all read

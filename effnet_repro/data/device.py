@@ -7,17 +7,16 @@ which images, which rectangles, which are mirrored. Of a larger set the rectangl
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
+from effnet_repro.data.rectangles import rectangle_batches
 from effnet_repro.data.request import TrainRequest
-from effnet_repro.data.threads import core_count, made_ahead
+from effnet_repro.data.threads import core_count
 from effnet_repro.data.transforms import validation_window
-
-PIECE = 8  # Images of a batch that a thread decodes at a time
 
 
 class Pixels(NamedTuple):
@@ -39,14 +38,13 @@ class _Batch(NamedTuple):
     labels: np.ndarray  # (B,) int32
 
 
-def lay_out(images: Sequence[np.ndarray], most: Optional[int] = None) -> Pixels:
-    """Bring images (H, W, 3) to the device; filled up to `most` pixels, so that few programs are compiled."""
+def lay_out(images: Sequence[np.ndarray]) -> Pixels:
+    """Bring images (H, W, 3) to the device."""
     import jax.numpy as jnp
 
     sizes = np.array([image.shape[:2] for image in images], np.int32)
     ends = np.cumsum(sizes.prod(1))
-    pixels = np.empty((most or ends[-1], 3), np.uint8)
-    np.concatenate([image.reshape(-1, 3) for image in images], out=pixels[: ends[-1]])
+    pixels = np.concatenate([image.reshape(-1, 3) for image in images])
     return Pixels(jnp.asarray(pixels), (ends - sizes.prod(1)).astype(np.int32), sizes)
 
 
@@ -212,28 +210,9 @@ def _resident(request, fast):
 
 def _streamed(request, fast):
     "Yield the batches of images that are decoded for each update; of an image only the rectangle is sent"
+    import jax.numpy as jnp
 
-    def rectangle(number, data, crop):
-        top, left, height, width = crop if request.random else (0, 0, None, None)
-        with located(request.dataset, "train", number):
-            return decode_image(data, fast)[top:, left:][:height, :width]
-
-    def piece(update, begin):
-        some = request.read(update, begin, min(begin + PIECE, request.order.local))
-        return [rectangle(*one) for one in zip(*some[:3])], some.flips, some.labels
-
-    def assemble(pieces):
-        images, flips, labels = zip(*(one.result() for one in pieces))
-        images = sum(images, [])
-        pixels = sum(image.shape[0] * image.shape[1] for image in images)
-        step = 2 ** max(pixels.bit_length() - 3, 0)
-        sent = lay_out(images, -(-pixels // step) * step)
-        parts = whole_images(sent.sizes)
-        return _Batch(*sent, parts, np.concatenate(flips), np.concatenate(labels))
-
-    with ThreadPoolExecutor(core_count()) as pool, ThreadPoolExecutor(1) as assembler:
-        begins = range(0, request.order.local, PIECE)
-        pieces = lambda update: [pool.submit(piece, update, i) for i in begins]
-        begin = lambda update: assembler.submit(assemble, pieces(update))
-        for batch in made_ahead(begin, itertools.count(request.first_update)):
-            yield batch.result()
+    for pixels, sizes, flips, labels in rectangle_batches(request):
+        ends = np.cumsum(sizes.prod(1))
+        begin = (ends - sizes.prod(1)).astype(np.int32)
+        yield _Batch(jnp.asarray(pixels), begin, sizes, whole_images(sizes), flips, labels)

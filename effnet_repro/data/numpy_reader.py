@@ -11,7 +11,7 @@ from typing import Iterator, Tuple
 import numpy as np
 
 from effnet_repro.config import unknown_name
-from effnet_repro.data.catalog import DataSet
+from effnet_repro.data.catalog import DataSet, one_split
 from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
 from effnet_repro.data.request import TrainRequest, ValidationRequest, check_resize
 from effnet_repro.data.team import Team, pays_processes
@@ -65,11 +65,6 @@ class ValidationJob:
         return validation_image(pixels, self.image_size, self.image_resize)
 
 
-def _alone(dataset, split):
-    "The data set with one split and nothing kept: what goes to other processes"
-    return replace(dataset, splits={split: dataset.splits[split]})
-
-
 def _batches(job, numbers, pieces, image_size, count):
     """Yield images and the other results of one batch after the other, made ahead.
 
@@ -94,7 +89,7 @@ def _batches(job, numbers, pieces, image_size, count):
 def training_stream(request: TrainRequest) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
     """Yield images (B, S, S, 3) uint8 and labels (B,) int32 of one update after the other, without end."""
     wants_fast_dct(request.dataset, request.image_resize)
-    job = TrainingJob(replace(request, dataset=_alone(request.dataset, "train")))
+    job = TrainingJob(replace(request, dataset=one_split(request.dataset, "train")))
     begins = range(0, request.order.local, PIECE)
 
     def pieces(update):
@@ -112,7 +107,7 @@ def validation_stream(
     """Yield images (B, S, S, 3) uint8, labels (B,) int32 and mask (B,) float32; fillers are black."""
     wants_fast_dct(request.dataset, request.image_resize)
     size, ids = request.image_size, request.ids
-    dataset = _alone(request.dataset, "validation")
+    dataset = one_split(request.dataset, "validation")
     job = ValidationJob(dataset, "validation", size, request.image_resize)
     pieces = lambda i: [(ids[i][at : at + PIECE],) for at in range(0, request.batch, PIECE)]
     made = _batches(job, range(len(ids)), pieces, size, ids.size)
@@ -133,7 +128,7 @@ def load_arrays(
     labels = dataset.splits[split].label
     if not len(labels):
         return np.empty((0, image_size, image_size, 3), np.uint8), labels
-    job = ValidationJob(_alone(dataset, split), split, image_size, image_resize)
+    job = ValidationJob(one_split(dataset, split), split, image_size, image_resize)
     parts = np.array_split(np.arange(len(labels)), -(-len(labels) // PIECE))
     whole = _batches(job, [0], lambda _: [(part,) for part in parts], image_size, len(labels))
     ((images, _),) = whole

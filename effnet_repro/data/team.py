@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, Optional, Sequence, Tuple
+from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -42,12 +42,13 @@ def pays_processes(images: int) -> bool:
 class Team:
     """Runs pieces of one job on all cores; use it in a `with` statement.
 
-    `room` is the most bytes of images of a piece; None means threads, and no room is needed. What a job raises in a
-    process is raised here, too. Raises `RuntimeError` when a process has been ended from outside.
+    `room` is how many bytes of images a piece mostly has (more go another, slower way); None means threads. What a
+    job raises in a process is raised here, too. Raises `RuntimeError` when a process has been ended from outside.
     """
 
     def __init__(self, job: Job, room: Optional[int] = None, count: Optional[int] = None):
-        count = count or core_count()
+        spare = 0 if room is None else core_count() // 8  # some processes wait for this one
+        count = count or core_count() + spare
         self._job, self._pool = job, ThreadPoolExecutor(count)
         self._idle, self._processes, self._shared = queue.SimpleQueue(), [], None
         if room is not None:
@@ -63,14 +64,17 @@ class Team:
             self._processes.append(_Process(self._shared, room))
             self._idle.put(self._processes[-1])
 
-    def submit(self, piece: Sequence, out: np.ndarray) -> Future:
-        """Begin a piece: its images go to `out` (n, ...), and the future gives the job's other result."""
+    def submit(self, piece: Sequence, out: Optional[np.ndarray] = None) -> Future:
+        """Begin a piece: its images go to `out` (n, ...), and the future gives the job's other result.
+
+        Without `out`, the future gives both, for images of which nobody knows beforehand how large they are.
+        """
         return self._pool.submit(self._do, piece, out)
 
     def _do(self, piece, out):
         if not self._processes:
-            out[...], rest = self._job(*piece)
-            return rest
+            images, rest = self._job(*piece)
+            return _given(images, rest, out)
         process = self._idle.get()
         try:
             return process.do(piece, out)
@@ -137,6 +141,21 @@ class _Shared:
 # ---------------------------------------------------------------- this side and the other side
 
 
+class _Place(NamedTuple):
+    "What lies in the memory of a process"
+
+    shape: tuple
+    kind: str
+
+
+def _given(images, rest, out):
+    "What the future of a piece gives"
+    if out is None:
+        return images, rest
+    out[...] = images
+    return rest
+
+
 class _Process:
     "A process that serves one piece at a time"
 
@@ -162,7 +181,7 @@ class _Process:
     def do(self, piece, out):
         try:
             self._send(piece)
-            rest, error = pickle.load(self._process.stdout)
+            images, rest, error = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
             status = self._process.wait()
             raise RuntimeError(
@@ -171,8 +190,11 @@ class _Process:
             ) from None
         if error is not None:
             raise error
-        out[...] = np.frombuffer(self._memory, out.dtype, out.size).reshape(out.shape)
-        return rest
+        if isinstance(images, _Place):
+            size = int(np.prod(images.shape))
+            images = np.frombuffer(self._memory, images.kind, size).reshape(images.shape)
+            images = images.copy() if out is None else images  # the memory is used again
+        return _given(images, rest, out)
 
     def close(self):
         with contextlib.suppress(OSError):
@@ -198,10 +220,12 @@ def serve():
 
 
 def _attempt(job, piece, memory):
-    "Write the images of a piece to the shared memory; the rest of the result, or what was raised"
+    "Write the images of a piece to the shared memory, if they have room there; the rest, or what was raised"
     try:
         images, rest = job(*piece)
+        if images.nbytes > len(memory):
+            return images, rest, None
         np.frombuffer(memory, images.dtype, images.size)[...] = images.reshape(-1)
-        return rest, None
+        return _Place(images.shape, images.dtype.str), rest, None
     except Exception as error:
-        return None, error
+        return None, None, error

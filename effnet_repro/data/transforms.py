@@ -138,11 +138,14 @@ def resize(
     corner: Tuple[int, int] = (0, 0),  # Top and left of the part wanted
     part: Optional[Tuple[int, int]] = None,  # Its height and width; None = all
     image_resize: str = "published",  # Or "modern": half-pixel centers, rounded
+    mirror: bool = False,  # Whether the image is mirrored before that
 ) -> np.ndarray:  # (*part, 3) uint8
     "Resize bilinearly, without antialiasing, to 8 bits"
     part = part or size
     y0, y1, fy = _taps(image.shape[0], size[0], corner[0], part[0], image_resize)
     x0, x1, fx = _taps(image.shape[1], size[1], corner[1], part[1], image_resize)
+    if mirror:
+        x0, x1 = image.shape[1] - 1 - x0, image.shape[1] - 1 - x1
     rows, y = np.unique(np.stack([y0, y1]), return_inverse=True)  # each is blended once
     y, channels = y.reshape(2, -1), image.shape[2]
     lines = image[rows].reshape(len(rows), -1)
@@ -165,10 +168,10 @@ def train_image(
     image_resize: str,  # "published" or "modern"
 ) -> np.ndarray:  # (S, S, 3) uint8
     "Resize a training crop, mirrored before that or after"
-    first, last = (flip, False) if image_resize == "published" else (False, flip)
-    pixels = pixels[:, ::-1] if first else pixels
-    image = resize(pixels, (image_size, image_size), image_resize=image_resize)
-    return image[:, ::-1] if last else image
+    first = flip and image_resize == "published"
+    size = image_size, image_size
+    image = resize(pixels, size, image_resize=image_resize, mirror=first)
+    return image[:, ::-1] if flip and not first else image
 
 
 def validation_image(

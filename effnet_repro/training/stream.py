@@ -11,7 +11,6 @@ from effnet_repro.config import Case
 from effnet_repro.data import (
     DataSet,
     find_damaged,
-    fits_device,
     tensorflow_arrays,
     training_batches,
     validation_batches,
@@ -62,9 +61,9 @@ def updates(
 
 def _arrays(args, how):
     "The training batches of a back end that takes arrays"
-    data, decoder = args[0], decoder_here(args[0])
-    stays = decoder in ("simplejpeg", "pillow") and has_jax_gpu() and fits_device(data)
-    reader = "jax" if stays else READER_OF[decoder]
+    reader = READER_OF[decoder_here(args[0])]
+    if reader == "numpy" and has_jax_gpu():
+        reader = "jax"  # the GPU resizes, and keeps the images if they fit
     if reader == "tensorflow":
         return tensorflow_arrays(training_batches, *args, **how)
     return training_batches(*args, reader=reader, **how)

@@ -60,16 +60,24 @@ def _read(dataset, split, numbers):
     return found, np.array(sizes)
 
 
-def _on_gpu(producer, dataset, split, numbers, found, sizes):
-    "The images of a producer for what `_read` found"
+def _on_gpu(producer, pool, where, found, sizes):
+    """The images of a producer for what `_read` found; what it refuses, `pool` decodes on the host.
+
+    `where` is the data set, the split and the numbers of the images.
+    """
+    dataset, split, numbers = where
     jpegs = [i for i, one in enumerate(found) if isinstance(one, bytes)]
     images = dict(zip(jpegs, producer.decode([found[i] for i in jpegs])) if jpegs else ())
-    for i, one in enumerate(found):
-        image = images.get(i)
-        if image is None or tuple(image.size) != tuple(sizes[i]):
-            with located(dataset, split, numbers[i]):
-                pixels = decode_image(one) if isinstance(one, bytes) else one
-            images[i] = producer.upload(pixels)
+
+    def on_host(i):
+        with located(dataset, split, numbers[i]):
+            return decode_image(found[i])
+
+    fine = lambda i: images[i] is not None and tuple(images[i].size) == tuple(sizes[i])
+    refused = [i for i in jpegs if not fine(i)]
+    pixels = {i: one for i, one in enumerate(found) if not isinstance(one, bytes)}
+    pixels.update(zip(refused, pool.map(on_host, refused)))
+    images.update((i, producer.upload(one)) for i, one in pixels.items())
     return [images[i] for i in range(len(found))]
 
 
@@ -101,8 +109,8 @@ def _made(request, batches, make: Callable[[], Any]) -> Iterator[Tuple[Any, Any]
             rows = cuts.rows()
             for at in range(0, len(found), AT_ONCE):
                 part = slice(at, at + AT_ONCE)
-                what = batch.numbers[part], found[part], sizes[part]
-                images = _on_gpu(producer, dataset, batch.split, *what)
+                where = dataset, batch.split, batch.numbers[part]
+                images = _on_gpu(producer, readers, where, found[part], sizes[part])
                 producer.write(images, rows[part], out, at, published)
             return out, rest
         finally:

@@ -47,7 +47,7 @@ MOST_IN_ROW = 60  # Exported lines without a word of prose
 MOST_PARAMETERS = 8
 # What a user calls may have more; a layer's `__init__` is its call.
 FACES = {"training.begin.train", "training.begin.finetune", "training.validation.validate"}
-FACES |= {"ipu.runtime.train", "ipu.runtime.finetune", "data.readers.training_batches"}
+FACES |= {"ipu.begin.train", "ipu.begin.finetune", "data.readers.training_batches"}
 FACES |= {"keras_layers.MBConv.__init__", "keras_layers.GroupConv2D.__init__"}
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
 from effnet_repro.norms import EPSILON  # noqa: E402
-from effnet_repro.runs import lock_folder  # noqa: E402
+from effnet_repro.runs import Options, lock_folder  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 
@@ -187,20 +188,22 @@ def test_poprun_trains_and_only_the_first_writes(tiny, tmp_path, monkeypatch):
 
 
 def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
-    "Also inside a device loop: one learning rate a loop, 0 in the first"
+    "Also inside a device loop: one learning rate a loop, 0 in the first, however many steps a program run has"
     from effnet_repro import training
 
     rates, run = [], ipu.TrainingProgram.run
     monkeypatch.setattr(ipu.TrainingProgram, "run", lambda p, r: rates.append(r) or run(p, r))
-    five = dict(max_steps=5, device_loop=2)
+    with ipu_standin.install() as machine:
+        whole = train(tiny, tmp_path / "whole", max_steps=6, device_loop=3)
+        assert [made["repeat_count"] for made in machine.calls["pipeline"]] == [3]
+    first, second = rates
+    assert first == 0 < second
     with ipu_standin.install():
-        whole = train(tiny, tmp_path / "whole", **five)
+        train(tiny, tmp_path / "cut", max_steps=4, device_loop=3)
+    assert rates[2:] == [first] * 3 + [second]
     with ipu_standin.install():
-        train(tiny, tmp_path / "cut", max_steps=3, device_loop=2)
-    assert rates[5:] == rates[:3] and rates[0] == rates[1] == 0 < rates[2] == rates[3] < rates[4]
-    with ipu_standin.install():
-        cut = train(tiny, tmp_path / "cut", max_steps=5)  # its own device loop
-        assert rates[5:] == rates[:5]
+        cut = train(tiny, tmp_path / "cut", max_steps=6)  # its own device loop
+        assert rates[6:] == [second] * 2
         with lock_folder(tmp_path / "cut"), pytest.raises(RuntimeError, match="in use by"):
             train(tiny, tmp_path / "cut")
     with ipu_standin.install(execute=False) as machine:
@@ -215,10 +218,10 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
             with pytest.raises(ValueError, match=f"belongs to a run .*{says}"):
                 train(tiny, other.parent.parent, max_steps=3)
         assert not machine.programs  # refused before anything is compiled
-    assert cut.update == whole.update == 5
+    assert cut.update == whole.update == 6
     (a, meta), (b, _) = checkpoint.load(whole.checkpoint), checkpoint.load(cut.checkpoint)
     assert set(a) == set(b) and meta["precision"] == "32.32"
-    assert meta["case"]["device_loop"] == 2
+    assert meta["case"]["device_loop"] == 3
     for name, value in a.items():
         np.testing.assert_array_equal(value, b[name])
     spec = ModelSpec.from_case(tiny, num_classes=meta["num_classes"])
@@ -232,6 +235,46 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
     assert (o.top1, o.top5, o.pictures) == pytest.approx((k.top1, k.top5, k.pictures), abs=1e-6)
     assert o.loss == pytest.approx(k.loss, rel=1e-4) and o.images_per_s > 0
     np.testing.assert_array_equal(o.confusion.sum(1), k.confusion.sum(1))
+
+
+@pytest.mark.parametrize(
+    "device_loop, per_epoch, last, first, steps",
+    [(104, 1668, 583_800, 0, 4), (104, 1668, 583_800, 1668, 4), (104, 1668, 583_800, 50, 2)]
+    + [(104, 1668, 5, 0, 1), (2, 8, 6, 0, 2), (2, 8, 6, 3, 1), (1, 8, 8, 0, 1)],
+)
+def test_program_runs_end_with_loops_epochs_and_runs(
+    device_loop, per_epoch, last, first, steps, monkeypatch
+):
+    "ImageNet has 1,668 steps an epoch: four of them, with one learning rate, are one run of the program"
+    monkeypatch.setattr(ipu.runtime, "learning_rate", lambda *_: 0.0)
+    task = SimpleNamespace(case=replace(config.get_case(NAME), device_loop=device_loop))
+    runtime = ipu.IPURuntime(SimpleNamespace(instances=(0, 1)), task)
+    runtime.course = SimpleNamespace(steps_per_epoch=per_epoch, last_step=last, schedule=per_epoch)
+    runtime.step, done = first, first
+    each = runtime.steps_of_a_run()  # fixed when the program is built
+    runtime.program = SimpleNamespace(run=lambda rate: np.zeros((each, 2)))
+    assert each == steps
+    for _ in range(5):
+        if done < last:
+            until, loop = min(per_epoch - done % per_epoch, last - done), done // device_loop
+            done += len(runtime.advance(until))
+            assert done == runtime.step and each <= until and (done - 1) // device_loop == loop
+    assert runtime.step == min(last, first + 5 * steps)
+
+
+def test_processes_that_see_different_checkpoints_are_refused(tiny, monkeypatch):
+    "Before anything is exchanged or compiled: the run folder is not the same for both"
+    task = SimpleNamespace(case=tiny, options=Options(), run_dir="runs/x")
+    runtime = ipu.IPURuntime(SimpleNamespace(instances=(0, 2), popdist="poprun"), task)
+    monkeypatch.setattr(ipu.runtime, "configure", lambda *_: None)
+    monkeypatch.setattr(ipu.runtime, "gather", lambda graphcore, arrays: [arrays, [np.int32([7])]])
+    monkeypatch.setattr(ipu.runtime, "broadcast", lambda graphcore, arrays: arrays)
+    weights = initial_weights(ModelSpec.from_case(tiny, num_classes=10))
+    data = SimpleNamespace(num_classes=10)
+    with pytest.raises(RuntimeError, match="runs/x: processes see different checkpoints"):
+        runtime.begin(data, 5, weights)
+    runtime.begin(data, 7, weights)
+    assert runtime.state() == weights
 
 
 def test_a_keras_run_goes_on_to_ipus(tiny, tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -344,72 +343,3 @@ def test_an_older_run_whose_rows_are_lost_is_refused_with_one_line(tmp_path, con
 
 def test_the_module_needs_no_framework():
     assert "keras" not in Path(recorder.__file__).read_text().lower()
-
-
-# ---------------------------------------------------------------- the loop on IPUs
-
-
-class Program:
-    "Stands for a compiled program: one process with its own losses, and weights by the step."
-
-    def __init__(self, recorder, count):
-        self.recorder, self.graphcore = (
-            recorder,
-            SimpleNamespace(popdist=None if count == 1 else "poprun", instances=recorder.process),
-        )
-
-    def run(self, rate):
-        step = self.recorder.step + 1
-        return np.random.default_rng([step, *self.recorder.process[:1]]).random((1, 2))
-
-
-def on_ipus(run_dir, monkeypatch, count=1, stop_at=None):
-    "Train in `count` processes, one after the other at every meeting, until the end or until asked to stop."
-    import threading
-
-    from effnet_repro.ipu import runtime
-
-    meeting, said = threading.Barrier(count), {}
-
-    def gather(graphcore, arrays):
-        index = graphcore.instances[0]
-        said[index] = [np.array(a) for a in arrays]
-        meeting.wait()
-        found = [said[i] for i in range(count)]
-        meeting.wait()
-        return found
-
-    monkeypatch.setattr(runtime, "gather", gather)
-    monkeypatch.setattr(runtime, "get_state", lambda program: weights(program.recorder.step))
-    monkeypatch.setattr(runtime, "save_curves", lambda run_dir: None)
-    monkeypatch.setattr(runtime, "_anybody_stops", lambda host, done: done == stop_at)
-
-    def process(index):
-        course = Course(TINY, steps_per_epoch=3, last_step=12, schedule=3)
-        recorder = Recorder(run_dir, course, FACTS, process=(index, count))
-        recorder.resume(recorder.find())
-        meeting.wait()
-        host = runtime._Host(Program(recorder, count), recorder, None)
-        try:
-            runtime._fit(host)
-        except Stopped:
-            host.stop_here()
-
-    threads = [threading.Thread(target=process, args=(i,)) for i in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-
-
-@pytest.mark.parametrize("count", [1, 2])
-@pytest.mark.parametrize("step", [5, 6])
-def test_an_interrupted_run_on_ipus_leaves_the_same(tmp_path, monkeypatch, count, step):
-    "A process knows the loss of its own replicas; a row has the mean over all, and over all steps."
-    on_ipus(tmp_path / "whole", monkeypatch, count)
-    losses = [[np.random.default_rng([s, i]).random(2)[0] for i in range(count)] for s in (4, 5, 6)]
-    assert float(rows_of(tmp_path / "whole")[1]["loss"]) == round(np.mean(losses), 6)
-    on_ipus(tmp_path / "cut", monkeypatch, count, stop_at=step)
-    assert len(rows_of(tmp_path / "cut")) == step // 3
-    on_ipus(tmp_path / "cut", monkeypatch, count)
-    assert left(tmp_path / "cut") == left(tmp_path / "whole")

@@ -1,10 +1,11 @@
 """The same segments, recipe and checkpoints as a pipeline on IPUs: a case in, a run folder out.
 
 `stages` and `program` tell how a case becomes a pipelined training program. `layout` places a case on a machine, `feed`
-makes what the host sends, `sdk` is the only place that calls Graphcore's software. `runtime` and `validation` are what
-a user calls, `poprun` what several processes share.
+makes what the host sends, `sdk` is the only place that calls Graphcore's software. `begin` and `validation` are what
+a user calls, `runtime` is what `runs.loop` drives, `poprun` what several processes share.
 """
 
+from effnet_repro.ipu.begin import finetune, train
 from effnet_repro.ipu.feed import (
     FedMasks,
     draw_masks,
@@ -36,7 +37,7 @@ from effnet_repro.ipu.program import (
     set_state,
     step_variable,
 )
-from effnet_repro.ipu.runtime import finetune, train
+from effnet_repro.ipu.runtime import IPURuntime
 from effnet_repro.ipu.sdk import (
     Graphcore,
     IPUOps,
@@ -52,12 +53,20 @@ from effnet_repro.ipu.sdk import (
     pipeline,
 )
 from effnet_repro.ipu.stages import Stages, carried, plot_pod
-from effnet_repro.ipu.validation import ValidationProgram, evaluate, validate
+from effnet_repro.ipu.validation import (
+    Measurement,
+    ValidationProgram,
+    evaluate,
+    inference_weights,
+    validate,
+)
 
 __all__ = [
     "DEVICE_LOOP",
     "FedMasks",
     "Graphcore",
+    "IPURuntime",
+    "Measurement",
     "IPUOps",
     "Plan",
     "Stages",
@@ -84,6 +93,7 @@ __all__ = [
     "has_graphcore_wheel",
     "has_ipu",
     "host_collectives",
+    "inference_weights",
     "infeed",
     "ipus_per_replica",
     "loss_scale",

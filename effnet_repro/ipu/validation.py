@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Optional
+from typing import Callable, Dict, Optional
 
 import numpy as np
 
@@ -73,6 +73,62 @@ class ValidationProgram:
         self.session.close()
 
 
+def inference_weights(spec: ModelSpec, arrays: Dict[str, np.ndarray]) -> Dict[str, np.ndarray]:
+    """Return the weights among `arrays`, by full name, with their proxy statistics folded.
+
+    Raises ValueError for weights of another network than `spec`.
+    """
+    own = {n: w for n, w in arrays.items() if not n.startswith(("slots/", checkpoints.AVERAGE))}
+    check_matches(own, params(spec_of_arrays(spec, own)))
+    return fold_proxies(own) if spec.proxy_norm and not spec.folded else own
+
+
+class Measurement:
+    """A validation program, built once for any number of sets of weights. It configures the machine anew.
+
+    - `case`: options and precision.
+    - `spec`: the network.
+    - `data`: its validation images are measured, at `image_size` pixels.
+    - `ipus`: over all processes, each a replica with `batch` images at a time.
+    """
+
+    def __init__(
+        self,
+        graphcore: Graphcore,
+        case: Case,
+        spec: ModelSpec,
+        data: DataSet,
+        image_size: int,
+        ipus: int = 16,
+        batch: int = 8,
+    ):
+        self.graphcore, self.spec, self.data, self.image_size = graphcore, spec, data, image_size
+        index, count = graphcore.instances
+        configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
+        how = dict(shard=(index, count), image_resize=case.image_resize)
+        stream = validation_stream(data, image_size, batch, ipus // count, **how)
+        folded = replace(spec, folded=True) if spec.proxy_norm else spec
+        self.program = ValidationProgram(graphcore, folded, stream, compute_dtype(case))
+
+    def scores(
+        self, arrays: Dict[str, np.ndarray], between: Callable[[], None] = lambda: None
+    ) -> Scores:
+        """Measure weights, by full name, on every validation image; `between` is called between program runs."""
+        batches = self._batches(inference_weights(self.spec, arrays), between)
+        return score(batches, self.spec.num_classes, self.image_size, self.data.root)
+
+    def _batches(self, weights, between):
+        "Logits, labels and masks of all processes, run by run"
+        for part in self.program.run(weights):
+            between()
+            every = gather(self.graphcore, part)
+            yield [np.concatenate(arrays) for arrays in zip(*every)]
+
+    def close(self):
+        """Give back the queue and its images."""
+        self.program.close()
+
+
 def evaluate(
     graphcore: Graphcore,  # The SDK
     case: Case,  # Options and precision
@@ -85,24 +141,13 @@ def evaluate(
 ) -> Dict[str, Scores]:  # By the same names
     """Measure sets of weights on every validation image, on every IPU.
 
-    Proxy statistics are folded first. Raises ValueError for weights of another network.
+    Raises ValueError for weights of another network, before anything is built.
     """
-    index, count = graphcore.instances
-    folded, sets = replace(spec, folded=True) if spec.proxy_norm else spec, {}
-    for name, arrays in weights.items():
-        own = {n: w for n, w in arrays.items() if not n.startswith(("slots/", checkpoints.AVERAGE))}
-        check_matches(own, params(spec_of_arrays(spec, own)))
-        sets[name] = fold_proxies(own) if folded is not spec and not spec.folded else own
-    configure(graphcore, machine_options(case, None if graphcore.popdist else ipus), 1)
-    how = dict(shard=(index, count), image_resize=case.image_resize)
-    stream = validation_stream(data, image_size, batch, ipus // count, **how)
-    program = ValidationProgram(graphcore, folded, stream, compute_dtype(case))
-    found = {}
-    for name, arrays in sets.items():
-        every = (gather(graphcore, part) for part in program.run(arrays))
-        joined = ([np.concatenate(a) for a in zip(*parts)] for parts in every)
-        found[name] = score(joined, spec.num_classes, image_size, data.root)
-    program.close()
+    for arrays in weights.values():
+        inference_weights(spec, arrays)
+    measurement = Measurement(graphcore, case, spec, data, image_size, ipus, batch)
+    found = {name: measurement.scores(arrays) for name, arrays in weights.items()}
+    measurement.close()
     return found
 
 

@@ -1,0 +1,129 @@
+"""Train a case on IPUs, or fine-tune a trained network there: what a user calls."""
+
+from pathlib import Path
+from typing import Optional, Sequence, Union
+
+from effnet_repro.averaging import load_weights
+from effnet_repro.classes import match_classes, match_run
+from effnet_repro.config import Case, case_from_dict, get_case, say_earlier
+from effnet_repro.data import open_data
+from effnet_repro.ipu.layout import (
+    DEVICE_LOOP,
+    finetune_layout,
+    ipus_per_replica,
+    resolve_for_ipus,
+)
+from effnet_repro.ipu.poprun import count_ipus
+from effnet_repro.ipu.runtime import IPURuntime
+from effnet_repro.ipu.sdk import Graphcore
+from effnet_repro.network import drop_statistics
+from effnet_repro.runs import (
+    Options,
+    Run,
+    Task,
+    check_init,
+    execute,
+    finetune_case,
+    finetune_size,
+    settle_case,
+)
+
+
+def train(
+    case: Union[str, Case],  # A published name or a case
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    run_dir=None,  # Where everything is written; None = runs/<name of the case>
+    *,
+    ipus: Optional[int] = None,  # IPUs over all processes; None = poprun's, or 16
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `config.budget_overrides`
+    seed: int = 0,  # Of weights, order, crops, mixing and masks
+    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    init=None,  # Run folder or checkpoint to begin from; None = fresh weights
+    weights: str = "auto",  # Of `init`: "last", "average", "auto" = the average after a long run
+    validation: bool = True,  # Validate at the end; under poprun a process of its own does that
+    keep: int = 2,  # Checkpoints to keep, >= 1
+    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
+    connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
+    **overrides,  # Fields of the case; None means what the case says
+) -> Run:
+    """Train a `case` on IPUs, or go on with it when `run_dir` holds a checkpoint.
+
+    The case keeps its published layout on as many IPUs as there are. Raises ImportError without Graphcore's TensorFlow,
+    and ValueError where case, data or weights do not fit each other.
+    """
+    graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    start = get_case(case) if isinstance(case, str) else case
+    ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
+    resolved = resolve_for_ipus(start, ipus, budget, data_dir is not None, **overrides)
+    run_dir, notes, arrays = Path(run_dir or Path("runs") / start.name), {"kind": "train"}, None
+    resolved = settle_case(run_dir, resolved, DEVICE_LOOP, _named(overrides))
+    if init is not None:
+        arrays, metadata, source = load_weights(init, weights)
+        arrays = drop_statistics(arrays, print)
+        data = match_classes(source, metadata, data)
+        check_init(source, metadata, data, resolved)
+        notes["init"] = str(source)
+    options = _options(graphcore, seed, keep, validation)
+    return _run(graphcore, Task(resolved, data, run_dir, arrays, options, notes), connection)
+
+
+def finetune(
+    init,  # A run folder or a checkpoint to begin from
+    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    run_dir=None,  # None = <run folder of init>/finetune-<image size>
+    *,
+    ipus: Optional[int] = None,  # IPUs over all processes, each a replica
+    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `runs.finetune_size`
+    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
+    protocol: str = "published",  # or "clean"
+    weights: str = "auto",  # "last", "average", "auto" = the average after a long run
+    seed: int = 0,
+    data_format: Optional[str] = None,
+    validation: bool = True,
+    keep: int = 2,
+    on_corrupt: str = "refuse",
+    connection: str = "ALWAYS",
+    micro_batch_size: Optional[int] = None,  # Pictures of an IPU at a time
+    **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
+) -> Run:
+    """Train the last layers of a trained network a little more, on single IPUs: see `finetune_layout`.
+
+    Raises ImportError without Graphcore's TensorFlow, and ValueError where weights and data do not fit each other.
+    """
+    graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
+    arrays, metadata, source = load_weights(init, weights)
+    arrays = drop_statistics(arrays, print)
+    trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
+    say_earlier(source, metadata["case"])
+    data = match_classes(source, metadata, data)
+    check_init(source, metadata, data, trained)
+    size = image_size or finetune_size(trained)
+    case = finetune_case(trained, size, protocol, variable_filter, **overrides)
+    case = finetune_layout(case, ipus, micro_batch_size)
+    folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
+    run_dir = Path(run_dir or folder / f"finetune-{size}")
+    case = settle_case(run_dir, case, DEVICE_LOOP, _named(overrides))
+    notes = {"kind": "finetune", "init": str(source), "protocol": protocol}
+    options = _options(graphcore, seed, keep, validation)
+    return _run(graphcore, Task(case, data, run_dir, arrays, options, notes), connection)
+
+
+def _named(overrides):
+    return [name for name, value in overrides.items() if value is not None]
+
+
+def _options(graphcore, seed, keep, validation):
+    "How a run on IPUs is done: between two epochs the machine is not given to a validation"
+    at_the_end = validation and graphcore.popdist is None
+    return Options(seed, 0 if at_the_end else None, keep)
+
+
+def _run(graphcore, task, connection):
+    "Run a task, or compile its program and stop"
+    runtime = IPURuntime(graphcore, task, connection)
+    if connection != "PRE_COMPILE":
+        return execute(task, runtime)
+    runtime.begin(match_run(task.run_dir, task.data), 0, task.weights)
+    runtime.build().run(0.0)
+    print(f"{task.case.name}: compiled; nothing was run", flush=True)
+    return Run(task.run_dir, task.case, 0, False, None, None, {})

@@ -7,13 +7,14 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from effnet_repro import cli
+from effnet_repro import checkpoint, cli
 from effnet_repro.cli.kit import run_program
 from effnet_repro.cli.options import finish_run
 from effnet_repro.config import case_from_dict, case_to_dict, get_case, load_cases
@@ -203,6 +204,40 @@ def test_the_table_says_why(run):
     ):
         assert rows[field].endswith(ending), rows[field]
     assert re.fullmatch(r"epochs +3 +350 +flag", rows["epochs"])
+
+
+def ran_and_shown(monkeypatch, command):
+    "Replaces what trains; returns a list that gets what was shown and what was given to `train` or `finetune`."
+    import importlib
+
+    seen, module = [], importlib.import_module(f"effnet_repro.cli.{command}")
+    done = types.SimpleNamespace(finished=True, run_dir="there")
+    trains = lambda what, *words, **how: seen.append(what) or done
+    stub = types.SimpleNamespace(train=trains, finetune=trains)
+    monkeypatch.setitem(sys.modules, "effnet_repro.training", stub)
+    monkeypatch.setattr(module, "start_keras", lambda args: None)
+    monkeypatch.setattr(module, "show_plan", seen.append)
+    return seen
+
+
+def test_what_is_shown_is_what_runs(run, monkeypatch, tmp_path):
+    seen = ran_and_shown(monkeypatch, "train")
+    words = ("--budget", "demo", "--epochs", 3, "--batch-size", 8, "--run-dir", tmp_path)
+    assert run("train", CASE, *words)[0] == 0
+    shown, given = seen
+    assert shown.resolved is given and shown.case is given.case and given.run_dir == tmp_path
+    assert (given.case.epochs, given.case.device_loop, given.budget) == (3, 1, "demo")
+
+
+def test_what_is_shown_is_what_is_fine_tuned(run, monkeypatch, tmp_path):
+    metadata = {"case": case_to_dict(get_case(CASE)), "update": 1, "epoch": 1, "num_classes": 10}
+    checkpoint.save(tmp_path / "checkpoints" / "epoch-0001.safetensors", {}, metadata)
+    seen = ran_and_shown(monkeypatch, "finetune")
+    assert run("finetune", tmp_path, "--budget", "case", "--batch-size", 8, "--epochs", 3)[0] == 0
+    shown, given = seen
+    assert shown.resolved is given and shown.case is given.case and given.init == tmp_path
+    assert given.case.image_size == 224 and given.run_dir == tmp_path / "finetune-224"
+    assert (given.case.micro_batch_size, given.case.epochs) == (8, 3)
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,9 @@ from effnet_repro.cli.options import (
     source_arguments,
     start_keras,
 )
-from effnet_repro.cli.resolve import LAYOUT_FIELDS, Plan, batch_fields, show_plan
-from effnet_repro.config import CHOICES, NETWORK_FIELDS, differing_fields
-from effnet_repro.runs import finetune_budget, finetune_case, finetune_size
+from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_plan
+from effnet_repro.config import CHOICES, NETWORK_FIELDS
+from effnet_repro.runs import finetune_budget, resolve_finetuning
 
 
 def _finetune_arguments(parser):
@@ -34,23 +34,19 @@ def _finetune_arguments(parser):
     field_arguments(parser, leave_out=NETWORK_FIELDS)
 
 
-def _plan_finetuning(args, trained):
+def _plan_finetuning(args, source, trained):
     "Work out what a command line will fine-tune"
-    given = given_fields(args)
+    given, data_given = given_fields(args), data_dir_of(args) is not None
     try:
-        budget, batches = finetune_budget(args.budget, data_dir_of(args) is not None)
+        batches = finetune_budget(args.budget, data_given)[1]
         m, g = (batches.get(k) for k in ("micro_batch_size", "global_batch_size"))
-        batches.update(batch_fields(given, m or trained.micro_batch_size, g or 512, 1))
+        layout = batch_fields(given, m or trained.micro_batch_size, g or 512, 1)
         own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
-        size = own.pop("image_size", None) or finetune_size(trained)
-        parts = own.pop("variable_filter", ("Top",))
-        case = finetune_case(trained, size, args.protocol, parts, **{**batches, **own})
+        how = dict(protocol=args.protocol, budget=args.budget, data_given=data_given)
+        resolved = resolve_finetuning(source, args.run_dir, **how, **layout, **own)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    changed = differing_fields(trained, case)
-    reasons = {n: "flag" if n in given else "fine-tuning" for n in changed}
-    overrides = {**batches, **own, "image_size": size, "variable_filter": parts}
-    return Plan(case, trained, overrides, budget, reasons)
+    return plan_of(resolved, lambda n: "flag" if n in given else "fine-tuning")
 
 
 @program(
@@ -71,12 +67,11 @@ def finetune_command(args):
     if runs_on_ipus(args):
         return finetune_on_ipus(args, source, trained)
     start_keras(args)
-    plan = _plan_finetuning(args, trained)
+    plan = _plan_finetuning(args, source, trained)
     show_plan(plan)
     if args.dry_run:
         return 0
     from effnet_repro.training import finetune
 
-    how = {**options, "protocol": args.protocol}
-    run = finetune(source, data_dir_of(args), args.run_dir, **how, **plan.overrides)
+    run = finetune(plan.resolved, data_dir_of(args), **options)
     return finish_run(run, args)

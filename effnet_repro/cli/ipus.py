@@ -148,7 +148,7 @@ def train_on_ipus(args, start, run_dir):
     own, differing = given_fields(args), differing_fields(start, case)
     layout = {n: f"{ipus} IPUs" for n in LAYOUT_FIELDS}
     reasons = {n: "flag" if n in own else layout.get(n, f"budget {budget}") for n in differing}
-    show_plan(Plan(case, start, {}, budget, reasons))
+    show_plan(Plan(case, start, budget, reasons))
     _warn_of_memory(case)
     if args.dry_run:
         return 0
@@ -171,7 +171,7 @@ def finetune_on_ipus(args, source, trained):
     except ValueError as e:
         raise UsageError(str(e)) from None
     reasons = {n: "flag" if n in given else "fine-tuning" for n in differing_fields(trained, case)}
-    show_plan(Plan(case, trained, {}, "", reasons))
+    show_plan(Plan(case, trained, "", reasons))
     if args.dry_run:
         return 0
     from effnet_repro.ipu import finetune

@@ -170,7 +170,6 @@ def run_options(args):
     if args.validate_every < 0 or args.seed < 0:
         raise UsageError("--validate-every and --seed must be at least 0.")
     return {
-        "budget": args.budget,
         "seed": args.seed,
         "precision": precision_of(args),
         "backend": args.backend,

@@ -5,12 +5,21 @@ product, with what is not given taken from the case (or the budget, which has on
 batch of the case or budget is kept, whatever the other two say. Stages change no arithmetic at all.
 """
 
-from typing import Dict, NamedTuple
+from typing import Callable, Dict, NamedTuple, Optional
 
 from effnet_repro.cli.fields import check_given, given_fields, named_case
 from effnet_repro.cli.kit import UsageError, format_table
 from effnet_repro.cli.options import data_dir_of, one_of
-from effnet_repro.config import FIELDS, Case, budget_overrides, case_to_dict, override, resolve
+from effnet_repro.config import (
+    FIELDS,
+    Case,
+    budget_overrides,
+    case_to_dict,
+    differing_fields,
+    override,
+    resolve,
+)
+from effnet_repro.runs import Resolved, resolve_training
 
 LAYOUT_FIELDS = ("micro_batch_size", "global_batch_size", "gradient_accumulation", "num_replicas")
 LAYOUT_FIELDS += ("num_stages", "pipeline_splits")
@@ -47,9 +56,16 @@ class Plan(NamedTuple):
 
     case: Case  # What will run, on one device
     start: Case  # What it was made from
-    overrides: dict  # Fields for `training.train` or `training.finetune`
     budget: str  # Name of the budget
     reasons: Dict[str, str]  # Field that differs -> why
+    resolved: Optional[Resolved] = None  # What `train` or `finetune` is given; None on IPUs
+
+
+def plan_of(resolved: Resolved, reason: Callable[[str], str]) -> Plan:
+    """Return what a command shows of a run: the run's own case, and why each field differs from its start."""
+    reasons = {n: reason(n) for n in differing_fields(resolved.start, resolved.case)}
+    reasons.update({n: "the run's own, or the device's" for n in resolved.settled})
+    return Plan(resolved.case, resolved.start, resolved.budget, reasons, resolved)
 
 
 def _reason(name, given, batches, budget):
@@ -66,27 +82,33 @@ def _reason(name, given, batches, budget):
     return "flag" if name in given else "product of the flags" if name in batches else budget
 
 
-def plan_training(
-    args,  # Parsed flags of effnet-train or effnet-doctor
-) -> Plan:
-    "Work out what a command line will train"
+def named_start(args) -> Case:
+    """Return the case that a command line names; UsageError where it names none, two, or an unknown one."""
     name = one_of(args, "case", CASE=args.case, config=args.config)
     if name is None:
         raise UsageError("Which case? effnet-cases lists them.")
-    start, given = named_case(name, args.config_path), given_fields(args)
+    return named_case(name, args.config_path)
+
+
+def plan_training(
+    args,  # Parsed flags of effnet-train or effnet-doctor
+    run_dir=None,  # Where the run is written; None = runs/<name of the case>
+) -> Plan:
+    "Work out what a command line will train"
+    start, given = named_start(args), given_fields(args)
     data_given = data_dir_of(args) is not None
+    where = dict(data_given=data_given, config_path=args.config_path)
     try:
         budget = budget_overrides(args.budget, data_given, args.config_path)[0]
         base = resolve(start, budget, data_given, args.config_path)[0]
         replicas = start.num_replicas if budget == "case" else 1
         batches = batch_fields(given, base.micro_batch_size, base.global_batch_size, replicas)
         own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
-        case, changed = resolve(start, budget, data_given, args.config_path, **own, **batches)
+        resolved = resolve_training(start, run_dir, args.budget, **where, **own, **batches)
         _check_layout(start, given)
     except ValueError as e:
         raise UsageError(str(e)) from None
-    reasons = {n: _reason(n, given, batches, f"budget {budget}") for n in changed}
-    return Plan(case, start, {**own, **batches}, budget, reasons)
+    return plan_of(resolved, lambda n: _reason(n, given, batches, f"budget {budget}"))
 
 
 def _check_layout(case, given):

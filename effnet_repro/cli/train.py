@@ -14,7 +14,7 @@ from effnet_repro.cli.options import (
     run_options,
     start_keras,
 )
-from effnet_repro.cli.resolve import plan_training, show_plan
+from effnet_repro.cli.resolve import named_start, plan_training, show_plan
 from effnet_repro.config import CHOICES, case_from_dict
 from effnet_repro.scaling import mod32_warning
 
@@ -51,13 +51,14 @@ def _train_arguments(parser):
 )
 def train_command(args):
     "Train a case; the same command again goes on with an interrupted run."
-    plan, options = plan_training(args), run_options(args)
+    start, options = named_start(args), run_options(args)
     run_dir = one_of(args, "run folder", run_dir=args.run_dir, restore_path=args.restore_path)
     if args.print_poprun:
-        case, args.ipus, _ = ipu_case(args, plan.start)
+        case, args.ipus, _ = ipu_case(args, start)
         return print_poprun(args, "train", case)
     if runs_on_ipus(args):
-        return train_on_ipus(args, plan.start, run_dir)
+        return train_on_ipus(args, start, run_dir)
+    plan = plan_training(args, run_dir)
     print(f"{plan.case.name}, budget {plan.budget}")
     show_plan(plan)
     if args.restore_path:
@@ -71,6 +72,5 @@ def train_command(args):
     start_keras(args)
     from effnet_repro.training import train
 
-    how = {**options, "init": args.init_path, "config_path": args.config_path}
-    run = train(plan.start, data_dir_of(args), run_dir, **how, **plan.overrides)
+    run = train(plan.resolved, data_dir_of(args), init=args.init_path, **options)
     return finish_run(run, args)

@@ -1,9 +1,9 @@
 """What a run writes and how it goes on, the same for every runtime: no framework is imported here.
 
 `folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
-files, `metrics` and `scores` what was trained and measured, `environment` where. `resume` says which run may go on,
-`signals` when it stops, `watch` shows it. `task` says what to train, `runtime` what has to be computed for it, and
-`loop` is the one loop over training steps.
+files, `metrics` and `scores` what was trained and measured, `environment` where. `resolved` works out what a run will
+do, `resume` says which run may go on, `signals` when it stops, `watch` shows it. `task` says what to train, `runtime`
+what has to be computed for it, and `loop` is the one loop over training steps.
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
@@ -13,6 +13,7 @@ from effnet_repro.runs.lock import lock_folder, wait_for_folder
 from effnet_repro.runs.loop import execute
 from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
 from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
+from effnet_repro.runs.resolved import Resolved, resolve_finetuning, resolve_training
 from effnet_repro.runs.resume import (
     NETWORK_FIELDS,
     average_until,
@@ -46,6 +47,7 @@ __all__ = [
     "Meter",
     "Options",
     "Recorder",
+    "Resolved",
     "Run",
     "Runtime",
     "Scores",
@@ -76,6 +78,8 @@ __all__ = [
     "refuse_other_case",
     "refuse_other_data",
     "refuse_other_run",
+    "resolve_finetuning",
+    "resolve_training",
     "save_curves",
     "say_scores",
     "score",

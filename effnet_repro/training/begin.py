@@ -1,22 +1,29 @@
 """Train a case, or fine-tune a trained network: what a user calls."""
 
-from pathlib import Path
 from typing import Optional, Sequence, Union
 
 from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
-from effnet_repro.config import Case, case_from_dict, resolve, say_earlier
+from effnet_repro.config import Case
 from effnet_repro.data import open_data
-from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
 from effnet_repro.network import drop_statistics
-from effnet_repro.runs import Options, Run, Task, check_init, execute, settle_case
+from effnet_repro.runs import (
+    Options,
+    Resolved,
+    Run,
+    Task,
+    check_init,
+    execute,
+    resolve_finetuning,
+    resolve_training,
+)
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.device import configure
 from effnet_repro.training.runtime import KerasRuntime
 
 
 def train(
-    case: Union[str, Case],  # A published name or a case
+    case: Union[str, Case, Resolved],  # A published name, a case, or what `resolve_training` gave
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
     *,
@@ -39,39 +46,39 @@ def train(
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     configure(backend)
-    if not isinstance(case, (str, Case)):
-        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
-    resolved, published = resolve(case, budget, data_dir is not None, config_path, **overrides)
-    notes = {
-        "kind": "train",
-        "budget": budget,
-        "published": {k: _listed(v) for k, v in published.items()},
-    }
-    run_dir = Path(run_dir) if run_dir else Path("runs") / resolved.name
-    resolved = settle_case(run_dir, resolved, 1, _named(overrides))
-    arrays = None
+    if isinstance(case, Resolved):
+        _refuse_more(run_dir, overrides)
+        plan = case
+    else:
+        given = data_dir is not None
+        plan = resolve_training(case, run_dir, budget, given, config_path, **overrides)
+    data, arrays, notes = _data(data_dir, data_format, on_corrupt, decoder), None, plan.notes
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
         arrays = drop_statistics(arrays, print)
         data = match_classes(source, metadata, data)
-        check_init(source, metadata, data, resolved)
-        notes["init"] = str(source)
+        check_init(source, metadata, data, plan.case)
+        notes = {**notes, "init": str(source)}
     options = Options(seed, validate_every, keep, progress)
-    task = Task(resolved, data, run_dir, arrays, options, notes)
-    return execute(task, KerasRuntime(resolved, seed, precision))
+    task = Task(plan.case, data, plan.run_dir, arrays, options, notes)
+    return execute(task, KerasRuntime(plan.case, seed, precision))
 
 
-def _named(overrides):
-    return [name for name, value in overrides.items() if value is not None]
+def _refuse_more(run_dir, overrides):
+    "A resolved run knows its folder and its fields"
+    more = [n for n, v in {"run_dir": run_dir, **overrides}.items() if v is not None]
+    if more:
+        raise ValueError(
+            f"A `Resolved` run is complete. Received: {', '.join(more)}. Leave it out."
+        )
 
 
-def _listed(value):
-    return list(value) if isinstance(value, tuple) else value
+def _data(data_dir, data_format, on_corrupt, decoder):
+    return open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
 
 
 def finetune(
-    init,  # A run folder or a checkpoint to begin from
+    init,  # A run folder or a checkpoint to begin from, or what `resolve_finetuning` gave
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
     *,
@@ -93,33 +100,23 @@ def finetune(
 ) -> Run:
     "Train the last layers of a trained network a little more, at another resolution"
     configure(backend)
-    arrays, metadata, source = load_weights(init, weights)
+    if isinstance(init, Resolved):
+        _refuse_more(run_dir, overrides)
+        plan = init
+    else:
+        how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)
+        how.update(budget=budget, data_given=data_dir is not None)
+        plan = resolve_finetuning(init, run_dir, **how, **overrides)
+    arrays, metadata, source = load_weights(plan.init, weights)
     arrays = drop_statistics(arrays, print)
-    trained = case_from_dict(metadata["case"])
-    say_earlier(source, metadata["case"])
-    variable_filter = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
-    image_size = image_size or finetune_size(trained)
-    batches = finetune_budget(budget, data_dir is not None)[1]
-    overrides = {**batches, **{k: v for k, v in overrides.items() if v is not None}}
-    case = finetune_case(trained, image_size, protocol, variable_filter, **overrides)
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
-    warning = mod32_warning(trained.image_size, image_size)
+    case, data = plan.case, _data(data_dir, data_format, on_corrupt, decoder)
+    warning = mod32_warning(plan.start.image_size, case.image_size)
     print(
-        f"fine-tuning {', '.join(variable_filter)} at {image_size} px from {source.name}"
+        f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
     data = match_classes(source, metadata, data)
-    check_init(source, metadata, data, trained)
-    folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-    run_dir = Path(run_dir) if run_dir else folder / f"finetune-{image_size}"
-    case = settle_case(run_dir, case, 1, _named(overrides))
-    notes = {
-        "kind": "finetune",
-        "init": str(source),
-        "protocol": protocol,
-        "trained_at": trained.image_size,
-    }
+    check_init(source, metadata, data, plan.start)
     options = Options(seed, validate_every, keep, progress)
-    return execute(
-        Task(case, data, run_dir, arrays, options, notes), KerasRuntime(case, seed, precision)
-    )
+    task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
+    return execute(task, KerasRuntime(case, seed, precision))

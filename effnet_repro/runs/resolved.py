@@ -1,0 +1,92 @@
+"""What a run will do, worked out once: a command shows it, and `train` or `finetune` does just that."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional, Sequence, Tuple, Union
+
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.config import (
+    Case,
+    budget_overrides,
+    case_from_dict,
+    differing_fields,
+    get_case,
+    resolve,
+    say_earlier,
+)
+from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
+from effnet_repro.runs.resume import settle_case
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """A run before it begins: its case, where it is written, and what the case was made from."""
+
+    case: Case  # What will be trained, on one device
+    start: Case  # A published case or one's own; for a fine-tuning that of the trained weights
+    budget: str  # Name of the budget, never "auto"
+    run_dir: Path  # Where everything is written
+    settled: Tuple[str, ...]  # Fields that the run in this folder, or the runtime, decided
+    notes: dict  # What config.json says of the run beside its case
+    init: Optional[Path] = None  # Of a fine-tuning: the run folder or checkpoint to begin from
+
+
+def _settled(case, run_dir, overrides):
+    "The case with what its own run decides, and the names of these fields. One step at a time off IPUs"
+    named = [name for name, value in overrides.items() if value is not None]
+    whole = settle_case(run_dir, case, 1, named)
+    return whole, tuple(differing_fields(case, whole))
+
+
+def resolve_training(
+    case: Union[str, Case],  # A published name or a case
+    run_dir=None,  # Where everything is written; None = runs/<name of the case>
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `budget_overrides`
+    data_given: bool = False,  # Whether the user pointed at a data set
+    config_path=None,  # File of cases and budgets in the form of config.yml; None = the published
+    **overrides,  # Fields of the case; None means what the case says
+) -> Resolved:
+    """Work out what `train` does with these arguments. ValueError where they contradict each other."""
+    if not isinstance(case, (str, Case)):
+        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
+    start = get_case(case, config_path) if isinstance(case, str) else case
+    name = budget_overrides(budget, data_given, config_path)[0]
+    changed, published = resolve(start, budget, data_given, config_path, **overrides)
+    run_dir = Path(run_dir) if run_dir else Path("runs") / changed.name
+    settled, fields = _settled(changed, run_dir, overrides)
+    plain = lambda value: list(value) if isinstance(value, tuple) else value
+    notes = {"kind": "train", "budget": budget}
+    notes["published"] = {n: plain(value) for n, value in published.items()}
+    return Resolved(settled, start, name, run_dir, fields, notes)
+
+
+def _folder_of(init):
+    "The run folder that a run folder, its `checkpoints` or a file in there belongs to"
+    folder = init if init.is_dir() else init.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
+def resolve_finetuning(
+    init,  # A run folder or a checkpoint to begin from
+    run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
+    *,
+    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `finetune_size`
+    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
+    protocol: str = "published",  # or "clean"
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": the batch sizes of these
+    data_given: bool = False,  # Whether the user pointed at a data set
+    **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
+) -> Resolved:
+    """Work out what `finetune` does with these arguments. ValueError where they contradict each other."""
+    stored = load_metadata(init)["case"]
+    trained = case_from_dict(stored)
+    say_earlier(init, stored)
+    parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
+    size = image_size or finetune_size(trained)
+    name, batches = finetune_budget(budget, data_given)
+    own = {**batches, **{n: value for n, value in overrides.items() if value is not None}}
+    case = finetune_case(trained, size, protocol, parts, **own)
+    run_dir = Path(run_dir) if run_dir else _folder_of(Path(init)) / f"finetune-{size}"
+    case, fields = _settled(case, run_dir, own)
+    notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
+    return Resolved(case, trained, name, run_dir, fields, notes, Path(init))

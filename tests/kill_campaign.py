@@ -304,9 +304,8 @@ def prepare(graph):
     import tensorflow as tf
 
     tf.config.run_functions_eagerly(True)  # starts no threads: a fork is still safe
-    stream.validation_batches = stream.validation_arrays
-    read, budgets = stream.training_batches, config.read_yaml()
-    stream.training_batches = lambda *a, **how: read(*a, reader="numpy", **how)
+    budgets = config.read_yaml()
+    stream._tensors = lambda make, args, how, more=(): make(*args, reader="numpy", **how)
     stream._tf_updates = lambda *a: streamed(tf, *a)
     config.read_yaml = lambda path=None: budgets
 

@@ -10,6 +10,7 @@ from typing import Optional, Sequence
 import numpy as np
 
 from effnet_repro.checkpoint import find_checkpoints, read_metadata
+from effnet_repro.messages import say
 
 
 def has_names(names: Optional[Sequence[str]]) -> bool:
@@ -72,9 +73,8 @@ def match_classes(source, metadata: dict, data):
         ) from None
     if labels is None:
         return data
-    print(
-        f"classes: {data.root} lists them in another order; its labels are mapped to the network's ({_shown(names)})",
-        flush=True,
+    say(
+        f"classes: {data.root} lists them in another order; its labels are mapped to the network's ({_shown(names)})"
     )
     move = lambda split: split._replace(label=labels[split.label].astype(split.label.dtype))
     splits = {name: move(split) for name, split in data.splits.items()}

@@ -16,6 +16,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 from .case_files import read_sections
 from .fields import UNCHANGED, describe, list_some, option, unknown_name
 from .scaling import INPUT_NORMS, NORMS, SIZES, ModelSpec, size_name
+from .messages import say
 
 # %% ../nbs/00_config.ipynb #99f06bac
 _all_ = ["list_some", "unknown_name", "NORMS", "SIZES"]  # part of this module, too
@@ -468,7 +469,7 @@ def say_earlier(
     "Print that note of a `source`, where there is one"
     note = earlier_note(values)
     if note:
-        print(f"{source}: {note}", flush=True)
+        say(f"{source}: {note}")
 
 # %% ../nbs/00_config.ipynb #39dec71c
 def case_from_dict(

@@ -36,6 +36,7 @@ from effnet_repro.network import (
     unpack,
 )
 from .scaling import ModelSpec
+from .messages import say
 
 # %% ../nbs/20_efficientnet.ipynb #0937f425
 def as_spec(
@@ -147,7 +148,7 @@ def load_published(
     set_weights(model, weights)
     note = statistics_note(variables)
     if note:
-        print(note)
+        say(note)
 
 
 def to_published(

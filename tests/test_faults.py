@@ -150,14 +150,16 @@ def test_a_folder_in_use_is_refused_and_free_when_its_run_is_killed(run):
         pass
 
 
-def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch):
+def test_a_file_system_without_locks_is_told(tmp_path, monkeypatch, caplog):
     def refuse(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr("fcntl.flock", refuse)
-    with pytest.warns(UserWarning, match="No lock on .*make sure that no other run"):
-        with lock_folder(tmp_path):
-            pass
+    with lock_folder(tmp_path):
+        pass
+    (told,) = caplog.records
+    assert told.name == "effnet_repro.runs.lock" and told.levelname == "WARNING"
+    assert re.search("No lock on .*make sure that no other run", told.getMessage())
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

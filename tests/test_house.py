@@ -23,7 +23,7 @@ MODULES = tree.modules()
 
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
-    "fields testing proxy_norm",
+    "fields testing proxy_norm messages",
     "scaling",
     "case_files",
     "config",
@@ -129,6 +129,13 @@ def private_names(modules):
                 if other and not node.attr.startswith("__"):
                     wrong.append(f"{module}: {other}.{node.attr}")
     return sorted(set(wrong))
+
+
+def speaking(modules):
+    "Modules of the library that print by themselves; they say or log, and commands print."
+    spoken = re.compile(r"(?m)^(?!\s*#).*?(?<![\w.])print\(")
+    quiet = lambda module: module.startswith("cli") or module == "messages"
+    return sorted(m for m, p in modules.items() if not quiet(m) and spoken.search(p.read_text()))
 
 
 # ---------------------------------------------------------------- sizes
@@ -250,6 +257,7 @@ def pages():
 
 RULES = {
     "private names across modules": lambda: private_names(MODULES),
+    "prints outside commands": lambda: speaking(MODULES),
     "files of more than 500 lines": lambda: long_files(
         [*MODULES.values(), *(ROOT / "tests").rglob("*.py")]
     ),
@@ -314,11 +322,16 @@ def test_rules_for_modules_see_mistakes(tmp_path):
         "b": "class C:\n    def f(self, a, b, c, d, e, f, g, h): pass\n"
         "    def g(self, a, b, c, d, e, f, g, h, *, i): pass",
         "c": "x = 1\n" * 501,
+        "d": "def f():\n    print('x')",
+        "e": "fingerprint('x')\n# print('x')\nname = 'print'",
+        "cli.f": "print('x')",
+        "g": "if x: print('x')",
     }
     modules = {name: tmp_path / f"{name}.py" for name in texts}
     for name, path in modules.items():
         path.write_text(texts[name])
     assert private_names(modules) == ["a: b._also", "a: b._hidden"]
+    assert speaking(modules) == ["d", "g"]
     assert many_parameters(modules) == ["b.C.g"]
     assert many_parameters(modules, {"b.C.g"}) == [] and long_files(modules.values()) == [
         f"{tmp_path.name}/c.py"

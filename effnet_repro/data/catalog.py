@@ -1,6 +1,5 @@
 """What is in a folder: `open_data` lists images, classes and damage as a `DataSet`, which can sum itself up."""
 
-import functools
 import hashlib
 import itertools
 import json
@@ -16,6 +15,7 @@ from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decoders import check_decoder
 from effnet_repro.data.layouts import OPENERS, Split, recognize
 from effnet_repro.data.sample import sample_set
+from effnet_repro.messages import say
 
 
 @dataclass(frozen=True)
@@ -174,7 +174,6 @@ def open_data(
             f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
         )
     kind, root = (data_format, root) if data_format else recognize(root)
-    say = functools.partial(print, flush=True)
     splits, names = OPENERS[kind](root, cache_dir, say)
     num_classes, names = _classes(root, splits, names)
     data = DataSet(
@@ -191,7 +190,7 @@ def open_data(
     )
     data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data
     if verbose:
-        print(data.describe())
+        say(data.describe())
         for place in data.damaged[:5]:
-            print(f"  left out: {place}")
+            say(f"  left out: {place}")
     return data

@@ -16,6 +16,8 @@ from typing import Tuple
 
 import numpy as np
 
+from effnet_repro.messages import say
+
 
 def _jpeg_shape(data):
     "Height, width and channels in the frame header of a JPEG; (0, 0, 0) for anything else"
@@ -108,7 +110,7 @@ def wants_fast_dct(dataset, image_resize: str) -> bool:
         return wanted
     if _has_jpegs(dataset):
         dataset.kept["said accurate"] = True
-        print(
+        say(
             "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, "
             "whose colors differ by 1.07 of 255 on average. The same: "
             + ("--decoder simplejpeg." if has_fast_dct() else "pip install simplejpeg.")

@@ -17,6 +17,7 @@ from effnet_repro.data.rectangles import rectangle_batches
 from effnet_repro.data.request import TrainRequest
 from effnet_repro.data.threads import core_count
 from effnet_repro.data.transforms import validation_window
+from effnet_repro.messages import say
 
 
 class Pixels(NamedTuple):
@@ -57,7 +58,7 @@ def _decode_all(dataset, fast):
     with ThreadPoolExecutor(core_count()) as pool:
         found = lay_out(list(pool.map(image, range(dataset.train_count))))
     size = found.pixels.nbytes / 2**20
-    print(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
+    say(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
     return found
 
 

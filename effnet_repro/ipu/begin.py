@@ -16,6 +16,7 @@ from effnet_repro.ipu.layout import (
 from effnet_repro.ipu.poprun import count_ipus
 from effnet_repro.ipu.runtime import IPURuntime
 from effnet_repro.ipu.sdk import Graphcore
+from effnet_repro.messages import say
 from effnet_repro.network import drop_statistics
 from effnet_repro.runs import (
     Options,
@@ -59,7 +60,7 @@ def train(
     resolved = settle_case(run_dir, resolved, DEVICE_LOOP, _named(overrides))
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
-        arrays = drop_statistics(arrays, print)
+        arrays = drop_statistics(arrays, say)
         data = match_classes(source, metadata, data)
         check_init(source, metadata, data, resolved)
         notes["init"] = str(source)
@@ -92,7 +93,7 @@ def finetune(
     """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
     arrays, metadata, source = load_weights(init, weights)
-    arrays = drop_statistics(arrays, print)
+    arrays = drop_statistics(arrays, say)
     trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
     say_earlier(source, metadata["case"])
     data = match_classes(source, metadata, data)
@@ -125,5 +126,5 @@ def _run(graphcore, task, connection):
         return execute(task, runtime)
     runtime.begin(match_run(task.run_dir, task.data), 0, task.weights)
     runtime.build().run(0.0)
-    print(f"{task.case.name}: compiled; nothing was run", flush=True)
+    say(f"{task.case.name}: compiled; nothing was run")
     return Run(task.run_dir, task.case, 0, False, None, None, {})

@@ -2,9 +2,9 @@
 
 import importlib
 import inspect
+import logging
 import shutil
 import subprocess
-import warnings
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Dict, Tuple
 
@@ -15,6 +15,7 @@ from effnet_repro.norms import EPSILON, check_activation, normalise
 from effnet_repro.ops import TFOps
 from effnet_repro.proxy_norm import half_proxy_statistics, proxy_statistics
 
+LOG = logging.getLogger(__name__)
 _INSTALL = (
     "Install Graphcore's TensorFlow wheel (2.6.3, SDK 2.6 to 3.4, Python 3.8) in the SDK's virtual environment, "
     "source the SDK's enable scripts, then `pip install .` in this project's folder: see the page on a POD16. "
@@ -81,9 +82,8 @@ def choose_device(
         return "keras" if device == "auto" else device
     if has_graphcore():
         return "ipu"
-    warnings.warn(
-        f"There are IPUs here, but they stay unused. Found: {describe_tensorflow()}. {_INSTALL}",
-        stacklevel=2,
+    LOG.warning(
+        "There are IPUs here, but they stay unused. Found: %s. %s", describe_tensorflow(), _INSTALL
     )
     return "keras"
 

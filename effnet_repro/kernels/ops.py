@@ -26,6 +26,7 @@ from effnet_repro.mbconv import (
 from ..norms import check_activation, normalise
 from ..ops import JAXOps
 from ..proxy_norm import proxy_statistics
+from ..messages import say
 
 # %% ../../nbs/18_gpu_ops.ipynb #164a7b8b
 def in_groups(
@@ -128,11 +129,9 @@ def jax_ops():  # `GPUOps` on one GPU of CUDA, else `JAXOps`; EFFNET_KERNELS=0 s
     device = jax.devices()[0].device_kind
     capable = "NVIDIA" in device.upper() and jax.__version_info__ >= (0, 10)
     if not capable:
-        print(f"kernels: plain ones, on {device}", flush=True)
+        say(f"kernels: plain ones, on {device}")
         return plain_ops()
-    print(
-        f"kernels: fused norms and convolutions for {device} (EFFNET_KERNELS=0: plain)", flush=True
-    )
+    say(f"kernels: fused norms and convolutions for {device} (EFFNET_KERNELS=0: plain)")
     return GPUOps()
 
 # %% ../../nbs/18_gpu_ops.ipynb #d65660f5

@@ -3,12 +3,14 @@
 import contextlib
 import datetime
 import errno
+import logging
 import os
 import socket
-import warnings
 from pathlib import Path
 
 from effnet_repro.checkpoint import explain_writing
+
+LOG = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -74,7 +76,5 @@ def _try_lock(file, path):
         if e.errno in (errno.EWOULDBLOCK, errno.EACCES):
             return False
         why = e.strerror
-    warnings.warn(
-        f"No lock on {path} ({why}): make sure that no other run uses the folder.", stacklevel=3
-    )
+    LOG.warning("No lock on %s (%s): make sure that no other run uses the folder.", path, why)
     return True

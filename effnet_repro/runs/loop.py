@@ -13,6 +13,7 @@ import numpy as np
 
 from effnet_repro.checkpoint import AVERAGE
 from effnet_repro.classes import match_run
+from effnet_repro.messages import say
 from effnet_repro.runs.folder import Run
 from effnet_repro.runs.lock import lock_folder
 from effnet_repro.runs.recorder import Recorder
@@ -41,7 +42,7 @@ def execute(task: Task, runtime: Runtime) -> Run:
     if not data.validation_count and task.options.validate_every is not None:
         if first:
             where = f"no validation pictures in {data.root}"
-            print(f"{where}: the accuracy is not measured", flush=True)
+            say(f"{where}: the accuracy is not measured")
         task = replace(task, options=replace(task.options, validate_every=None))
     course = task.course()
     with contextlib.ExitStack() as stack:
@@ -191,7 +192,7 @@ class _Loop:
         recorder.stop(self.runtime.state)
         where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
         with contextlib.suppress(OSError):  # the terminal is gone
-            print(f"stopped after update {recorder.step}{where}", flush=True)
+            say(f"stopped after update {recorder.step}{where}")
 
     def _measure(self, arrays: Optional[Dict[str, np.ndarray]] = None) -> Scores:
         "Measure the runtime's weights, with `arrays` in place of its own; a stop comes between two batches"

@@ -1,9 +1,11 @@
 """The curves of a run: `metrics.csv`, read and drawn."""
 
-import warnings
+import logging
 from pathlib import Path
 
 from effnet_repro.runs.tables import read_rows
+
+LOG = logging.getLogger(__name__)
 
 
 def read_metrics(
@@ -59,5 +61,5 @@ def save_curves(
     try:
         figure.savefig(str(run_dir / "curves.png"), dpi=120)
     except OSError as e:  # no reason to stop
-        warnings.warn(f"No figure: {e}", stacklevel=2)
+        LOG.warning("No figure: %s", e)
     plt.close(figure)

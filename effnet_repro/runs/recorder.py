@@ -17,6 +17,7 @@ import numpy as np
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.averaging import WeightAverage, pack_average, unpack_average
 from effnet_repro.config import Case
+from effnet_repro.messages import say
 from effnet_repro.recipe import learning_rate
 from effnet_repro.runs.resume import average_until
 from effnet_repro.runs.scores import Scores
@@ -213,7 +214,7 @@ class Recorder:
             return None
         path, arrays, metadata, damaged = found
         for message in damaged:
-            print(f"passed over: {message}", flush=True)
+            say(f"passed over: {message}")
         newer = lambda other: checkpoints.read_metadata(other).get("update", 0) > metadata["update"]
         self.passed_over = {p for p in checkpoints.find_checkpoints(self.folder)[0] if newer(p)}
         return path, arrays, metadata
@@ -230,18 +231,15 @@ class Recorder:
             self.meter.restore(metadata["epoch_sums"], self.process)
         if not self.writes:
             return
-        print(f"going on from {path.name}, update {self.step}", flush=True)
+        say(f"going on from {path.name}, update {self.step}")
         self.average = unpack_average(arrays, metadata)
         if self.average is None:
-            print(
-                "its average is beside it, as older versions had it; from the next one on it is inside",
-                flush=True,
+            say(
+                "its average is beside it, as older versions had it; from the next one on it is inside"
             )
             self.average = average_until(self.folder, self.course.case, self.step)
         if inside and not metadata.get("epoch_sums"):
-            print(
-                f"loss and accuracy of this epoch leave out its first {inside} updates", flush=True
-            )
+            say(f"loss and accuracy of this epoch leave out its first {inside} updates")
         self.rows = self._rows_until(metadata)
         self._write_metrics()
         self._copy_average()
@@ -252,7 +250,7 @@ class Recorder:
         there, wrong = read_metrics_rows(self.metrics)
         if "rows" in metadata:
             if wrong:
-                print(f"written anew: {wrong[0]}", flush=True)
+                say(f"written anew: {wrong[0]}")
             return [merged(row, there.get(row["update"])) for row in (*metadata["rows"], *own)]
         return self._rows_of_before(there, wrong)
 

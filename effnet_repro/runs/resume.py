@@ -14,6 +14,7 @@ from effnet_repro.config import (
     earlier_fields,
     say_earlier,
 )
+from effnet_repro.messages import say
 
 
 def average_until(
@@ -32,7 +33,7 @@ def average_until(
         if average.last_update < metadata["update"] and metadata.get("whole_epoch"):
             average.update(checkpoints.load(file, "all/")[0], metadata["update"])
     if average.count < epochs:
-        print(f"the average holds {average.count} of {epochs} epochs: {why}", flush=True)
+        say(f"the average holds {average.count} of {epochs} epochs: {why}")
     return average
 
 

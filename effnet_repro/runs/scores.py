@@ -6,6 +6,7 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
+from effnet_repro.messages import say
 from effnet_repro.runs.lock import wait_for_folder
 from effnet_repro.runs.tables import read_rows, write_rows
 
@@ -99,9 +100,8 @@ def say_scores(
     s: Scores,  # What they scored
 ):
     "Print what weights scored"
-    print(
-        f"validation, {weights} weights: top-1 {s.top1:.2%} of {s.pictures:,} pictures at {s.image_size} px",
-        flush=True,
+    say(
+        f"validation, {weights} weights: top-1 {s.top1:.2%} of {s.pictures:,} pictures at {s.image_size} px"
     )
 
 
@@ -164,7 +164,7 @@ def write_scores(
         rows = [old for old in rows if keep(old)] + ([] if newer else [row])
         write_rows(path, rows)
     for there in newer:
-        print(f"{path.name}: the row of update {there} stays; this was {update}", flush=True)
+        say(f"{path.name}: the row of update {there} stays; this was {update}")
     return not newer
 
 

@@ -5,6 +5,8 @@ import signal
 import sys
 import threading
 
+from effnet_repro.messages import say
+
 
 class Stopped(Exception):
     "Raised between two steps, or two batches of a validation, when somebody asked to stop"
@@ -37,7 +39,7 @@ class StopSignals:
             text = (
                 "stopping after this update (again: at once); run the same command again to go on"
             )
-            print(text, file=sys.stderr, flush=True)
+            say(text, sys.stderr)
 
     def __exit__(self, *error):
         for number, handler in self.old.items():

@@ -3,6 +3,7 @@
 import contextlib
 from pathlib import Path
 
+from effnet_repro.messages import say
 from effnet_repro.runs.metrics import save_curves
 from effnet_repro.runs.recorder import Recorder, describe_epoch
 
@@ -67,4 +68,4 @@ def show_epoch(recorder: Recorder, row: dict, events: Events):
     """Write a row's events, draw the figure anew, and print the row."""
     events.write(row)
     save_curves(recorder.run_dir)
-    print(describe_epoch(row, recorder.course, recorder.newest), flush=True)
+    say(describe_epoch(row, recorder.course, recorder.newest))

@@ -6,6 +6,7 @@ from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import Case
 from effnet_repro.data import open_data
+from effnet_repro.messages import say
 from effnet_repro.network import drop_statistics
 from effnet_repro.runs import (
     Options,
@@ -55,7 +56,7 @@ def train(
     data, arrays, notes = _data(data_dir, data_format, on_corrupt, decoder), None, plan.notes
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
-        arrays = drop_statistics(arrays, print)
+        arrays = drop_statistics(arrays, say)
         data = match_classes(source, metadata, data)
         check_init(source, metadata, data, plan.case)
         notes = {**notes, "init": str(source)}
@@ -108,10 +109,10 @@ def finetune(
         how.update(budget=budget, data_given=data_dir is not None)
         plan = resolve_finetuning(init, run_dir, **how, **overrides)
     arrays, metadata, source = load_weights(plan.init, weights)
-    arrays = drop_statistics(arrays, print)
+    arrays = drop_statistics(arrays, say)
     case, data = plan.case, _data(data_dir, data_format, on_corrupt, decoder)
     warning = mod32_warning(plan.start.image_size, case.image_size)
-    print(
+    say(
         f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )

@@ -10,6 +10,7 @@ import keras
 
 from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
 from effnet_repro.data.decoders import is_installed
+from effnet_repro.messages import say
 from effnet_repro.training.device import has_jax_gpu
 
 
@@ -29,7 +30,7 @@ def _works(decoder):
         return is_installed(decoder)
     why = gpu_decode.problem()
     if why is not None:
-        print(f"data: nvImageCodec is installed, but does not work here ({why})", flush=True)
+        say(f"data: nvImageCodec is installed, but does not work here ({why})")
     return why is None
 
 
@@ -44,16 +45,15 @@ def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
             decoder_here(replace(data, decoder=stored))
             data = replace(data, decoder=stored)
     chosen = decoder_here(data)
-    print(f"data: images are decoded by {chosen}", flush=True)
+    say(f"data: images are decoded by {chosen}")
     if stored not in (None, chosen):
-        print(
+        say(
             f"data: the run began with images decoded by {stored}, whose pixels differ a little: it goes on, "
-            "but not bit for bit",
-            flush=True,
+            "but not bit for bit"
         )
     if has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data):
         found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
-        print(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
+        say(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
     return replace(data, decoder=chosen)
 
 

@@ -10,6 +10,7 @@ from effnet_repro.cli.doctor import doctor_command
 from effnet_repro.cli.finetune import finetune_command
 from effnet_repro.cli.kit import COMMANDS, EXIT_STATUSES, Command, UsageError, main
 from effnet_repro.cli.options import BACKENDS
+from effnet_repro.cli.pack import pack_command
 from effnet_repro.cli.plan import plan_command
 from effnet_repro.cli.predict import predict_command
 from effnet_repro.cli.resolve import Plan, plan_training
@@ -28,6 +29,7 @@ __all__ = [
     "doctor_command",
     "finetune_command",
     "main",
+    "pack_command",
     "plan_command",
     "plan_training",
     "predict_command",

@@ -24,8 +24,8 @@ BACKENDS = ("tensorflow", "jax")
 _PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
 
-def data_arguments(parser):
-    "Flags that name the data."
+def data_arguments(parser, decodes=True):
+    "Flags that name the data, and with `decodes` what makes pixels of it."
     parser.add_argument(
         "--data-dir",
         metavar="DIR",
@@ -35,9 +35,9 @@ def data_arguments(parser):
     )
     parser.add_argument(
         "--data-format",
-        type=choice("data format", ("tfrecord", "folder", "cifar")),
+        type=choice("data format", ("tfrecord", "folder", "cifar", "raw")),
         metavar="FORMAT",
-        help="tfrecord, folder or cifar; default: as the files look",
+        help="tfrecord, folder, cifar or raw; default: as the files look",
     )
     parser.add_argument(
         "--on-corrupt",
@@ -46,6 +46,11 @@ def data_arguments(parser):
         help="what to do about damaged pictures: stop at the first one, or decode all before the "
         "run and leave them out; default: refuse",
     )
+    if decodes:
+        _decoder_argument(parser)
+
+
+def _decoder_argument(parser):
     parser.add_argument(
         "--decoder",
         type=choice("decoder", DECODERS),

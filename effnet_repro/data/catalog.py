@@ -22,7 +22,7 @@ from effnet_repro.messages import say
 class DataSet:
     "Where the pictures of a data set lie, and what they show"
 
-    format: str  # "tfrecord", "folder" or "cifar"
+    format: str  # "tfrecord", "folder", "cifar", or "raw" of a packed set
     root: str  # Folder
     num_classes: int  # Width of the classifier
     class_names: Tuple[str, ...]  # By label from 0; the number where there is no name
@@ -100,6 +100,8 @@ def _sum_up(dataset, name):
     for numbers in (split.file, split.offset, split.length, split.label, split.box_begin):
         digest.update(np.ascontiguousarray(numbers, np.int64).tobytes())
     digest.update(np.ascontiguousarray(split.boxes, np.float64).tobytes())
+    if len(split.original):  # crops are drawn on them
+        digest.update(np.ascontiguousarray(split.original, np.int64).tobytes())
     for piece in _pieces(split):
         digest.update(piece)
     return digest.hexdigest()[:16]
@@ -152,7 +154,7 @@ def _classes(root, splits, names):
 
 def open_data(
     data_dir=None,  # Folder of the data set; None = the built-in sample set
-    data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
+    data_format: Optional[str] = None,  # "tfrecord", "folder", "cifar", "raw"; None = see the files
     cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
     *,
     on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out

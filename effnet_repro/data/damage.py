@@ -68,7 +68,9 @@ def _without(places, gone):
     stays = np.setdiff1d(np.arange(len(places.label)), gone)
     boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in stays]
     columns = (getattr(places, key)[stays] for key in ("file", "offset", "length", "label"))
-    return make_split(places.files, *columns, boxes)
+    sizes = {key: getattr(places, key) for key in ("original", "stored")}
+    sizes = {key: size[stays] for key, size in sizes.items() if len(size)}
+    return make_split(places.files, *columns, boxes, **sizes)
 
 
 def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):

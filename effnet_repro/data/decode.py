@@ -12,7 +12,7 @@ import os
 import re
 import struct
 from importlib.util import find_spec
-from typing import Tuple
+from typing import Any, Tuple
 
 import numpy as np
 
@@ -119,7 +119,12 @@ def wants_fast_dct(dataset, image_resize: str) -> bool:
 
 
 def decode_for(dataset, data: bytes, image_resize: str) -> np.ndarray:
-    """Return the pixels of an image file as the decoder of a `DataSet` and the way of resizing ask for them."""
+    """Return the pixels of an image file as the decoder of a `DataSet` and the way of resizing ask for them.
+
+    What is an array of pixels already, stays so.
+    """
+    if isinstance(data, np.ndarray):
+        return data
     return decode_image(data, image_resize == "published", dataset.decoder != "pillow")
 
 
@@ -149,9 +154,10 @@ def _read(path, at, length):
         os.close(file)
 
 
-def read_encoded(dataset, split: str, i: int) -> Tuple[bytes, Tuple[int, int]]:
+def read_encoded(dataset, split: str, i: int, raw: bool = False) -> Tuple[Any, Tuple[int, int]]:
     """Return image `i` of a split of a `DataSet` as JPEG or BMP, and its height and width in pixels.
 
+    With `raw`, an image of a set of raw pixels is an array (H, W, 3) uint8 instead.
     Raises `ValueError` with the place of an image that is cut off or cannot be decoded; only headers of JPEGs are
     looked at.
     """
@@ -161,6 +167,10 @@ def read_encoded(dataset, split: str, i: int) -> Tuple[bytes, Tuple[int, int]]:
     with located(dataset, split, i):
         if len(data) < places.length[i]:
             raise ValueError(f"Truncated file: {len(data)} of {places.length[i]} bytes are there.")
+        if dataset.format == "raw":
+            height, width = map(int, places.stored[i])
+            pixels = np.frombuffer(data, np.uint8).reshape(height, width, 3)
+            return (pixels if raw else encode_bmp(pixels)), (height, width)
         if dataset.format == "cifar":
             planes = np.frombuffer(data, np.uint8).reshape(3, 32, 32)
             return encode_bmp(planes.transpose(1, 2, 0)), (32, 32)

@@ -12,7 +12,7 @@ from typing import Any, Iterator, NamedTuple, Sequence, Tuple
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
+from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
 from effnet_repro.data.rectangles import rectangle_batches
 from effnet_repro.data.request import TrainRequest
 from effnet_repro.data.threads import core_count
@@ -51,9 +51,9 @@ def lay_out(images: Sequence[np.ndarray]) -> Pixels:
 
 def _decode_all(dataset, fast):
     def image(number):
-        encoded, _ = read_encoded(dataset, "train", number)
+        encoded, _ = read_encoded(dataset, "train", number, raw=True)
         with located(dataset, "train", number):
-            return decode_image(encoded, fast)
+            return decode_for(dataset, encoded, "published" if fast else "modern")
 
     with ThreadPoolExecutor(core_count()) as pool:
         found = lay_out(list(pool.map(image, range(dataset.train_count))))

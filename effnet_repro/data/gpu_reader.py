@@ -51,8 +51,8 @@ def _read(dataset, split, numbers):
     "JPEGs as bytes, anything else as pixels; and the sizes (n, 2)"
     found, sizes = [], []
     for number in numbers:
-        data, size = read_encoded(dataset, split, number)
-        if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0:
+        data, size = read_encoded(dataset, split, number, raw=True)
+        if isinstance(data, bytes) and (data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0):
             with located(dataset, split, number):
                 data = decode_image(data)
         found.append(data)

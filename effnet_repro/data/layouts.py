@@ -30,15 +30,24 @@ class Split(NamedTuple):
     label: np.ndarray  # Class from 0, int32
     boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
     box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
+    # Height and width, (n, 2), of what was made smaller when the set was packed, and of raw pixels; else empty.
+    original: np.ndarray = np.zeros((0, 2), np.int32)
+    stored: np.ndarray = np.zeros((0, 2), np.int32)
 
 
-def make_split(paths, file, offset, length, label, boxes=()) -> Split:
-    """Return a `Split` of these columns, an entry for each image; `boxes` are arrays (m, 4), or none at all."""
+def make_split(paths, file, offset, length, label, boxes=(), **sizes) -> Split:
+    """Return a `Split` of these columns, an entry for each image.
+
+    `boxes` are arrays (m, 4), or none at all; `sizes` are `original` and `stored`, where there are such.
+    """
     numbers = [np.asarray(values, np.int64) for values in (file, offset, length)]
     counts = [len(found) for found in boxes] if len(boxes) else np.zeros(len(label), int)
     flat = np.concatenate([np.zeros((0, 4)), *(found for found in boxes if len(found))])
     begin = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
-    return Split(tuple(map(str, paths)), *numbers, np.asarray(label, np.int32), flat, begin)
+    sizes = {name: np.asarray(size, np.int32) for name, size in sizes.items()}
+    return Split(
+        tuple(map(str, paths)), *numbers, np.asarray(label, np.int32), flat, begin, **sizes
+    )
 
 
 _TOOLS = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "recycler", "thumbnails"}
@@ -64,7 +73,7 @@ _SIDES = ("ymin", "xmin", "ymax", "xmax")
 
 
 def _record_facts(record):
-    "Place of the picture in a record, the labels, the class name and the boxes (m, 4)"
+    "Place of the picture in a record, the labels, the class name, the boxes (m, 4) and the original size, if given"
     places = dict(feature_places(record))
     encoded = places.pop("image/encoded")
     facts = {key: read_feature(record, *place) for key, place in places.items()}
@@ -72,7 +81,9 @@ def _record_facts(record):
     ((_, _, place),) = message_fields(record, *values)  # with one entry
     boxes = np.stack([facts.get(f"image/object/bbox/{side}", ()) for side in _SIDES], 1)
     name = (facts.get("image/class/text") or [b""])[0].decode("utf-8", "replace")
-    return place, facts["image/class/label"].tolist(), name, np.clip(boxes, 0, 1)
+    sides = (facts.get(f"image/original/{side}", ()) for side in ("height", "width"))
+    original = [int(value) for side in sides for value in side]
+    return place, facts["image/class/label"].tolist(), name, np.clip(boxes, 0, 1), original
 
 
 def _list_tfrecord(path):
@@ -104,11 +115,13 @@ def _list_tfrecord(path):
 def _list_tfrecords(paths):
     lists = [_list_tfrecord(path) for path in paths]
     facts = [fact for found in lists for fact in found]
-    offset, length, label, name, boxes = zip(*facts) if facts else [()] * 5
+    offset, length, label, name, boxes, original = zip(*facts) if facts else [()] * 6
     file = np.repeat(np.arange(len(paths)), [len(found) for found in lists])
     names = {number - 1: text for number, text in zip(label, name) if text}
     label = np.minimum(np.array(label, int) - 1, np.iinfo(np.int32).max)
-    return make_split(paths, file, offset, length, label, boxes), names
+    known = original if len(original) and all(len(one) == 2 for one in original) else ()
+    sizes = dict(original=np.reshape(known, (-1, 2)))
+    return make_split(paths, file, offset, length, label, boxes, **sizes), names
 
 
 def _cached_list(paths, cache_dir, say):
@@ -228,7 +241,50 @@ def _open_cifar(root, cache_dir, say):
     return splits, dict(enumerate(map(str, names)))
 
 
-OPENERS = {"tfrecord": _open_tfrecords, "folder": _open_folder, "cifar": _open_cifar}
+# A row for each image of a packed set of raw pixels; then one for each box, whose `boxes` is -1.
+INDEX = np.dtype(
+    [
+        ("offset", "<i8"),  # Byte of the file of pixels at which the image begins
+        ("size", "<i4", 2),  # Height and width
+        ("original", "<i4", 2),  # The same of what was packed
+        ("label", "<i4"),  # Class from 0
+        ("crc", "<u4"),  # CRC-32 of the pixels, as zlib computes it
+        ("boxes", "<i4"),  # How many boxes the image has
+        ("box", "<f8", 4),  # Top, left, bottom, right in [0, 1]
+    ]
+)
+
+
+def _list_raw(root, split):
+    paths = sorted(root.glob(f"index-{split}-*.npy"))
+    rows, boxes = [np.zeros(0, INDEX)], []
+    for path in paths:
+        found = np.load(path)
+        if found.dtype != INDEX:
+            raise ValueError(f"{path} is no index of a packed set. Pack again with effnet-pack.")
+        images, flat = found[found["boxes"] >= 0], found["box"][found["boxes"] < 0]
+        boxes += np.split(flat, np.cumsum(images["boxes"])[:-1])
+        rows.append(images)
+    file = np.repeat(np.arange(len(paths)), [len(one) for one in rows[1:]])
+    rows, pixels = (
+        np.concatenate(rows),
+        [root / p.name.replace("index", "pixels", 1) for p in paths],
+    )
+    sizes = dict(original=rows["original"], stored=rows["size"])
+    length = 3 * rows["size"].prod(1)
+    return make_split(pixels, file, rows["offset"], length, rows["label"], boxes, **sizes)
+
+
+def _open_raw(root, cache_dir, say):
+    return {split: _list_raw(root, split) for split in ("train", "validation")}, {}
+
+
+OPENERS = {
+    "tfrecord": _open_tfrecords,
+    "folder": _open_folder,
+    "cifar": _open_cifar,
+    "raw": _open_raw,
+}
 
 
 def recognize(root: Path) -> Tuple[str, Path]:
@@ -240,6 +296,8 @@ def recognize(root: Path) -> Tuple[str, Path]:
         patterns = ("data_batch_*.bin", "test_batch.bin", "train.bin", "test.bin")
         if any(any(inner.glob(pattern)) for pattern in patterns):
             return "cifar", inner
+    if any(root.glob("index-*-of-*.npy")):
+        return "raw", root
     if _record_files(root, "train") or _record_files(root, "validation"):
         return "tfrecord", root
     if any((root / name).is_dir() for name in ("train", "validation", "val")):

@@ -29,7 +29,7 @@ class TrainingJob:
 
     def __call__(self, numbers: np.ndarray, places: np.ndarray):
         """Return images (n, S, S, 3) uint8 and labels (n,) int32."""
-        some = self.request.read_images(numbers, places)
+        some = self.request.read_images(numbers, places, raw=True)
         return np.stack([self._square(*one) for one in zip(*some[:4])]), some.labels
 
     def _square(self, number, data, crop, flip):
@@ -59,7 +59,7 @@ class ValidationJob:
     def _square(self, number):
         if number < 0:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        encoded, _ = read_encoded(self.dataset, self.split, number)
+        encoded, _ = read_encoded(self.dataset, self.split, number, raw=True)
         with located(self.dataset, self.split, number):
             pixels = decode_for(self.dataset, encoded, self.image_resize)
         return validation_image(pixels, self.image_size, self.image_resize)

@@ -38,7 +38,7 @@ class RectanglesJob:
 
     def __call__(self, numbers: np.ndarray, places: np.ndarray):
         """Return all pixels (P, 3), and the sizes, flips and labels of the images."""
-        some, cut = self.request.read_images(numbers, places), []
+        some, cut = self.request.read_images(numbers, places, raw=True), []
         for number, data, (top, left, height, width) in zip(some.numbers, some.data, some.crops):
             with located(self.request.dataset, "train", number):
                 pixels = decode_for(self.request.dataset, data, self.request.image_resize)

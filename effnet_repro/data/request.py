@@ -67,6 +67,14 @@ def announce(split: layouts.Split, numbers: np.ndarray) -> None:
                 os.posix_fadvise(*where, os.POSIX_FADV_WILLNEED)
 
 
+def scale_crops(crops: np.ndarray, drawn_on: np.ndarray, sizes: np.ndarray) -> np.ndarray:
+    """Return the crops (n, 4) that were drawn on images of one size, on the same images of other `sizes`, (n, 2)."""
+    scale = np.asarray(sizes) / np.asarray(drawn_on)
+    begin, end = (np.rint(edge * scale) for edge in (crops[:, :2], crops[:, :2] + crops[:, 2:]))
+    begin = np.minimum(begin, np.asarray(sizes) - 1)
+    return np.concatenate([begin, np.maximum(end - begin, 1)], 1).astype(np.int32)
+
+
 class Encoded(NamedTuple):
     """Some images of a batch as they are read, with what is to be done to them."""
 
@@ -90,11 +98,17 @@ class TrainRequest:
     first_update: int = 0
 
     def draw(self, numbers: np.ndarray, places: np.ndarray, sizes: np.ndarray):
-        """Return crops, flips and labels of some images; `sizes` are their heights and widths, (n, 2) pixels."""
+        """Return crops, flips and labels of some images; `sizes` are their heights and widths, (n, 2) pixels.
+
+        Crops of images that were made smaller are drawn on the originals.
+        """
         split, seed = self.dataset.splits["train"], self.order.seed
         boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in numbers]
         chance = dict(area_min=self.area_min, aspects=ASPECTS[self.image_resize])
-        crops = draw_crops(sizes, boxes, seed, places, **chance)
+        drawn_on = split.original[numbers] if len(split.original) else sizes
+        crops = draw_crops(drawn_on, boxes, seed, places, **chance)
+        if len(split.original):
+            crops = scale_crops(crops, drawn_on, sizes)
         return crops, draw_flips(seed, places), split.label[numbers]
 
     def take(self, update: int, begin: int, end: int):
@@ -110,9 +124,9 @@ class TrainRequest:
         """Read images `begin` to `end` of this process's part of an update. Damaged ones raise `ValueError`."""
         return self.read_images(*self.take(update, begin, end))
 
-    def read_images(self, numbers: np.ndarray, places: np.ndarray) -> Encoded:
-        """Read the images of these numbers, which have these places in the run."""
-        data, sizes = zip(*(read_encoded(self.dataset, "train", i) for i in numbers))
+    def read_images(self, numbers: np.ndarray, places: np.ndarray, raw: bool = False) -> Encoded:
+        """Read the images of these numbers, which have these places in the run; `raw` as in `read_encoded`."""
+        data, sizes = zip(*(read_encoded(self.dataset, "train", i, raw) for i in numbers))
         return Encoded(numbers, data, *self.draw(numbers, places, np.array(sizes)))
 
 

@@ -1,8 +1,8 @@
 """What a packed set weighs and feeds: original photographs packed in several ways, and read again by one core.
 
 Sizes for ImageNet are projected: bytes an image of this sample, times ImageNet's 1,281,167 training images. Rates are
-images a second of one core, by its processor time, so that other programs do not count: reading, decoding and cutting out
-the training crop, which is what cores do for a GPU that resizes. Sixteen cores are projected from one.
+images a second of one core, by its processor time, so that other programs do not count: reading, decoding and cutting
+out the training crop, which is what cores do for a GPU that resizes. Sixteen cores are projected from one.
 
     python tests/bench_packed.py --images FOLDER [--results results]
 """
@@ -55,7 +55,7 @@ def measure(data, form, short_side, rounds):
         "kb_per_image": round(each / 1000, 1),
         "imagenet_gib_projected": round(each * IMAGENET / 2**30, 1),
         "images_per_s_one_core": round(rate),
-        "images_per_s_16_cores_projected": round(16 * rate, -2),
+        "images_per_s_16_cores_projected": int(round(16 * rate, -2)),
     }
 
 

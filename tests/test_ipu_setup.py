@@ -10,8 +10,8 @@ pytest.importorskip("tensorflow")
 
 import ipu_standin  # noqa: E402
 
-from effnet_repro import ipu  # noqa: E402
-from effnet_repro.config import get_case  # noqa: E402
+from effnet_repro import checkpoint, ipu  # noqa: E402
+from effnet_repro.config import case_to_dict, get_case  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 NAME = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -63,6 +63,64 @@ def test_refused_cases():
     odd = replace(get_case(NAME), available_memory_proportion=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="one value, or two a stage"):
         ipu.pipeline_options(odd, ipu.plan_stages(odd, ModelSpec.from_case(odd)))
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    "What commands show, and then give to `ipu.train` and `ipu.finetune`, which do nothing"
+    from effnet_repro.cli import ipus
+
+    found = []
+    monkeypatch.setattr(ipus, "show_plan", found.append)
+    for name in ("train", "finetune"):
+        monkeypatch.setattr(ipu, name, lambda what, *args, **how: found.append(what))
+    return found
+
+
+def on_ipus(*words):
+    from effnet_repro import cli
+
+    return cli.main([*map(str, words), "--device", "ipu", "--compile-only"])
+
+
+def test_what_is_shown_is_what_runs(seen, tmp_path):
+    "Also the device loop, which neither the case nor a flag names"
+    words = ("--budget", "case", "--ipus", 4, "--epochs", 3, "--run-dir", tmp_path)
+    train = ipu.begin.train
+    with ipu_standin.install():
+        assert on_ipus("train", NAME, *words) == 0
+        shown, given = seen
+        with pytest.raises(ValueError, match="is complete. Received: image_size"):
+            train(given, image_size=64)
+    assert shown.resolved is given and shown.case is given.case and given.run_dir == tmp_path
+    assert (given.case.epochs, given.case.num_replicas, given.case.device_loop) == (3, 2, 104)
+    assert {"device_loop", "epochs", "num_replicas"} <= set(shown.reasons)
+
+
+def test_what_is_shown_is_what_is_fine_tuned(seen, tmp_path):
+    metadata = {"case": case_to_dict(get_case(NAME)), "update": 1, "epoch": 1, "num_classes": 10}
+    checkpoint.save(tmp_path / "checkpoints" / "epoch-0001.safetensors", {}, metadata)
+    with ipu_standin.install():
+        assert on_ipus("finetune", tmp_path, "--ipus", 8, "--epochs", 3) == 0
+    shown, given = seen
+    assert shown.resolved is given and shown.case is given.case and given.init == tmp_path
+    assert given.case.image_size == 224 and given.run_dir == tmp_path / "finetune-224"
+    assert (given.case.num_replicas, given.case.global_batch_size, given.case.epochs) == (8, 512, 3)
+
+
+def test_under_poprun_its_ipus_are_shown(seen, tmp_path):
+    def instance(index):
+        if index == 0:
+            return on_ipus("train", NAME, "--budget", "case", "--run-dir", tmp_path)
+
+    def other(index):
+        return ipu.begin.train(given)
+
+    assert ipu_standin.poprun(instance, 2, 2, ipus_per_replica=2)[0] == 0
+    shown, given = seen
+    assert shown.case is given.case and given.case.num_replicas == 2
+    with pytest.raises(ValueError, match="laid out for 4 IPUs. Received: 8 from poprun"):
+        ipu_standin.poprun(other, 2, 4, ipus_per_replica=2)
 
 
 def test_poprun_lines_of_all_cases():

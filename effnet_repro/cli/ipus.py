@@ -5,16 +5,19 @@ import shlex
 from effnet_repro.cli.fields import given_fields
 from effnet_repro.cli.kit import UsageError, choice, whole_number
 from effnet_repro.cli.options import data_dir_of, finish_run
-from effnet_repro.cli.resolve import LAYOUT_FIELDS, Plan, batch_fields, show_plan
-from effnet_repro.config import CHOICES, budget_overrides, differing_fields
+from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_plan
+from effnet_repro.config import CHOICES
 from effnet_repro.ipu import (
+    Graphcore,
     choose_device,
-    finetune_layout,
+    count_ipus,
     ipus_per_replica,
     poprun_command,
+    resolve_finetuning,
     resolve_for_ipus,
+    resolve_training,
 )
-from effnet_repro.runs import finetune_case, finetune_size
+from effnet_repro.runs import finetune_size
 from effnet_repro.scaling import ModelSpec
 
 
@@ -106,7 +109,7 @@ def print_poprun(args, command, case, source=None):
 def _ipu_options(args):
     "What `ipu.train` and `ipu.finetune` take beside fields"
     connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
-    names = ("ipus", "seed", "data_format", "on_corrupt", "weights", "keep")
+    names = ("seed", "data_format", "on_corrupt", "weights", "keep")
     how = {name: getattr(args, name) for name in names}
     return {**how, "validation": not args.no_validation, "connection": connection}
 
@@ -144,18 +147,19 @@ def ipu_case(args, start):
 def train_on_ipus(args, start, run_dir):
     "effnet-train with Graphcore's runtime"
     case, ipus, given = ipu_case(args, start)
-    budget = budget_overrides(args.budget, data_dir_of(args) is not None)[0]
-    own, differing = given_fields(args), differing_fields(start, case)
-    layout = {n: f"{ipus} IPUs" for n in LAYOUT_FIELDS}
-    reasons = {n: "flag" if n in own else layout.get(n, f"budget {budget}") for n in differing}
-    show_plan(Plan(case, start, budget, reasons))
-    _warn_of_memory(case)
+    if not args.dry_run:
+        ipus = count_ipus(Graphcore(), ipus_per_replica(case.num_stages), ipus)
+    data_dir = data_dir_of(args)
+    resolved = resolve_training(start, run_dir, ipus, args.budget, data_dir is not None, **given)
+    own, layout = given_fields(args), {n: f"{ipus} IPUs" for n in LAYOUT_FIELDS}
+    reason = lambda n: "flag" if n in own else layout.get(n, f"budget {resolved.budget}")
+    show_plan(plan_of(resolved, reason))
+    _warn_of_memory(resolved.case)
     if args.dry_run:
         return 0
     from effnet_repro.ipu import train
 
-    how = {**_ipu_options(args), "budget": args.budget, "init": args.init_path, "ipus": ipus}
-    run = train(start, data_dir_of(args), run_dir, **how, **given)
+    run = train(resolved, data_dir, init=args.init_path, **_ipu_options(args))
     return 0 if args.compile_only else finish_run(run, args)
 
 
@@ -165,18 +169,20 @@ def finetune_on_ipus(args, source, trained):
     parts = given.pop("variable_filter", ("Top",))
     size = given.pop("image_size", None) or finetune_size(trained)
     micro = given.pop("micro_batch_size", None)
+    ipus = args.ipus or 16
+    if not args.dry_run:
+        ipus = count_ipus(Graphcore(), 1, args.ipus)
+    how = dict(image_size=size, variable_filter=parts, protocol=args.protocol)
     try:
-        case = finetune_case(trained, size, args.protocol, parts, **given)
-        case = finetune_layout(case, args.ipus or 16, micro)
+        resolved = resolve_finetuning(
+            source, args.run_dir, ipus, micro_batch_size=micro, **how, **given
+        )
     except ValueError as e:
         raise UsageError(str(e)) from None
-    reasons = {n: "flag" if n in given else "fine-tuning" for n in differing_fields(trained, case)}
-    show_plan(Plan(case, trained, "", reasons))
+    show_plan(plan_of(resolved, lambda n: "flag" if n in given else "fine-tuning"))
     if args.dry_run:
         return 0
     from effnet_repro.ipu import finetune
 
-    how = {**_ipu_options(args), "variable_filter": parts, "protocol": args.protocol}
-    how.update(image_size=size, micro_batch_size=micro)
-    run = finetune(source, data_dir_of(args), args.run_dir, **how, **given)
+    run = finetune(resolved, data_dir_of(args), **_ipu_options(args))
     return 0 if args.compile_only else finish_run(run, args)

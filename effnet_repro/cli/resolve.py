@@ -58,7 +58,7 @@ class Plan(NamedTuple):
     start: Case  # What it was made from
     budget: str  # Name of the budget
     reasons: Dict[str, str]  # Field that differs -> why
-    resolved: Optional[Resolved] = None  # What `train` or `finetune` is given; None on IPUs
+    resolved: Optional[Resolved] = None  # What `train` or `finetune` is given
 
 
 def plan_of(resolved: Resolved, reason: Callable[[str], str]) -> Plan:

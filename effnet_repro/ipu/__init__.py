@@ -2,7 +2,8 @@
 
 `stages` and `program` tell how a case becomes a pipelined training program. `layout` places a case on a machine, `feed`
 makes what the host sends, `sdk` is the only place that calls Graphcore's software. `begin` and `validation` are what
-a user calls, `runtime` is what `runs.loop` drives, `poprun` what several processes share.
+a user calls, `resolved` is worked out before, `runtime` is what `runs.loop` drives, `poprun` what several processes
+share.
 """
 
 from effnet_repro.ipu.begin import finetune, train
@@ -37,6 +38,7 @@ from effnet_repro.ipu.program import (
     set_state,
     step_variable,
 )
+from effnet_repro.ipu.resolved import resolve_finetuning, resolve_training
 from effnet_repro.ipu.runtime import IPURuntime
 from effnet_repro.ipu.sdk import (
     Graphcore,
@@ -107,7 +109,9 @@ __all__ = [
     "plot_pod",
     "poprun_command",
     "read_report",
+    "resolve_finetuning",
     "resolve_for_ipus",
+    "resolve_training",
     "set_state",
     "step_variable",
     "train",

@@ -1,37 +1,23 @@
 """Train a case on IPUs, or fine-tune a trained network there: what a user calls."""
 
-from pathlib import Path
 from typing import Optional, Sequence, Union
 
 from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes, match_run
-from effnet_repro.config import Case, case_from_dict, get_case, say_earlier
+from effnet_repro.config import Case, get_case
 from effnet_repro.data import open_data
-from effnet_repro.ipu.layout import (
-    DEVICE_LOOP,
-    finetune_layout,
-    ipus_per_replica,
-    resolve_for_ipus,
-)
+from effnet_repro.ipu.layout import ipus_per_replica
 from effnet_repro.ipu.poprun import count_ipus
+from effnet_repro.ipu.resolved import resolve_finetuning, resolve_training
 from effnet_repro.ipu.runtime import IPURuntime
 from effnet_repro.ipu.sdk import Graphcore
 from effnet_repro.messages import say
 from effnet_repro.network import drop_statistics
-from effnet_repro.runs import (
-    Options,
-    Run,
-    Task,
-    check_init,
-    execute,
-    finetune_case,
-    finetune_size,
-    settle_case,
-)
+from effnet_repro.runs import Options, Resolved, Run, Task, check_init, execute, refuse_more
 
 
 def train(
-    case: Union[str, Case],  # A published name or a case
+    case: Union[str, Case, Resolved],  # A published name, a case, or what `resolve_training` gave
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
     *,
@@ -53,23 +39,27 @@ def train(
     and ValueError where case, data or weights do not fit each other.
     """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
-    start = get_case(case) if isinstance(case, str) else case
-    ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
-    resolved = resolve_for_ipus(start, ipus, budget, data_dir is not None, **overrides)
-    run_dir, notes, arrays = Path(run_dir or Path("runs") / start.name), {"kind": "train"}, None
-    resolved = settle_case(run_dir, resolved, DEVICE_LOOP, _named(overrides))
+    if isinstance(case, Resolved):
+        refuse_more(run_dir, overrides)
+        plan = _checked(graphcore, case)
+    else:
+        start = get_case(case) if isinstance(case, str) else case
+        ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
+        given = data_dir is not None
+        plan = resolve_training(start, run_dir, ipus, budget, given, **overrides)
+    notes, arrays = plan.notes, None
     if init is not None:
         arrays, metadata, source = load_weights(init, weights)
         arrays = drop_statistics(arrays, say)
         data = match_classes(source, metadata, data)
-        check_init(source, metadata, data, resolved)
-        notes["init"] = str(source)
+        check_init(source, metadata, data, plan.case)
+        notes = {**notes, "init": str(source)}
     options = _options(graphcore, seed, keep, validation)
-    return _run(graphcore, Task(resolved, data, run_dir, arrays, options, notes), connection)
+    return _run(graphcore, Task(plan.case, data, plan.run_dir, arrays, options, notes), connection)
 
 
 def finetune(
-    init,  # A run folder or a checkpoint to begin from
+    init,  # A run folder or a checkpoint to begin from, or what `resolve_finetuning` gave
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # None = <run folder of init>/finetune-<image size>
     *,
@@ -92,25 +82,32 @@ def finetune(
     Raises ImportError without Graphcore's TensorFlow, and ValueError where weights and data do not fit each other.
     """
     graphcore, data = Graphcore(), open_data(data_dir, data_format, on_corrupt=on_corrupt)
-    arrays, metadata, source = load_weights(init, weights)
+    if isinstance(init, Resolved):
+        refuse_more(run_dir, overrides)
+        plan = _checked(graphcore, init)
+    else:
+        how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)
+        how.update(micro_batch_size=micro_batch_size, **overrides)
+        plan = resolve_finetuning(init, run_dir, count_ipus(graphcore, 1, ipus), **how)
+    arrays, metadata, source = load_weights(plan.init, weights)
     arrays = drop_statistics(arrays, say)
-    trained, ipus = case_from_dict(metadata["case"]), count_ipus(graphcore, 1, ipus)
-    say_earlier(source, metadata["case"])
     data = match_classes(source, metadata, data)
-    check_init(source, metadata, data, trained)
-    size = image_size or finetune_size(trained)
-    case = finetune_case(trained, size, protocol, variable_filter, **overrides)
-    case = finetune_layout(case, ipus, micro_batch_size)
-    folder = source.parent.parent if source.parent.name == "checkpoints" else source.parent
-    run_dir = Path(run_dir or folder / f"finetune-{size}")
-    case = settle_case(run_dir, case, DEVICE_LOOP, _named(overrides))
-    notes = {"kind": "finetune", "init": str(source), "protocol": protocol}
+    check_init(source, metadata, data, plan.start)
     options = _options(graphcore, seed, keep, validation)
-    return _run(graphcore, Task(case, data, run_dir, arrays, options, notes), connection)
+    notes = {**plan.notes, "init": str(source)}
+    return _run(graphcore, Task(plan.case, data, plan.run_dir, arrays, options, notes), connection)
 
 
-def _named(overrides):
-    return [name for name, value in overrides.items() if value is not None]
+def _checked(graphcore, plan):
+    "A resolved run, if it was laid out for the IPUs that poprun gives"
+    each = ipus_per_replica(plan.case.num_stages)
+    laid_out = plan.case.num_replicas * each
+    there = count_ipus(graphcore, each, laid_out)
+    if there != laid_out:
+        raise ValueError(
+            f"The run was laid out for {laid_out} IPUs. Received: {there} from poprun. Use --ipus {there}."
+        )
+    return plan
 
 
 def _options(graphcore, seed, keep, validation):

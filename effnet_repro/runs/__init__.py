@@ -13,7 +13,13 @@ from effnet_repro.runs.lock import lock_folder, wait_for_folder
 from effnet_repro.runs.loop import execute
 from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
 from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
-from effnet_repro.runs.resolved import Resolved, resolve_finetuning, resolve_training
+from effnet_repro.runs.resolved import (
+    Resolved,
+    folder_of,
+    refuse_more,
+    resolve_finetuning,
+    resolve_training,
+)
 from effnet_repro.runs.resume import (
     NETWORK_FIELDS,
     average_until,
@@ -65,6 +71,7 @@ __all__ = [
     "finetune_budget",
     "finetune_case",
     "finetune_size",
+    "folder_of",
     "git",
     "list_fields",
     "lock_folder",
@@ -75,6 +82,7 @@ __all__ = [
     "read_case",
     "read_metrics",
     "read_rows",
+    "refuse_more",
     "refuse_other_case",
     "refuse_other_data",
     "refuse_other_run",

@@ -60,8 +60,17 @@ def resolve_training(
     return Resolved(settled, start, name, run_dir, fields, notes)
 
 
-def _folder_of(init):
-    "The run folder that a run folder, its `checkpoints` or a file in there belongs to"
+def refuse_more(run_dir, overrides: dict):
+    """Refuse what would change a resolved run, which knows its folder and its fields. Raises ValueError."""
+    more = [n for n, v in {"run_dir": run_dir, **overrides}.items() if v is not None]
+    if more:
+        raise ValueError(
+            f"A `Resolved` run is complete. Received: {', '.join(more)}. Leave it out."
+        )
+
+
+def folder_of(init: Path) -> Path:
+    """Return the run folder that a run folder, its `checkpoints` or a file in there belongs to."""
     folder = init if init.is_dir() else init.parent
     return folder.parent if folder.name == "checkpoints" else folder
 
@@ -86,7 +95,7 @@ def resolve_finetuning(
     name, batches = finetune_budget(budget, data_given)
     own = {**batches, **{n: value for n, value in overrides.items() if value is not None}}
     case = finetune_case(trained, size, protocol, parts, **own)
-    run_dir = Path(run_dir) if run_dir else _folder_of(Path(init)) / f"finetune-{size}"
+    run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
     case, fields = _settled(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     return Resolved(case, trained, name, run_dir, fields, notes, Path(init))

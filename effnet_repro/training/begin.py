@@ -15,6 +15,7 @@ from effnet_repro.runs import (
     Task,
     check_init,
     execute,
+    refuse_more,
     resolve_finetuning,
     resolve_training,
 )
@@ -48,7 +49,7 @@ def train(
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     configure(backend)
     if isinstance(case, Resolved):
-        _refuse_more(run_dir, overrides)
+        refuse_more(run_dir, overrides)
         plan = case
     else:
         given = data_dir is not None
@@ -63,15 +64,6 @@ def train(
     options = Options(seed, validate_every, keep, progress)
     task = Task(plan.case, data, plan.run_dir, arrays, options, notes)
     return execute(task, KerasRuntime(plan.case, seed, precision))
-
-
-def _refuse_more(run_dir, overrides):
-    "A resolved run knows its folder and its fields"
-    more = [n for n, v in {"run_dir": run_dir, **overrides}.items() if v is not None]
-    if more:
-        raise ValueError(
-            f"A `Resolved` run is complete. Received: {', '.join(more)}. Leave it out."
-        )
 
 
 def _data(data_dir, data_format, on_corrupt, decoder):
@@ -102,7 +94,7 @@ def finetune(
     "Train the last layers of a trained network a little more, at another resolution"
     configure(backend)
     if isinstance(init, Resolved):
-        _refuse_more(run_dir, overrides)
+        refuse_more(run_dir, overrides)
         plan = init
     else:
         how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)

@@ -1,0 +1,70 @@
+"""What a run on IPUs will do, worked out once: a command shows it, and `ipu.train` or `ipu.finetune` does just that."""
+
+from pathlib import Path
+from typing import Optional, Sequence, Union
+
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.config import (
+    Case,
+    budget_overrides,
+    case_from_dict,
+    differing_fields,
+    get_case,
+    say_earlier,
+)
+from effnet_repro.finetuning import finetune_case, finetune_size
+from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ipus
+from effnet_repro.runs import Resolved, folder_of, settle_case
+
+
+def _settled(case, run_dir, overrides):
+    "The case with what its own run decides, and the names of these fields. A device loop on IPUs"
+    named = [name for name, value in overrides.items() if value is not None]
+    whole = settle_case(run_dir, case, DEVICE_LOOP, named)
+    return whole, tuple(differing_fields(case, whole))
+
+
+def resolve_training(
+    case: Union[str, Case],  # A published name or a case
+    run_dir=None,  # Where everything is written; None = runs/<name of the case>
+    ipus: int = 16,  # IPUs over all processes
+    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `budget_overrides`
+    data_given: bool = False,  # Whether the user pointed at a data set
+    **overrides,  # Fields of the case; None means what the case says
+) -> Resolved:
+    """Work out what `ipu.train` does with these arguments. ValueError where they contradict each other."""
+    if not isinstance(case, (str, Case)):
+        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
+    start = get_case(case) if isinstance(case, str) else case
+    name = budget_overrides(budget, data_given)[0]
+    whole = resolve_for_ipus(start, ipus, budget, data_given, **overrides)
+    run_dir = Path(run_dir) if run_dir else Path("runs") / start.name
+    settled, fields = _settled(whole, run_dir, overrides)
+    return Resolved(settled, start, name, run_dir, fields, {"kind": "train"})
+
+
+def resolve_finetuning(
+    init,  # A run folder or a checkpoint to begin from
+    run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
+    ipus: int = 16,  # IPUs over all processes, each a replica
+    *,
+    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `finetune_size`
+    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
+    protocol: str = "published",  # or "clean"
+    micro_batch_size: Optional[int] = None,  # Images of an IPU at a time; None = the most that fits
+    **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
+) -> Resolved:
+    """Work out what `ipu.finetune` does with these arguments. ValueError where they contradict each other."""
+    stored = load_metadata(init)["case"]
+    trained = case_from_dict(stored)
+    say_earlier(init, stored)
+    parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
+    size = image_size or finetune_size(trained)
+    own = {n: value for n, value in overrides.items() if value is not None}
+    case = finetune_layout(
+        finetune_case(trained, size, protocol, parts, **own), ipus, micro_batch_size
+    )
+    run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
+    settled, fields = _settled(case, run_dir, own)
+    notes = {"kind": "finetune", "protocol": protocol}
+    return Resolved(settled, trained, "case", run_dir, fields, notes, Path(init))

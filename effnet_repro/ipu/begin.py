@@ -2,8 +2,7 @@
 
 from typing import Optional, Sequence, Union
 
-from effnet_repro.averaging import load_weights
-from effnet_repro.classes import match_classes, match_run
+from effnet_repro.classes import match_run
 from effnet_repro.config import Case, get_case
 from effnet_repro.data import open_data
 from effnet_repro.ipu.layout import ipus_per_replica
@@ -12,8 +11,7 @@ from effnet_repro.ipu.resolved import resolve_finetuning, resolve_training
 from effnet_repro.ipu.runtime import IPURuntime
 from effnet_repro.ipu.sdk import Graphcore
 from effnet_repro.messages import say
-from effnet_repro.network import drop_statistics
-from effnet_repro.runs import Options, Resolved, Run, Task, check_init, execute, refuse_more
+from effnet_repro.runs import Options, Resolved, Run, Task, begin_from, execute, refuse_more
 
 
 def train(
@@ -49,10 +47,7 @@ def train(
         plan = resolve_training(start, run_dir, ipus, budget, given, **overrides)
     notes, arrays = plan.notes, None
     if init is not None:
-        arrays, metadata, source = load_weights(init, weights)
-        arrays = drop_statistics(arrays, say)
-        data = match_classes(source, metadata, data)
-        check_init(source, metadata, data, plan.case)
+        arrays, data, source, _ = begin_from(init, weights, data, plan.case)
         notes = {**notes, "init": str(source)}
     options = _options(graphcore, seed, keep, validation)
     return _run(graphcore, Task(plan.case, data, plan.run_dir, arrays, options, notes), connection)
@@ -89,10 +84,7 @@ def finetune(
         how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)
         how.update(micro_batch_size=micro_batch_size, **overrides)
         plan = resolve_finetuning(init, run_dir, count_ipus(graphcore, 1, ipus), **how)
-    arrays, metadata, source = load_weights(plan.init, weights)
-    arrays = drop_statistics(arrays, say)
-    data = match_classes(source, metadata, data)
-    check_init(source, metadata, data, plan.start)
+    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start)
     options = _options(graphcore, seed, keep, validation)
     notes = {**plan.notes, "init": str(source)}
     return _run(graphcore, Task(plan.case, data, plan.run_dir, arrays, options, notes), connection)

@@ -2,8 +2,8 @@
 
 `folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
 files, `metrics` and `scores` what was trained and measured, `environment` where. `resolved` works out what a run will
-do, `resume` says which run may go on, `signals` when it stops, `watch` shows it. `task` says what to train, `runtime`
-what has to be computed for it, and `loop` is the one loop over training steps.
+do, `start` which weights it begins from, `resume` which run may go on; `signals` says when it stops, `watch` shows it.
+`task` says what to train, `runtime` what has to be computed for it, and `loop` is the one loop over training steps.
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
@@ -43,6 +43,7 @@ from effnet_repro.runs.scores import (
     write_scores,
 )
 from effnet_repro.runs.signals import Stopped, StopSignals
+from effnet_repro.runs.start import Start, begin_from
 from effnet_repro.runs.tables import append_rows, read_rows, write_json, write_rows
 from effnet_repro.runs.task import Options, Task
 
@@ -57,11 +58,13 @@ __all__ = [
     "Run",
     "Runtime",
     "Scores",
+    "Start",
     "StopSignals",
     "Stopped",
     "Task",
     "append_rows",
     "average_until",
+    "begin_from",
     "check_init",
     "data_notes",
     "describe_epoch",

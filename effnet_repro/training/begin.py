@@ -2,18 +2,15 @@
 
 from typing import Optional, Sequence, Union
 
-from effnet_repro.averaging import load_weights
-from effnet_repro.classes import match_classes
 from effnet_repro.config import Case
 from effnet_repro.data import open_data
 from effnet_repro.messages import say
-from effnet_repro.network import drop_statistics
 from effnet_repro.runs import (
     Options,
     Resolved,
     Run,
     Task,
-    check_init,
+    begin_from,
     execute,
     refuse_more,
     resolve_finetuning,
@@ -56,10 +53,7 @@ def train(
         plan = resolve_training(case, run_dir, budget, given, config_path, **overrides)
     data, arrays, notes = _data(data_dir, data_format, on_corrupt, decoder), None, plan.notes
     if init is not None:
-        arrays, metadata, source = load_weights(init, weights)
-        arrays = drop_statistics(arrays, say)
-        data = match_classes(source, metadata, data)
-        check_init(source, metadata, data, plan.case)
+        arrays, data, source, _ = begin_from(init, weights, data, plan.case)
         notes = {**notes, "init": str(source)}
     options = Options(seed, validate_every, keep, progress)
     task = Task(plan.case, data, plan.run_dir, arrays, options, notes)
@@ -100,16 +94,13 @@ def finetune(
         how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)
         how.update(budget=budget, data_given=data_dir is not None)
         plan = resolve_finetuning(init, run_dir, **how, **overrides)
-    arrays, metadata, source = load_weights(plan.init, weights)
-    arrays = drop_statistics(arrays, say)
     case, data = plan.case, _data(data_dir, data_format, on_corrupt, decoder)
+    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start)
     warning = mod32_warning(plan.start.image_size, case.image_size)
     say(
         f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
-    data = match_classes(source, metadata, data)
-    check_init(source, metadata, data, plan.start)
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
     return execute(task, KerasRuntime(case, seed, precision))

@@ -123,6 +123,19 @@ def test_auto_leaves_out_what_does_not_work(sample, monkeypatch, capsys):
     decoding._works.cache_clear()
 
 
+def test_a_run_of_before_keeps_what_read_it(sample, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.json").write_text('{"seed": 0}')
+    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
+    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    monkeypatch.setattr(decoding, "_works", lambda name: True)
+    for there, kept in ((ALL, "tensorflow"), (ALL - {"tensorflow"}, "simplejpeg")):
+        monkeypatch.setattr(decoding, "is_installed", there.__contains__)
+        assert decoding.settle_decoder(sample, tmp_path).decoder == kept
+        assert decoding.settle_decoder(sample, tmp_path / "new").decoder == "nvimagecodec"
+    assert "bit for bit" not in capsys.readouterr().out
+
+
 def test_the_gpu_waits_and_it_is_said(sample, monkeypatch, capsys):
     monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
     monkeypatch.setattr(decoding, "fits_device", lambda data: False)

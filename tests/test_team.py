@@ -10,7 +10,7 @@ from pictures import encode, picture, record, write
 from team_job import Numbers
 
 from effnet_repro import data as d
-from effnet_repro.data import numpy_reader, team
+from effnet_repro.data import decode, numpy_reader, rectangles, request, team
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="processes are started on POSIX only")
 
@@ -36,12 +36,12 @@ def test_pieces_are_done_by_processes(monkeypatch):
     out = np.zeros((50, 8), TABLE.dtype)
     with team.Team(job, room=64, count=2) as crew:
         pieces = [np.arange(8 * i, 8 * i + 8) for i in range(50)]
-        done = [crew.submit((piece,), row) for piece, row in zip(pieces, out)]
-        who = {one.result() for one in done}
+        done = [crew.submit((piece,), team.into(row)) for piece, row in zip(pieces, out)]
+        who = {one.result()[1] for one in done}
         np.testing.assert_array_equal(out, 2 * np.array(pieces))
         with pytest.raises(ValueError, match="no number -3"):
-            crew.submit((np.array([-3]),), out[0, :1]).result()
-        assert crew.submit((pieces[0],), out[1]).result() in who  # it goes on after an error
+            crew.submit((np.array([-3]),), np.copy).result()
+        assert crew.submit((pieces[0],), np.copy).result()[1] in who  # it goes on after an error
     assert os.getpid() not in who and 1 <= len(who) <= 2
     for one in who:
         with pytest.raises(ProcessLookupError):
@@ -50,11 +50,18 @@ def test_pieces_are_done_by_processes(monkeypatch):
 
 def test_a_process_that_is_killed_is_told(monkeypatch):
     path_to_tests(monkeypatch)
-    out = np.zeros(8, TABLE.dtype)
     with team.Team(Numbers(TABLE), room=64, count=1) as crew:
-        os.kill(crew.submit((np.arange(8),), out).result(), signal.SIGKILL)
+        os.kill(crew.submit((np.arange(8),), np.copy).result()[1], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="ended with status -9.*memory"):
-            crew.submit((np.arange(8),), out).result()
+            crew.submit((np.arange(8),), np.copy).result()
+
+
+def test_images_without_room_come_another_way(monkeypatch):
+    path_to_tests(monkeypatch)
+    with team.Team(Numbers(TABLE), room=8, count=1) as crew:
+        for n in (1, 500):
+            found, _ = crew.submit((np.arange(n),), np.copy).result()
+            np.testing.assert_array_equal(found, 2 * np.arange(n))
 
 
 def test_a_job_travels_with_its_arrays_beside_it():
@@ -86,6 +93,27 @@ def test_processes_validate_the_same(sample, processes, monkeypatch):
     for ours, theirs in zip(made, threads):
         for a, b in zip(ours, theirs):
             np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("way", ["processes", "threads"])
+def test_rectangles_are_those_of_the_crops(sample, processes, monkeypatch, way):
+    """Each batch is larger or smaller than the one before: pieces that come late find no room."""
+    monkeypatch.setattr(rectangles, "pays_processes", lambda images: way == "processes")
+    monkeypatch.setattr(rectangles, "PIECE", 3)
+    order = request.batch_order(sample, 20, 3, (0, 1))
+    asked = request.TrainRequest(sample, order, 24, first_update=58)
+    for update, batch in zip(range(58, 64), rectangles.rectangle_batches(asked)):
+        some = asked.read(update, 0, 20)
+        np.testing.assert_array_equal(batch.sizes, some.crops[:, 2:])
+        np.testing.assert_array_equal(batch.flips, some.flips)
+        np.testing.assert_array_equal(batch.labels, some.labels)
+        places = sorted((b, b + size.prod()) for b, size in zip(batch.begin, batch.sizes))
+        assert [a for a, _ in places[1:]] == [b for _, b in places[:-1]]  # side by side
+        for data, crop, at in zip(some.data, some.crops, batch.begin):
+            top, left, height, width = crop
+            whole = decode.decode_image(data, fast=True)[top : top + height, left : left + width]
+            theirs = batch.pixels[at : at + height * width].reshape(height, width, 3)
+            np.testing.assert_array_equal(whole, theirs)
 
 
 def test_a_damaged_image_is_named_by_processes(tmp_path, processes):

@@ -67,7 +67,7 @@ def pack_command(args):
         raise UsageError(str(error)) from None
     data = open_data(data_dir_of(args), args.data_format, on_corrupt=args.on_corrupt)
     begin = time.perf_counter()
-    done = pack(data, args.target, how, args.workers, lambda line: print(line, flush=True))
+    done = pack(data, args.target, how, args.workers)
     seconds = time.perf_counter() - begin
     images, found = (sum(facts[key] for facts in done.values()) for key in ("images", "found"))
     size = sum(facts["bytes"] for facts in done.values())

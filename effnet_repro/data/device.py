@@ -213,7 +213,5 @@ def _streamed(request, fast):
     "Yield the batches of images that are decoded for each update; of an image only the rectangle is sent"
     import jax.numpy as jnp
 
-    for pixels, sizes, flips, labels in rectangle_batches(request):
-        ends = np.cumsum(sizes.prod(1))
-        begin = (ends - sizes.prod(1)).astype(np.int32)
+    for pixels, begin, sizes, flips, labels in rectangle_batches(request):
         yield _Batch(jnp.asarray(pixels), begin, sizes, whole_images(sizes), flips, labels)

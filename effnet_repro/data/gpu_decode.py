@@ -93,8 +93,10 @@ class Image(NamedTuple):
 
 
 def _checked(result):
-    "What a call of CUDA returned after its status. Raises `RuntimeError` unless that is 0"
+    "What a call of CUDA returned after its status. Raises `RuntimeError` or `MemoryError` unless that is 0"
     status, *rest = result
+    if "OUT_OF_MEMORY" in str(status):
+        raise MemoryError("The GPU is out of memory while it decodes images: use a smaller batch.")
     if int(status):
         raise RuntimeError(f"CUDA failed: {status!r}.")
     return rest[0] if len(rest) == 1 else rest

@@ -14,7 +14,7 @@ from effnet_repro.config import unknown_name
 from effnet_repro.data.catalog import DataSet, one_split
 from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
 from effnet_repro.data.request import TrainRequest, ValidationRequest, check_resize
-from effnet_repro.data.team import Team, pays_processes
+from effnet_repro.data.team import Team, into, pays_processes
 from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import train_image, validation_image
 
@@ -79,11 +79,11 @@ def _batches(job, numbers, pieces, image_size, count):
             parts = pieces(number)
             ends = np.cumsum([len(part[0]) for part in parts])
             images = np.empty((ends[-1], image_size, image_size, 3), np.uint8)
-            done = [team.submit(p, images[e - len(p[0]) : e]) for p, e in zip(parts, ends)]
+            done = [team.submit(p, into(images[e - len(p[0]) : e])) for p, e in zip(parts, ends)]
             return images, done
 
         for images, done in made_ahead(begin, numbers):
-            yield images, [one.result() for one in done]
+            yield images, [one.result()[1] for one in done]
 
 
 def training_stream(request: TrainRequest) -> Iterator[Tuple[np.ndarray, np.ndarray]]:

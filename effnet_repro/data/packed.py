@@ -26,6 +26,7 @@ from effnet_repro.data.order import epoch_order
 from effnet_repro.data.team import Team
 from effnet_repro.data.tfrecord import make_example, scan_tfrecord, write_tfrecords
 from effnet_repro.data.threads import core_count
+from effnet_repro.messages import say
 
 FORMS = ("jpeg", "raw")
 IN_A_PART = 1250  # Images; ImageNet's training set comes in 1,024 parts of as many
@@ -237,7 +238,7 @@ def pack(
     folder,
     how: Packing = Packing(),
     workers: Optional[int] = None,
-    say: Callable[[str], None] = print,
+    say: Callable[[str], None] = say,
 ) -> Dict[str, Dict[str, int]]:
     """Write a data set into `folder`, or go on where that was interrupted.
 
@@ -255,7 +256,7 @@ def pack(
     with Team(job, 1 if count > 1 and os.name == "posix" else None, count) as team:
         for split in dataset.splits:
             parts, facts = job.parts(split), {"images": 0, "bytes": 0, "found": 0}
-            begun = [team.submit((split, part)) for part in range(parts)]
+            begun = [team.submit((split, part), len) for part in range(parts)]
             for i, one in enumerate(begun):
                 for key, value in one.result()[1].items():
                     facts[key] += value

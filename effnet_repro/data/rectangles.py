@@ -5,6 +5,7 @@ the pixels of a batch in one piece and resizes all of them there.
 """
 
 import itertools
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Iterator, NamedTuple
@@ -22,9 +23,10 @@ _ROOM = 2**24  # Bytes of a piece, mostly; only what is used takes memory
 
 
 class Rectangles(NamedTuple):
-    """The pixels of a batch, one image after the other."""
+    """The pixels of a batch, in the order in which its pieces were done."""
 
     pixels: np.ndarray  # (P, 3) uint8, P a number of few values, so that few programs are compiled
+    begin: np.ndarray  # First pixel of each image, (B,) int32
     sizes: np.ndarray  # Height and width of each, (B, 2)
     flips: np.ndarray  # (B,) bool
     labels: np.ndarray  # (B,) int32
@@ -50,14 +52,49 @@ class RectanglesJob:
         return flat, (sizes, some.flips, some.labels)
 
 
-def _assembled(pieces):
-    "The batch that pieces make, filled up to one of eight sizes between two powers of two"
-    flat, rest = zip(*(one.result() for one in pieces))
-    count = sum(map(len, flat))
-    step = 2 ** max(count.bit_length() - 3, 0)
-    pixels = np.empty((-(-count // step) * step, 3), np.uint8)
-    np.concatenate(flat, out=pixels[:count])
-    return Rectangles(pixels, *map(np.concatenate, zip(*rest)))
+def _rounded(count):
+    "One of eight numbers between two powers of two, at least `count`"
+    step = 2 ** max(int(count).bit_length() - 3, 0)
+    return -(-int(count) // step) * step
+
+
+class _Flat:
+    "The pixels of a batch as its pieces come, one behind the other: each is copied once"
+
+    def __init__(self, room):
+        self.pixels, self.used, self.late = np.empty((room, 3), np.uint8), 0, []
+        self._lock = threading.Lock()
+
+    def place(self, pixels):
+        "Copy the pixels of a piece to the next free place, and return it"
+        with self._lock:
+            at, end = self.used, self.used + len(pixels)
+            self.used = end
+        if end > len(self.pixels):
+            self.late.append((at, pixels.copy()))
+        else:
+            self.pixels[at:end] = pixels
+        return at
+
+    def finish(self):
+        "All pixels, filled up so that few programs are compiled"
+        count = _rounded(self.used)
+        if self.late:
+            there, self.pixels = self.pixels, np.empty((count, 3), np.uint8)
+            end = min(at for at, _ in self.late)
+            self.pixels[:end] = there[:end]
+            for at, pixels in self.late:
+                self.pixels[at : at + len(pixels)] = pixels
+        return self.pixels[:count]
+
+
+def _assembled(flat, pieces):
+    "The batch that pieces make"
+    at, rest = zip(*(one.result() for one in pieces))
+    sizes, flips, labels = map(np.concatenate, zip(*rest))
+    counts = [size.prod(1) for size, _, _ in rest]
+    begin = np.concatenate([a + np.cumsum(n) - n for a, n in zip(at, counts)])
+    return Rectangles(flat.finish(), begin.astype(np.int32), sizes, flips, labels)
 
 
 def rectangle_batches(request: TrainRequest) -> Iterator[Rectangles]:
@@ -66,11 +103,16 @@ def rectangle_batches(request: TrainRequest) -> Iterator[Rectangles]:
     job = RectanglesJob(replace(request, dataset=one_split(request.dataset, "train")))
     room = _ROOM if pays_processes(request.dataset.train_count) else None
     begins = range(0, local, PIECE)
+    most = 0  # pixels of a batch, so far
     with Team(job, room) as team, ThreadPoolExecutor(1) as assembler:
 
         def begin(update):
+            flat = _Flat(_rounded(1.1 * most))
             taken = (request.take(update, at, min(at + PIECE, local)) for at in begins)
-            return assembler.submit(_assembled, [team.submit(piece) for piece in taken])
+            pieces = [team.submit(piece, flat.place) for piece in taken]
+            return assembler.submit(_assembled, flat, pieces)
 
         for batch in made_ahead(begin, itertools.count(request.first_update)):
-            yield batch.result()
+            done = batch.result()
+            most = max(most, int(done.sizes.prod(1).sum()))
+            yield done

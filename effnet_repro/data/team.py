@@ -33,6 +33,15 @@ _ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _START = "import sys; sys.path[:] = {!r}; from effnet_repro.data.team import serve; serve()"
 
 
+def into(array: np.ndarray) -> Callable[[np.ndarray], None]:
+    """Return what writes the images of a piece into `array`: for `Team.submit`."""
+
+    def write(images):
+        array[...] = images
+
+    return write
+
+
 def pays_processes(images: int) -> bool:
     """Return whether this many images are worth processes, on a machine that can start them as needed here."""
     able = os.name == "posix" and bool(sys.executable)
@@ -64,17 +73,17 @@ class Team:
             self._processes.append(_Process(self._shared, room))
             self._idle.put(self._processes[-1])
 
-    def submit(self, piece: Sequence, out: Optional[np.ndarray] = None) -> Future:
-        """Begin a piece: its images go to `out` (n, ...), and the future gives the job's other result.
+    def submit(self, piece: Sequence, out: Callable[[np.ndarray], Any]) -> Future:
+        """Begin a piece: `out` takes its images, in one of the threads here, and must not keep them.
 
-        Without `out`, the future gives both, for images of which nobody knows beforehand how large they are.
+        The future gives what `out` returned and the job's other result.
         """
         return self._pool.submit(self._do, piece, out)
 
     def _do(self, piece, out):
         if not self._processes:
             images, rest = self._job(*piece)
-            return _given(images, rest, out)
+            return out(images), rest
         process = self._idle.get()
         try:
             return process.do(piece, out)
@@ -148,14 +157,6 @@ class _Place(NamedTuple):
     kind: str
 
 
-def _given(images, rest, out):
-    "What the future of a piece gives"
-    if out is None:
-        return images, rest
-    out[...] = images
-    return rest
-
-
 class _Process:
     "A process that serves one piece at a time"
 
@@ -193,8 +194,7 @@ class _Process:
         if isinstance(images, _Place):
             size = int(np.prod(images.shape))
             images = np.frombuffer(self._memory, images.kind, size).reshape(images.shape)
-            images = images.copy() if out is None else images  # the memory is used again
-        return _given(images, rest, out)
+        return out(images), rest
 
     def close(self):
         with contextlib.suppress(OSError):

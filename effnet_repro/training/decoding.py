@@ -39,7 +39,7 @@ def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
 
     Where the user did not choose, a run that goes on keeps the decoder it began with, as long as it is installed.
     """
-    stored = _stored_decoder(run_dir)
+    stored = _stored_decoder(run_dir, data)
     if data.decoder == "auto" and stored is not None:
         with contextlib.suppress(ValueError, ImportError):  # begun on another machine
             decoder_here(replace(data, decoder=stored))
@@ -57,10 +57,19 @@ def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
     return replace(data, decoder=chosen)
 
 
-def _stored_decoder(run_dir):
-    "The decoder that config.json of a run names; None where there is none"
+def _stored_decoder(run_dir, data):
+    "The decoder that config.json of a run names, or that was chosen before runs named one; None for a new run"
     if run_dir is None:
         return None
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        return json.loads((Path(run_dir) / "config.json").read_text()).get("decoder")
+        config = json.loads((Path(run_dir) / "config.json").read_text())
+        return config["decoder"] if "decoder" in config else _earlier(data)
     return None
+
+
+def _earlier(data):
+    "What read before decoders could be chosen"
+    streams = has_jax_gpu() and not fits_device(data)
+    if keras.backend.backend() == "tensorflow" or (streams and is_installed("tensorflow")):
+        return "tensorflow"
+    return "simplejpeg" if is_installed("simplejpeg") else "pillow"

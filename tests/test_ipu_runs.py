@@ -18,7 +18,7 @@ from effnet_repro import checkpoint, config, ipu  # noqa: E402
 from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.network import initial_weights, params  # noqa: E402
-from effnet_repro.runs import Options, lock_folder  # noqa: E402
+from effnet_repro.runs import Options, lock_folder, watch  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
 
 
@@ -30,7 +30,14 @@ def short():
 @pytest.fixture
 def tiny(short):
     "A case small enough for whole runs on the built-in pictures"
-    return short(model_size="cifar", global_batch_size=16, epochs=1, num_replicas=2)
+    size = dict(model_size="cifar", top_filters=128)
+    return short(**size, global_batch_size=16, epochs=1, num_replicas=2)
+
+
+@pytest.fixture
+def without_figures(monkeypatch):
+    "The figure of an epoch costs as much as two of its steps"
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
 
 
 def train(case, run_dir, **how):
@@ -39,6 +46,7 @@ def train(case, run_dir, **how):
     return ipu.train(case, None, run_dir, **{**given, **how})
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_poprun_trains_and_only_the_first_writes(tiny, tmp_path, monkeypatch):
     writers, save = [], checkpoint.save
 
@@ -66,6 +74,7 @@ def test_poprun_trains_and_only_the_first_writes(tiny, tmp_path, monkeypatch):
         ipu_standin.poprun(wrong, 2, 2, ipus_per_replica=1)
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
     "Also inside a device loop: one learning rate a loop, 0 in the first, however many steps a program run has"
     from effnet_repro import training
@@ -156,6 +165,7 @@ def test_processes_that_see_different_checkpoints_are_refused(tiny, monkeypatch)
     assert runtime.state() == weights
 
 
+@pytest.mark.usefixtures("without_figures")
 def test_a_keras_run_goes_on_to_ipus(tiny, tmp_path):
     from effnet_repro import training
 

@@ -123,6 +123,14 @@ def test_under_poprun_its_ipus_are_shown(seen, tmp_path):
         ipu_standin.poprun(other, 2, 4, ipus_per_replica=2)
 
 
+def test_under_poprun_the_stages_that_are_asked_for_count(monkeypatch):
+    monkeypatch.setattr(ipu.begin, "_run", lambda graphcore, task, connection: task.case)
+    how = dict(num_stages=2, pipeline_splits=("block4b",), budget="case")
+    instance = lambda index: ipu.train("B4-G16-GN-Half_16IPU_4x4", **how)
+    for case in ipu_standin.poprun(instance, 2, 4, ipus_per_replica=2):
+        assert (case.num_stages, case.num_replicas, case.global_batch_size) == (2, 4, 768)
+
+
 def test_poprun_lines_of_all_cases():
     from effnet_repro.config import load_cases
 

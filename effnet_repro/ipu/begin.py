@@ -42,7 +42,8 @@ def train(
         plan = _checked(graphcore, case)
     else:
         start = get_case(case) if isinstance(case, str) else case
-        ipus = count_ipus(graphcore, ipus_per_replica(start.num_stages), ipus)
+        stages = overrides.get("num_stages") or start.num_stages
+        ipus = count_ipus(graphcore, ipus_per_replica(stages), ipus)
         given = data_dir is not None
         plan = resolve_training(start, run_dir, ipus, budget, given, **overrides)
     notes, arrays = plan.notes, None

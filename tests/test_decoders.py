@@ -123,6 +123,17 @@ def test_auto_leaves_out_what_does_not_work(sample, monkeypatch, capsys):
     decoding._works.cache_clear()
 
 
+@pytest.mark.parametrize("form, said", [("raw", "nothing to decode"), ("cifar", "by simplejpeg")])
+def test_the_gpu_decodes_only_jpegs(sample, monkeypatch, capsys, form, said):
+    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
+    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
+    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    monkeypatch.setattr(decoding, "_works", lambda name: True)
+    assert decoding.settle_decoder(replace(sample, format=form)).decoder == "simplejpeg"
+    found = capsys.readouterr().out
+    assert said in found and "may wait" not in found
+
+
 def test_a_run_of_before_keeps_what_read_it(sample, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"seed": 0}')
     monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)

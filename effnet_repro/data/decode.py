@@ -95,8 +95,8 @@ def has_fast_dct() -> bool:
     return find_spec("simplejpeg") is not None
 
 
-def _has_jpegs(dataset):
-    "Whether there may be JPEGs: the names of class folders' files tell"
+def has_jpegs(dataset) -> bool:
+    """Return whether there may be JPEGs in a `DataSet`: the names of class folders' files tell."""
     if dataset.format != "folder":
         return dataset.format == "tfrecord"
     files = (path for split in dataset.splits.values() for path in split.files)
@@ -108,7 +108,7 @@ def wants_fast_dct(dataset, image_resize: str) -> bool:
     wanted, able = image_resize == "published", dataset.decoder not in ("pillow", "nvimagecodec")
     if not wanted or (able and has_fast_dct()) or "said accurate" in dataset.kept:
         return wanted
-    if _has_jpegs(dataset):
+    if has_jpegs(dataset):
         dataset.kept["said accurate"] = True
         say(
             "data: JPEGs are decoded with the accurate DCT; the published runs used the fast one, "

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 
 from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
+from effnet_repro.data.decode import has_jpegs
 from effnet_repro.data.decoders import is_installed
 from effnet_repro.messages import say
 from effnet_repro.training.device import has_jax_gpu
@@ -19,7 +20,9 @@ def decoder_here(data: DataSet) -> str:
     gpu = has_jax_gpu()
     wish = data.decoder
     resident = gpu and wish == "auto" and fits_device(data)
-    works = _works if gpu else is_installed
+    works = is_installed
+    if gpu:  # it decodes nothing but JPEGs
+        works = lambda name: _works(name) and (name != "nvimagecodec" or has_jpegs(data))
     return choose_decoder(wish, keras.backend.backend(), gpu, resident, works)
 
 
@@ -45,13 +48,15 @@ def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
             decoder_here(replace(data, decoder=stored))
             data = replace(data, decoder=stored)
     chosen = decoder_here(data)
-    say(f"data: images are decoded by {chosen}")
+    raw = data.format == "raw"
+    say("data: raw pixels, nothing to decode" if raw else f"data: images are decoded by {chosen}")
     if stored not in (None, chosen):
         say(
             f"data: the run began with images decoded by {stored}, whose pixels differ a little: it goes on, "
             "but not bit for bit"
         )
-    if has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data):
+    waits = has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data)
+    if waits and has_jpegs(data):
         found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
         say(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
     return replace(data, decoder=chosen)

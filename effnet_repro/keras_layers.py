@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from .config import unknown_name
-from .gpu_ops import jax_ops
+from .kernels.ops import jax_ops
 from .group_conv import group_conv, kernel_shape
 from .mbconv import Scope, mbconv, norm_act
 from .network import Param, block_params, initial_value, norm_params, segments

@@ -32,7 +32,7 @@ from gpu_contenders import ANSWER, SEED, contenders, worker
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from effnet_repro.gpu_ops import XLA_FLAGS as FLAGS  # noqa: E402
+from effnet_repro.kernels.ops import XLA_FLAGS as FLAGS  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128))  # side, micro-batch

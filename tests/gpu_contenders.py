@@ -71,7 +71,7 @@ def _training_step(model, size, batch):
     import jax
     import jax.numpy as jnp
 
-    from effnet_repro.gpu_ops import jax_ops
+    from effnet_repro.kernels.ops import jax_ops
     from effnet_repro.network import initial_weights, params, segments
     from effnet_repro.ops import Rng
     from effnet_repro.recipe import decay_mask, rmsprop_settings, rmsprop_step
@@ -134,7 +134,7 @@ def ours(model, size, batch, mode, **_):
         return updates
     from dataclasses import replace
 
-    from effnet_repro.gpu_ops import jax_ops
+    from effnet_repro.kernels.ops import jax_ops
     from effnet_repro.network import fold_proxies, initial_weights, run
     from effnet_repro.scaling import ModelSpec
 

@@ -31,7 +31,6 @@ LAYERS = [
     "group_conv classes averaging",
     "mbconv",
     "network kernels",
-    "fused_norm gpu_ops",
     "pipeline keras_layers finetuning",
     "efficientnet",
     "runs",

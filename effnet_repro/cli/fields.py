@@ -14,7 +14,7 @@ _NO_FLAG = ("name", "precision")  # precision: see `options.machine_arguments`
 
 
 def config_arguments(parser):
-    "The file that cases are read from"
+    """Add the flag for the file that cases are read from."""
     parser.add_argument(
         "--config-path",
         metavar="FILE",
@@ -25,7 +25,10 @@ def config_arguments(parser):
 
 
 def named_case(name, path):
-    "Look a case up; what is wrong with it or with its file is a mistake of the command line"
+    """Return the case of this name in the file at `path` (None: the published ones).
+
+    UsageError where it, or the file, is wrong.
+    """
     try:
         return get_case(name, path)
     except (ValueError, OSError) as e:
@@ -33,7 +36,10 @@ def named_case(name, path):
 
 
 def check_given(**values):
-    "Refuse values of fields that came by flags of a command's own; None was not given"
+    """Check values of fields that came by a command's own flags; None was not given.
+
+    UsageError names the flag.
+    """
     try:
         for name, value in values.items():
             if value is not None:
@@ -67,7 +73,7 @@ def _add_field(group, field):
 
 
 def field_arguments(parser, leave_out=()):
-    "Flags for the fields of a case, in the groups of `00_config`"
+    """Add a flag for each field of a case, in the groups of `00_config`, but for the fields of `leave_out`."""
     groups = {}
     for name, field in FIELDS.items():
         if name in (*leave_out, *_NO_FLAG):
@@ -78,7 +84,7 @@ def field_arguments(parser, leave_out=()):
 
 
 def given_fields(args):
-    "The fields of a case that the command line names"
+    """Return the fields of a case that the command line names: name -> value, lists as tuples."""
     given = {n: getattr(args, n, None) for n in FIELDS if n not in _NO_FLAG}
     split = lambda v: [w for part in v for w in part.split(",")] if isinstance(v[0], str) else v
     given = {k: tuple(split(v)) if isinstance(v, list) else v for k, v in given.items()}

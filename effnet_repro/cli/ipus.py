@@ -51,7 +51,11 @@ def ipu_arguments(parser, trains=True):
 
 
 def runs_on_ipus(args):
-    "Whether this command runs on IPUs; asked for without Graphcore's build, the error says what to install"
+    """Return whether this command runs on IPUs.
+
+    UsageError for flags of Keras; ImportError, which says what to install, where IPUs are asked for without
+    Graphcore's TensorFlow.
+    """
     planned = args.device == "ipu" and getattr(args, "dry_run", False)  # needs no SDK
     chosen = "ipu" if planned else choose_device(args.device)
     if chosen != "ipu" and (
@@ -88,7 +92,7 @@ def _without(words, flags):
 
 
 def print_poprun(args, command, case, source=None):
-    "Print the line that runs these words in several processes"
+    """Print the poprun line that runs these words in several processes, and return the exit status."""
     gone = {"--print-poprun": 0, "--no-validation": 0, "--device": 1}
     if command == "train":
         gone["--config"] = 1
@@ -145,7 +149,7 @@ def ipu_case(args, start):
 
 
 def train_on_ipus(args, start, run_dir):
-    "effnet-train with Graphcore's runtime"
+    """Do `effnet-train` with Graphcore's runtime, and return its exit status."""
     case, ipus, given = ipu_case(args, start)
     if not args.dry_run:
         ipus = count_ipus(Graphcore(), ipus_per_replica(case.num_stages), ipus)
@@ -164,7 +168,10 @@ def train_on_ipus(args, start, run_dir):
 
 
 def finetune_on_ipus(args, source, trained):
-    "effnet-finetune with Graphcore's runtime"
+    """Do `effnet-finetune` with Graphcore's runtime, and return its exit status.
+
+    UsageError where flags contradict each other.
+    """
     given = given_fields(args)
     parts = given.pop("variable_filter", ("Top",))
     size = given.pop("image_size", None) or finetune_size(trained)

@@ -94,7 +94,7 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, Me
 
 
 def one_line(error):
-    "What went wrong as one line; an error that no check foresaw carries its type"
+    """Return what went wrong as one line of at most 800 characters; an error that no check foresaw carries its type."""
     text = " ".join(str(error).split())
     text = text if len(text) <= 800 else text[:800] + " ..."
     if isinstance(error, _EXPECTED) and text:
@@ -103,7 +103,10 @@ def one_line(error):
 
 
 def run_program(command, argv):
-    "Run a command; errors become one line on stderr and an exit status"
+    """Run a command on `argv` (None: the process's own words) and return its exit status.
+
+    Every error becomes one line on stderr; `--debug` adds the traceback.
+    """
     argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     try:
         return int(command.run(command.parser().parse_args(argv)) or 0)
@@ -158,7 +161,7 @@ def main(
 
 
 def choice(what, legal, aliases=None):
-    "A reader of one of the `legal` values, written as they print"
+    """Return a reader of one of the `legal` values, written as they print; other text is a UsageError."""
     by_text = {**{str(v): v for v in legal}, **(aliases or {})}
 
     def read(text):
@@ -170,14 +173,17 @@ def choice(what, legal, aliases=None):
 
 
 def whole_number(text):
-    "Read a whole number."
+    """Read a whole number, a sign allowed. argparse reports other text as a UsageError."""
     if not re.fullmatch(r"-?\d+", text):
         raise argparse.ArgumentTypeError(f"a whole number is needed. Received: {text!r}.")
     return int(text)
 
 
 def real_number(text):
-    "Read a finite number."
+    """Read a finite number; one without point or exponent stays whole.
+
+    argparse reports other text as a UsageError.
+    """
     try:
         value = float(text)
     except ValueError:
@@ -191,7 +197,7 @@ def format_table(
     rows,  # Dictionaries with the same keys
     indent="",
 ):
-    "Align rows under their keys, numbers to the right"
+    """Align rows under their keys, numbers to the right; "" for no rows."""
     if not rows:
         return ""
     text = [[str(k) for k in rows[0]]] + [
@@ -205,7 +211,7 @@ def format_table(
 
 
 def print_rows(rows, args, brief=None):
-    "Print rows as a table of their `brief` form, or whole as --csv or --json"
+    """Print rows as a table of their `brief` form, or whole as --csv or --json."""
     if args.json:
         print(json.dumps(rows, indent=1))
     elif args.csv:

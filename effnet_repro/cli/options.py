@@ -118,12 +118,15 @@ def run_arguments(parser):
 
 
 def data_dir_of(args):
-    "The folder of data, None for the built-in set."
+    """Return the folder of data that the flags name, None for the built-in set."""
     return None if args.data_dir == "sample" else args.data_dir
 
 
 def one_of(args, what, **flags):
-    "The value of several spellings of one thing"
+    """Return the value of several spellings of one thing, None where none is given.
+
+    UsageError where they differ.
+    """
     given = {k: v for k, v in flags.items() if v is not None}
     if len(set(given.values())) > 1:
         listed = ", ".join(f"{k}={v}" for k, v in given.items())
@@ -151,7 +154,10 @@ def _named_source(args, **more):
 
 
 def checked_source(args, **more):
-    "Where the weights are, checked against the case if one is given"
+    """Return where the weights are and their case.
+
+    UsageError where none is named or `--config` is another; OSError or ValueError where the file cannot be read.
+    """
     source = _named_source(args, **more)
     expected = named_case(args.config, args.config_path) if args.config else None
     load_metadata(source)
@@ -167,7 +173,10 @@ def precision_of(args):
 
 
 def run_options(args):
-    "What train and finetune take beside fields"
+    """Return the keyword arguments of `train` and `finetune` that are no fields.
+
+    UsageError for a number out of range.
+    """
     if args.keep < 1:
         raise UsageError(
             "--keep must be at least 1: the newest checkpoint is what a run goes on from."
@@ -224,7 +233,7 @@ def start_keras(args):
 
 
 def finish_run(run, args):
-    "Say what to do next, whole commands on the same data; the exit status"
+    """Print the commands that come next on the same data; return the exit status, 130 for a stopped run."""
     if not run.finished:
         print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
         return 130

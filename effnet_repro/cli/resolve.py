@@ -26,7 +26,12 @@ LAYOUT_FIELDS += ("num_stages", "pipeline_splits")
 
 
 def batch_fields(given, micro, whole, replicas):
-    "Micro-batch and global batch from the flags, and from what holds without them"
+    """Return micro-batch and global batch, in images, as fields of a case.
+
+    They follow the flags, and `micro`, `whole` and `replicas` where those say nothing.
+
+    UsageError where they contradict each other.
+    """
     k = given.get("gradient_accumulation")
     m, r, g = (given.get(f) for f in ("micro_batch_size", "num_replicas", "global_batch_size"))
     check_given(**{n: v for n, v in given.items() if n in LAYOUT_FIELDS})
@@ -94,7 +99,10 @@ def plan_training(
     args,  # Parsed flags of effnet-train or effnet-doctor
     run_dir=None,  # Where the run is written; None = runs/<name of the case>
 ) -> Plan:
-    "Work out what a command line will train"
+    """Work out what a command line will train.
+
+    UsageError where the case is unknown or flags contradict each other.
+    """
     start, given = named_start(args), given_fields(args)
     data_given = data_dir_of(args) is not None
     where = dict(data_given=data_given, config_path=args.config_path)
@@ -119,7 +127,7 @@ def _check_layout(case, given):
 
 
 def show_plan(plan):
-    "Print the resolved case; IPU fields only where they differ"
+    """Print the resolved case field by field, the differing ones with the reason; IPU fields only where they differ."""
     ipu = {n for n, f in FIELDS.items() if f.group == FIELDS["pipeline_schedule"].group}
     rows = []
     for field, value in case_to_dict(plan.case).items():

@@ -25,7 +25,7 @@ def read_case(
     source,  # A run folder or a checkpoint
     expected: Union[str, Case, None] = None,  # The case it must be, or its name; None = any
 ) -> Case:
-    "Read which case trained weights belong to"
+    """Read which case trained weights belong to. ValueError where `expected` is another network."""
     case = case_from_dict(load_metadata(source)["case"])
     if expected in (None, case.name):
         return case

@@ -17,7 +17,11 @@ LOG = logging.getLogger(__name__)
 def lock_folder(
     folder,  # A run folder; made when missing
 ):  # A context; RuntimeError when another run is in it
-    "Hold a `folder` for one run"
+    """Hold a folder for one run; it is made when missing.
+
+    RuntimeError where another run is in it, OSError where it cannot be written. Where the system has no locks, a
+    warning says so.
+    """
     path = Path(folder) / ".lock"
     with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ LOG = logging.getLogger(__name__)
 def read_metrics(
     run_dir,  # A run folder
 ):  # A pandas DataFrame with a row per epoch
-    "Read a run's metrics"
+    """Read a run's metrics.csv. ValueError, which names the line, where it is damaged."""
     import pandas as pd
 
     path = Path(run_dir) / "metrics.csv"

@@ -141,7 +141,10 @@ def environment() -> dict:  # What `environment.json` holds
 def choose_precision(
     precision: str = "auto",  # "float32", "bfloat16", "float16", or "auto"
 ) -> str:  # Type to compute in; weights and statistics are float32 in any case
-    "Choose the type to compute in; `auto` is bfloat16 on a GPU under JAX, else float32"
+    """Return the type to compute in; `auto` is bfloat16 on a GPU under JAX, else float32.
+
+    ValueError for an unknown name.
+    """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
     if precision != "auto":

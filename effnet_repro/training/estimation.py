@@ -71,6 +71,7 @@ def estimate(
 
 
 def say_estimate(case, data):
+    """Tell what a run will cost: steps, seconds a step, hours, GiB of memory; and warn where memory is short."""
     e = estimate(case, data)
     hours = e["hours"]
     span = (

@@ -25,7 +25,10 @@ def record(
     data: str,  # Name of the data set
     seconds: float,  # Wall time of the command
 ):
-    "Write a measured accuracy with where it is from"
+    """Write a measured accuracy with where it is from: a row of a CSV file, which replaces the row of the same `what`.
+
+    ValueError where the run lacks something that a row needs.
+    """
     case = json.loads((Path(run_dir) / "config.json").read_text())["case"]
     row = {"what": what, "data": data, **score_row("last", scores)}
     row.update(case=case["name"], epochs=case["epochs"], seconds=round(seconds))
@@ -38,7 +41,7 @@ def plot_predictions(
     n: int = 16,  # How many, spread over the set
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
 ):  # The axes
-    "Show validation pictures with the best guess and its probability; wrong ones name the truth"
+    """Show validation images with the best guess and its probability in percent; wrong ones name the truth."""
     arrays, metadata, path = load_weights(source, "last")
     data = match_classes(path, metadata, data)
     case = case_from_dict(metadata["case"])

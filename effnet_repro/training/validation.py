@@ -29,7 +29,10 @@ def validate(
     decoder: str = "auto",
     batch: int = 64,  # Pictures at a time
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
-    "Measure trained weights on every validation picture, and add rows to the run's validation.csv"
+    """Measure trained weights on every validation image, and add rows to the run's validation.csv.
+
+    ValueError for a number out of range or other classes, FileNotFoundError where there is no checkpoint.
+    """
     configure(backend)
     for name, value, lowest in (("batch", batch, 1), ("image_size", image_size or 32, 32)):
         if not isinstance(value, int) or value < lowest:

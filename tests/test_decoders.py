@@ -10,6 +10,7 @@ import pytest
 from pictures import bmp, encode, picture, record, write
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
+from effnet_repro import checkpoint
 from effnet_repro import data as d
 from effnet_repro.config import for_one_device
 from effnet_repro.data import decoders
@@ -62,19 +63,20 @@ def test_a_package_within_a_package_that_is_missing(monkeypatch):
         assert decoders.is_installed(name) == (importlib.util.find_spec(package) is not None)
 
 
-def test_a_run_says_stores_and_keeps_its_decoder(tmp_path, capsys):
+def test_a_run_says_stores_and_keeps_its_decoder(sample, tmp_path, capsys):
     options = {**SMOKE, "max_steps": 1, "validate_every": None}
     run = train(TINY, None, tmp_path, decoder="simplejpeg", **options)
     assert "images are decoded by simplejpeg" in capsys.readouterr().out
     assert json.loads((run.run_dir / "config.json").read_text())["decoder"] == "simplejpeg"
-    train(TINY, None, tmp_path, **{**options, "max_steps": 2})
-    said = capsys.readouterr().out
-    assert "images are decoded by simplejpeg" in said and "bit for bit" not in said
-    train(TINY, None, tmp_path, decoder="tensorflow", **{**options, "max_steps": 3})
+    assert checkpoint.read_metadata(run.checkpoint)["decoder"] == "simplejpeg"
+    assert decoding.settle_decoder(sample, tmp_path).decoder == "simplejpeg"
+    assert "bit for bit" not in capsys.readouterr().out
+    other = replace(sample, decoder="tensorflow")
+    assert decoding.settle_decoder(other, tmp_path).decoder == "tensorflow"
     said = capsys.readouterr().out
     assert "began with images decoded by simplejpeg" in said and "not bit for bit" in said
-    validate(tmp_path, decoder="pillow", weights="last")
-    assert "images are decoded by pillow" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="Unknown decoder 'pilow'"):
+        validate(tmp_path, decoder="pilow")
 
 
 @pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="batches as tensors")

@@ -69,7 +69,8 @@ def match_classes(source, metadata: dict, data):
     except ValueError as why:
         raise ValueError(
             f"{source} was trained on other classes than those in {data.root}: {why}. Use data with the same class "
-            "names. (Classes whose names are only numbers are compared by count.)"
+            "names, or train a new classifier for these: effnet-finetune --new-head. (Classes whose names are only "
+            "numbers are compared by count.)"
         ) from None
     if labels is None:
         return data

@@ -21,13 +21,24 @@ PROTOCOLS = {
     "clean": dict(
         optimizer="sgd", momentum=0.0, warmup_epochs=0, mixup_alpha=0.0, cutmix_lambda=None
     ),
+    "transfer": dict(
+        optimizer="sgd",
+        momentum=0.9,
+        epochs=20,
+        warmup_epochs=1,
+        mixup_alpha=0.0,
+        cutmix_lambda=None,
+        drop_path_rate=0.0,
+        train_preprocessing="train",
+        crop_area_min=0.35,
+    ),
 }
 
 # %% ../nbs/27_finetuning.ipynb #59b4cb40
 def finetune_case(
     trained: Case,  # The case of the checkpoint
     image_size: int,  # Side to fine-tune at, pixels
-    protocol: str = "published",  # or "clean"
+    protocol: str = "published",  # or "clean", "transfer"
     variable_filter: Sequence[str] = ("Top",),  # Beginnings of the segments to train
     **overrides,  # Fields of the case; None means what the protocol says
 ) -> Case:
@@ -37,9 +48,8 @@ def finetune_case(
     trained_segments([s.name for s in segments(ModelSpec.from_case(trained))], variable_filter)
     case = replace(trained, max_steps=None, epochs=2, variable_filter=tuple(variable_filter))
     case = replace(case, lr_schedule="cosine", base_learning_rate_exponent=-11, warmup_epochs=5)
-    case = replace(
-        case, train_preprocessing="validation", image_size=image_size, **PROTOCOLS[protocol]
-    )
+    case = replace(case, train_preprocessing="validation", image_size=image_size)
+    case = replace(case, **PROTOCOLS[protocol])
     given = {k: v for k, v in overrides.items() if v is not None}
     batch = {k: given.pop(k, None) for k in ("micro_batch_size", "global_batch_size")}
     batch["global_batch_size"] = batch["global_batch_size"] or 512

@@ -12,10 +12,10 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from effnet_repro.classes import has_names
-from effnet_repro.convert import read
 from effnet_repro.data.decode import has_fast_dct
 from effnet_repro.data.files import SquaresJob, find_images, square_batches
 from effnet_repro.scaling import count
+from effnet_repro.transfer import read_body
 
 MOST_ON_GPU, MOST_ON_CPU = 256, 64  # Images at a time: more are no faster
 GPU_GIB, CPU_GIB = 16.0, 4.0  # Of memory, where nothing tells
@@ -49,16 +49,12 @@ class Reading:
 
 def _read(source, reading):
     "The weights of `source`, with a classifier"
-    given = {"arch": reading.arch} if reading.arch else {}
-    try:
-        network = read(source, weights=reading.weights, **given)
-    except ValueError as error:
-        if "has no classifier" not in str(error):
-            raise
+    network = read_body(source, reading.weights, reading.arch)
+    if not network.spec.num_classes:
         raise ValueError(
             f"{source} has no classifier: it cannot name a class. Give it one: effnet-finetune {source} "
             "--data-dir FOLDER --new-head."
-        ) from None
+        )
     names = network.class_names if reading.class_names is None else tuple(reading.class_names)
     if len(names) != network.spec.num_classes:
         raise ValueError(

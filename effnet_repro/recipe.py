@@ -213,7 +213,7 @@ def unscale(
     return ops.cast(gradient, "float32") * (1.0 / loss_scale)
 
 # %% ../nbs/32_recipe.ipynb #5ec699e4
-_FILTER = re.compile(r"Top|block0|block[1-7]([a-z](/[a-c])?)?")
+_FILTER = re.compile(r"Top|block(0|[1-7]([a-z](/[a-c])?)?)?")
 LEGAL_FILTERS = ("Top",) + tuple(f"block{i}" for i in range(7, -1, -1))
 
 
@@ -227,7 +227,7 @@ def _check_filter(variable_filter):
         if not _FILTER.fullmatch(name):
             raise ValueError(
                 f"`variable_filter` names no segment: {name!r}. "
-                f"Legal: {', '.join(LEGAL_FILTERS)}, or a single block such as block6c."
+                f"Legal: {', '.join(LEGAL_FILTERS)}, block for all blocks, or one such as block6c."
             )
 
 # %% ../nbs/32_recipe.ipynb #175feb5c

@@ -36,6 +36,7 @@ LAYERS = [
     "runs",
     "results",
     "convert",
+    "transfer",
     "training ipu planner",
     "predict",
     "cli",

@@ -1,4 +1,4 @@
-"""`effnet-finetune`: train the last layers of a trained network a little more."""
+"""`effnet-finetune`: train the last layers of a trained network a little more, for its own classes or for others."""
 
 from effnet_repro.cli.fields import field_arguments, given_fields
 from effnet_repro.cli.ipus import finetune_on_ipus, ipu_arguments, print_poprun, runs_on_ipus
@@ -8,6 +8,7 @@ from effnet_repro.cli.options import (
     data_dir_of,
     finish_run,
     machine_arguments,
+    named_source,
     run_arguments,
     run_options,
     source_arguments,
@@ -15,18 +16,31 @@ from effnet_repro.cli.options import (
 )
 from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_plan
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
-from effnet_repro.runs import finetune_budget, resolve_finetuning
+from effnet_repro.convert import format_of
+from effnet_repro.data import open_data
+from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning
+from effnet_repro.transfer import read_body, resolve_transfer, transfer_batches
 
 
 def _finetune_arguments(parser):
     source_arguments(parser)
     parser.add_argument("--init-path", "--init", metavar="PATH", help="the same, as published")
     parser.add_argument(
+        "--new-head",
+        action="store_true",
+        help="other classes: the classifier begins anew, for those in --data-dir. SOURCE may be a file of "
+        "keras.applications or timm, too. --variable-filter says what trains: Top (default), more "
+        "segments, or Top block for the whole network",
+    )
+    parser.add_argument(
+        "--arch", metavar="NAME", help="with --new-head: timm's name, e.g. tf_efficientnet_b0"
+    )
+    parser.add_argument(
         "--protocol",
-        type=choice("protocol", ("published", "clean")),
-        default="published",
+        type=choice("protocol", PROTOCOLS),
         metavar="NAME",
-        help="published; or clean: gradient descent, no warm-up, no mixing",
+        help="published (default); clean: gradient descent, no warm-up, no mixing; transfer (default with "
+        "--new-head): 20 epochs with momentum and random crops",
     )
     run_arguments(parser)
     machine_arguments(parser, CHOICES["precision"])
@@ -42,11 +56,33 @@ def _plan_finetuning(args, source, trained):
         m, g = (batches.get(k) for k in ("micro_batch_size", "global_batch_size"))
         layout = batch_fields(given, m or trained.micro_batch_size, g or 512, 1)
         own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
-        how = dict(protocol=args.protocol, budget=args.budget, data_given=data_given)
+        how = dict(protocol=args.protocol or "published", budget=args.budget, data_given=data_given)
         resolved = resolve_finetuning(source, args.run_dir, **how, **layout, **own)
     except ValueError as e:
         raise UsageError(str(e)) from None
     return plan_of(resolved, lambda n: "flag" if n in given else "fine-tuning")
+
+
+def _plan_transfer(args):
+    "Work out what a command line with --new-head will train; reads the weights"
+    if args.print_poprun or args.device == "ipu":
+        raise UsageError("--new-head trains with Keras. Leave out --print-poprun and --device ipu.")
+    source, given = named_source(args, init_path=args.init_path), given_fields(args)
+    if args.config and format_of(source) == "ours":
+        checked_source(args, init_path=args.init_path)
+    start_keras(args)
+    how = dict(on_corrupt=args.on_corrupt, verbose=False)
+    data = open_data(data_dir_of(args), args.data_format, **how)
+    body = read_body(source, args.weights, args.arch)
+    try:
+        batches = transfer_batches(data.train_count, given)
+        m, g = batches.get("micro_batch_size", 1), batches.get("global_batch_size", 1)
+        own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
+        own.update(batch_fields(given, m, g, 1), protocol=args.protocol, budget=args.budget)
+        resolved = resolve_transfer(body, source, data, args.run_dir, **own)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    return plan_of(resolved, lambda n: "flag" if n in given else "new classifier")
 
 
 @program(
@@ -55,19 +91,27 @@ def _plan_finetuning(args, source, trained):
     """
     effnet-finetune runs/B0-G16-LN_PN-Half_16IPU_2x8
     effnet-finetune runs/b1 --image-size 240 --variable-filter Top block7 --protocol clean
+    effnet-finetune runs/b1 --data-dir my-photographs --new-head
+    effnet-finetune efficientnetb0.h5 --data-dir my-photographs --new-head --variable-filter Top block7
     effnet-finetune runs/b1/checkpoints/average.safetensors --data-dir /data/imagenet --run-dir runs/b1-240
     """,
 )
 def finetune_command(args):
-    "Train the last layers of a trained network a little more, at another resolution."
+    "Train the last layers of a trained network a little more: at another resolution, or for other classes."
     options = run_options(args)
-    source, trained = checked_source(args, init_path=args.init_path)
-    if args.print_poprun:
-        return print_poprun(args, "finetune", trained, source)
-    if runs_on_ipus(args):
-        return finetune_on_ipus(args, source, trained)
-    start_keras(args)
-    plan = _plan_finetuning(args, source, trained)
+    if args.new_head:
+        plan = _plan_transfer(args)
+    else:
+        if args.arch:
+            raise UsageError("--arch is for files of PyTorch. They need --new-head.")
+        source, trained = checked_source(args, init_path=args.init_path)
+        if args.print_poprun:
+            return print_poprun(args, "finetune", trained, source)
+        if runs_on_ipus(args):
+            args.protocol = args.protocol or "published"
+            return finetune_on_ipus(args, source, trained)
+        start_keras(args)
+        plan = _plan_finetuning(args, source, trained)
     show_plan(plan)
     if args.dry_run:
         return 0

@@ -145,8 +145,8 @@ def source_arguments(parser):
     data_arguments(parser)
 
 
-def _named_source(args, **more):
-    "Where the weights are"
+def named_source(args, **more):
+    """Return where the weights are, as the command line names it once; UsageError where it does not."""
     source = one_of(args, "source", SOURCE=args.source, restore_path=args.restore_path, **more)
     if source is None:
         raise UsageError("Which run folder or checkpoint?")
@@ -158,7 +158,7 @@ def checked_source(args, **more):
 
     UsageError where none is named or `--config` is another; OSError or ValueError where the file cannot be read.
     """
-    source = _named_source(args, **more)
+    source = named_source(args, **more)
     expected = named_case(args.config, args.config_path) if args.config else None
     load_metadata(source)
     try:

@@ -22,7 +22,9 @@ def read(
     *,
     case: Union[str, Case, None] = None,  # What the weights must be; None = see their shapes
     weights: str = "auto",  # Of a run folder: "last", "average", "auto" = the average of a long run
-    num_classes: Optional[int] = None,  # Of a new classifier, where the file has none
+    num_classes: Optional[
+        int
+    ] = None,  # Of a new classifier, where the file has none; 0 = then none
     class_names: Optional[Sequence[str]] = None,  # By label; None = the file's, or numbers
     image_size: Optional[int] = None,  # Usual side of a picture, pixels; None = the case's
     **torch,  # `TorchOptions`: arch, input_mean, input_std

@@ -19,14 +19,14 @@ def odd_size(native):
 def _new_classifier(path, arrays, spec, wanted):
     "The classifier's classes: the file's, or new ones where it has none"
     has = spec.num_classes
-    if has and wanted not in (None, has):
+    if has and wanted not in (None, 0, has):
         raise ValueError(
-            f"{path} has {has} classes. Received: num_classes={wanted}. Leave it out; fine-tuning on "
-            "other classes begins from a file without a classifier."
+            f"{path} has {has} classes. Received: num_classes={wanted}. Leave it out; for other classes "
+            "fine-tune with a new classifier: effnet-finetune --new-head."
         )
-    if has:
+    if has or wanted == 0:
         return arrays, spec, ()
-    if not wanted:
+    if wanted is None:
         raise ValueError(f"{path} has no classifier. Pass num_classes for a new, untrained one.")
     spec = replace(spec, num_classes=wanted)
     missing = [p for p in params(spec) if p.name.startswith("all/") and p.name not in arrays]

@@ -31,8 +31,8 @@ class Resolved:
     init: Optional[Path] = None  # Of a fine-tuning: the run folder or checkpoint to begin from
 
 
-def _settled(case, run_dir, overrides):
-    "The case with what its own run decides, and the names of these fields. One step at a time off IPUs"
+def settle_fields(case: Case, run_dir, overrides: dict) -> Tuple[Case, Tuple[str, ...]]:
+    """Return the case with what its own run decides, and the names of these fields. One step at a time off IPUs."""
     named = [name for name, value in overrides.items() if value is not None]
     whole = settle_case(run_dir, case, 1, named)
     return whole, tuple(differing_fields(case, whole))
@@ -53,7 +53,7 @@ def resolve_training(
     name = budget_overrides(budget, data_given, config_path)[0]
     changed, published = resolve(start, budget, data_given, config_path, **overrides)
     run_dir = Path(run_dir) if run_dir else Path("runs") / changed.name
-    settled, fields = _settled(changed, run_dir, overrides)
+    settled, fields = settle_fields(changed, run_dir, overrides)
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     notes = {"kind": "train", "budget": budget}
     notes["published"] = {n: plain(value) for n, value in published.items()}
@@ -96,6 +96,6 @@ def resolve_finetuning(
     own = {**batches, **{n: value for n, value in overrides.items() if value is not None}}
     case = finetune_case(trained, size, protocol, parts, **own)
     run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
-    case, fields = _settled(case, run_dir, own)
+    case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     return Resolved(case, trained, name, run_dir, fields, notes, Path(init))

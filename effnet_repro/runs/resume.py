@@ -145,7 +145,7 @@ def check_init(
     if metadata["num_classes"] != data.num_classes:
         raise ValueError(
             f"{source} has {metadata['num_classes']} classes, the data {data.num_classes} ({data.root}). "
-            "Fine-tune on the data set that it was trained on."
+            "For other classes give it a new classifier: effnet-finetune --new-head, or finetune(new_head=True)."
         )
 
 

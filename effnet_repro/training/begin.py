@@ -1,4 +1,4 @@
-"""Train a case, or fine-tune a trained network: what a user calls."""
+"""Train a case, or fine-tune a trained network, for its own classes or for others: what a user calls."""
 
 from typing import Optional, Sequence, Union
 
@@ -19,6 +19,7 @@ from effnet_repro.runs import (
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.device import configure
 from effnet_repro.training.runtime import KerasRuntime
+from effnet_repro.transfer import Transfer, describe_head, new_head_for, read_body, resolve_transfer
 
 
 def train(
@@ -65,13 +66,15 @@ def _data(data_dir, data_format, on_corrupt, decoder):
 
 
 def finetune(
-    init,  # A run folder or a checkpoint to begin from, or what `resolve_finetuning` gave
+    init,  # A run folder or checkpoint, or what `resolve_finetuning` gave; with `new_head` any weights
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
     *,
-    image_size: Optional[int] = None,  # Side to fine-tune at; None = see `finetune_size`
-    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7", "block6")
-    protocol: str = "published",  # or "clean"
+    new_head: bool = False,  # Whether the classifier begins anew, for the classes of the data
+    arch: Optional[str] = None,  # With `new_head`: timm's name of a PyTorch file that has none
+    image_size: Optional[int] = None,  # Pixels; None = `finetune_size`, with `new_head` as trained
+    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7"); ("Top", "block") is all
+    protocol: Optional[str] = None,  # None = "published", with `new_head` "transfer"; or "clean"
     weights: str = "auto",  # "last", "average", "auto" = the average after a long run
     budget: str = "auto",  # "case", "demo", "smoke" or "auto": the batch sizes of these
     seed: int = 0,
@@ -85,18 +88,25 @@ def finetune(
     progress: bool = True,
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
-    "Train the last layers of a trained network a little more, at another resolution"
+    "Train the last layers of a trained network a little more: at another resolution, or for other classes"
     configure(backend)
+    if arch and not new_head:
+        raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
+    data, how = None, dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
     if isinstance(init, Resolved):
         refuse_more(run_dir, overrides)
         plan = init
+    elif new_head:
+        data = _data(data_dir, data_format, on_corrupt, decoder)
+        body = read_body(init, weights, arch)
+        plan = resolve_transfer(body, init, data, run_dir, protocol=protocol, **how, **overrides)
     else:
-        how = dict(image_size=image_size, variable_filter=variable_filter, protocol=protocol)
-        how.update(budget=budget, data_given=data_dir is not None)
+        how.update(protocol=protocol or "published", data_given=data_dir is not None)
         plan = resolve_finetuning(init, run_dir, **how, **overrides)
-    case, data = plan.case, _data(data_dir, data_format, on_corrupt, decoder)
-    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start)
-    warning = mod32_warning(plan.start.image_size, case.image_size)
+    data = data or _data(data_dir, data_format, on_corrupt, decoder)
+    begin = _with_new_head if isinstance(plan, Transfer) else _with_old_head
+    source, arrays, data = begin(plan, weights, data, seed)
+    case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)
     say(
         f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
@@ -104,3 +114,18 @@ def finetune(
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
     return execute(task, KerasRuntime(case, seed, precision))
+
+
+def _with_old_head(plan, weights, data, seed):
+    "Weights of a run for its own classes: (file, arrays, the data in the network's order)"
+    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start)
+    return source, arrays, data
+
+
+def _with_new_head(plan, weights, data, seed):
+    "Weights of any file, with a classifier for the classes of the data: (file, arrays, data)"
+    start = new_head_for(plan.body, data.class_names, seed)
+    for note in plan.body.notes:
+        say(note)
+    say(describe_head(start, data.class_names))
+    return plan.init, start.arrays, data

@@ -95,7 +95,7 @@ class Evaluator:
         if classes != data.num_classes:
             raise ValueError(
                 f"The network has {classes} classes, the data {data.num_classes} ({data.root}). "
-                "Validate on the data set that it was trained on."
+                "Validate on its own classes, or fine-tune it for these: effnet-finetune --new-head."
             )
         predict = self.predictor(weights)
         batch = max(1, min(batch, data.validation_count))

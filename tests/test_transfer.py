@@ -1,0 +1,223 @@
+"""Other classes: the body is kept to the bit, the classifier begins anew, and shared names keep their part."""
+
+import json
+
+import numpy as np
+import pytest
+from conversions import SMALL, moved
+from pictures import encode, folders, picture
+from safetensors.numpy import save_file
+from tiny import SMOKE, TINY, small_network  # noqa: F401
+
+from effnet_repro import checkpoint, convert, transfer
+from effnet_repro.config import override
+from effnet_repro.data import open_data
+from effnet_repro.network import initial_weights, params, segments
+from effnet_repro.predict import predict
+from effnet_repro.scaling import ModelSpec
+from effnet_repro.training import finetune, train, validate
+
+CLASSIFIER = "all/Top/logits/dense/"
+OLD, NEW = ("cat", "dog", "owl"), ("bee", "cat")
+
+
+def network(names=OLD, seed=0, **fields):
+    case = override(TINY, **{"image_resize": "modern", **fields})
+    spec = ModelSpec.from_case(case, len(names))
+    return convert.Weights(spec, initial_weights(spec, seed), case, tuple(names))
+
+
+@pytest.fixture(scope="module")
+def old(tmp_path_factory):
+    path = tmp_path_factory.mktemp("old") / "old.safetensors"
+    convert.write_ours(path, network())
+    return path
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    "Forty dark and light images of two classes to train on, eight to validate"
+    found, root = {}, tmp_path_factory.mktemp("data") / "pets"
+    for split, n in (("train", 20), ("val", 4)):
+        for kind, name in enumerate(NEW):
+            for i in range(n):
+                image = encode(picture(40, 40, i) // 2 + np.uint8(100 * kind))
+                found[f"{split}/{name}/{i}.jpg"] = image
+    return folders(root, found)
+
+
+def head_of(path):
+    arrays = checkpoint.load(path)[0]
+    return {n: a for n, a in arrays.items() if not n.startswith(("slots/", "average/"))}
+
+
+# ---------------------------------------------------------------- the weights
+
+
+def test_shared_names_keep_their_part_of_the_classifier():
+    body = network(seed=3)
+    body.arrays[CLASSIFIER + "bias"][:] = [5, 6, 7]
+    start = transfer.new_head_for(body, ("owl", "bee", "cat"), seed=1)
+    kernel, bias = (start.arrays[CLASSIFIER + n] for n in ("kernel", "bias"))
+    assert start.carried == ("owl", "cat") and bias.tolist() == [7, 0, 5]
+    there = body.arrays[CLASSIFIER + "kernel"]
+    assert (kernel[:, 0] == there[:, 2]).all() and (kernel[:, 2] == there[:, 0]).all()
+    again = transfer.new_head_for(body, ("x", "y", "z"), seed=1).arrays[CLASSIFIER + "kernel"]
+    assert (kernel[:, 1] == again[:, 1]).all() and (kernel[:, 0] != again[:, 0]).any()
+    other = transfer.new_head_for(body, ("x", "y", "z"), seed=2).arrays[CLASSIFIER + "kernel"]
+    assert (again != other).any()
+    for name, value in body.arrays.items():
+        if not name.startswith(CLASSIFIER):
+            np.testing.assert_array_equal(start.arrays[name], value)
+    assert body.arrays[CLASSIFIER + "bias"].tolist() == [5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    "there, here, shared",
+    [
+        (("a", "b"), ("b", "c"), {0: 1}),
+        (("a ", "a"), (" a",), {0: 0}),
+        (("0", "1"), ("0", "1"), {}),
+        (("class 0", "class 1"), ("class 0",), {}),
+        (("a", "b"), ("0", "1"), {}),
+    ],
+)
+def test_numbers_are_no_names(there, here, shared):
+    assert transfer.shared_classes(there, here) == shared
+
+
+def test_a_body_without_a_classifier(tmp_path):
+    weights = moved(SMALL)
+    state = convert.to_state_dict(weights.spec, weights.arrays)
+    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
+    save_file(body, str(tmp_path / "body.safetensors"))
+    found = transfer.read_body(tmp_path / "body.safetensors")
+    assert found.spec.num_classes == 0
+    start = transfer.new_head_for(found, NEW)
+    spec = ModelSpec.from_case(found.case, 2)
+    assert {n: a.shape for n, a in start.arrays.items()} == {p.name: p.shape for p in params(spec)}
+    assert start.carried == () and "2 classes" in transfer.describe_head(start, NEW)
+
+
+@pytest.mark.parametrize(
+    "count, given, batch",
+    [
+        (5, {}, (4, 4)),
+        (40, {}, (8, 8)),
+        (200, {}, (16, 16)),
+        (3000, {}, (256, 32)),
+        (10**6, {}, (256, 32)),
+        (200, {"global_batch_size": 12}, None),
+        (200, {"micro_batch_size": 12}, None),
+    ],
+)
+def test_the_size_of_a_step(count, given, batch):
+    found = transfer.transfer_batches(count, given)
+    assert tuple(found.values()) == (batch or ())
+
+
+# ---------------------------------------------------------------- runs
+
+
+@pytest.fixture(scope="module")
+def tuned(old, data_dir, tmp_path_factory):
+    "Two epochs of the head, and validated"
+    run_dir = tmp_path_factory.mktemp("run")
+    return finetune(
+        old, data_dir, run_dir, new_head=True, epochs=2, precision="float32", progress=False
+    )
+
+
+def test_the_body_stays_and_the_head_learns(old, tuned):
+    before, after = head_of(old), head_of(tuned.checkpoint)
+    spec = ModelSpec.from_case(tuned.case, 2)
+    top = {p.name for s in segments(spec) if s.name == "Top" for p in s.params}
+    assert after.keys() == before.keys()
+    for name, value in after.items():
+        if name not in top:
+            np.testing.assert_array_equal(value, before[name])
+    assert all((after[n] != transfer.new_head_for(network(), NEW).arrays[n]).any() for n in top)
+    assert (tuned.case.global_batch_size, tuned.case.image_size) == (8, TINY.image_size)
+    assert tuned.case.variable_filter == ("Top",) and tuned.case.optimizer == "sgd"
+
+
+def test_the_run_knows_its_classes_and_goes_on(old, tuned, data_dir, capsys):
+    said = checkpoint.read_metadata(tuned.checkpoint)
+    assert said["class_names"] == list(NEW) and said["num_classes"] == 2
+    notes = json.loads((tuned.run_dir / "config.json").read_text())
+    assert notes["new_head"] and notes["protocol"] == "transfer"
+    again = finetune(
+        old, data_dir, tuned.run_dir, new_head=True, epochs=2, precision="float32", progress=False
+    )
+    assert again.update == tuned.update and "1 of them" in capsys.readouterr().out
+    (found,) = predict(tuned.run_dir, data_dir / "val" / "bee" / "0.jpg", top=1)
+    assert found.guesses[0].name in NEW
+
+
+def test_what_trains(old, data_dir, tmp_path):
+    how = dict(new_head=True, **SMOKE)
+    for norm in ("LN_PN", "BN"):
+        file = tmp_path / f"{norm}.safetensors"
+        convert.write_ours(file, network(norm=norm))
+        before = head_of(file)
+        for parts in (("Top",), ("Top", "block")):
+            run_dir = tmp_path / norm / "-".join(parts)
+            done = finetune(file, data_dir, run_dir, variable_filter=parts, **how)
+            after = head_of(done.checkpoint)
+            body = [n for n in before if not n.startswith("all/Top")]
+            moved = [n for n in body if (after[n] != before[n]).any()]
+            assert moved == [] if parts == ("Top",) else len(moved) > 0.8 * len(body)
+            if norm == "BN" and "block" in parts:  # a trained batch norm moves, a frozen one rests
+                assert any(n.endswith("moving_mean") for n in moved)
+
+
+def test_other_classes_lead_to_a_new_head(old, data_dir, tmp_path):
+    calls = [
+        lambda: finetune(old, data_dir, tmp_path / "a", **SMOKE),
+        lambda: train(TINY, data_dir, tmp_path / "b", init=old, **SMOKE),
+        lambda: validate(old, data_dir),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="effnet-finetune --new-head"):
+            call()
+    names = network(("x", "y"))
+    convert.write_ours(tmp_path / "names.safetensors", names)
+    with pytest.raises(ValueError, match="effnet-finetune --new-head"):
+        validate(tmp_path / "names.safetensors", data_dir)
+    with pytest.raises(ValueError, match="need new_head=True"):
+        finetune(old, data_dir, arch="tf_efficientnet_b0", **SMOKE)
+
+
+# ---------------------------------------------------------------- the command
+
+
+def test_the_command(run, refused, old, data_dir, tmp_path):
+    words = ["finetune", old, "--data-dir", data_dir, "--new-head"]
+    status, out, err = run(*words, "--dry-run")
+    assert status == 0, err
+    rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
+    assert "Top" in rows["variable_filter"] and "new classifier" in rows["global_batch_size"]
+    assert rows["global_batch_size"].split()[1] == "8" and "sgd" in rows["optimizer"]
+    assert rows["epochs"].split()[1] == "20"
+    file = tmp_path / "theirs.safetensors"
+    from effnet_repro.convert.torch_files import write_torch
+
+    write_torch(file, network())
+    words = ["finetune", file, *words[2:], "--run-dir", tmp_path / "run", "--no-progress"]
+    status, out, err = run(*words, "--epochs", 1, "--max-steps", 1, "--variable-filter", "Top")
+    assert status == 0, err
+    assert "new classifier for 2 classes; 1 of them" in out
+    status, out, _ = run("predict", tmp_path / "run", data_dir / "val", "--top", 1, "--csv")
+    assert status == 0 and len(out.splitlines()) == 9
+    assert "trains with Keras" in refused(*words, "--print-poprun")
+    assert "Unknown protocol" in refused(*words, "--protocol", "transfr")
+
+
+def test_where_a_run_goes(old, data_dir, tmp_path, monkeypatch):
+    data = open_data(data_dir, verbose=False)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    place = tmp_path / "run" / "checkpoints" / "epoch-0001.safetensors"
+    place.write_bytes(old.read_bytes())
+    for source in (tmp_path / "run", place.parent, place):
+        assert transfer.run_folder(source, data) == tmp_path / "run" / "new-head-pets"
+    assert transfer.run_folder(tmp_path / "b0.weights.h5", data).as_posix() == "runs/b0-pets"

@@ -7,6 +7,7 @@ __all__ = ['as_spec', 'build_model', 'weights_by_name', 'spec_of', 'get_weights'
            'fold', 'from_keras_applications', 'load_keras_applications', 'to_keras_applications']
 
 # %% ../nbs/20_efficientnet.ipynb #a3389990
+import importlib
 from dataclasses import replace
 from typing import Dict, Optional, Sequence, Tuple, Union
 
@@ -217,10 +218,23 @@ def _keras_input_norm(source):
     return {"input/scale": scale.astype("float32"), "input/shift": shift.astype("float32")}
 
 # %% ../nbs/20_efficientnet.ipynb #24734629
-def _open_keras(spec, weights, num_classes):
+def _classes_in(path, spec):
+    "How many classes a weights file of Keras is for: its matrix has a column for each; 0 where it has none"
+    found = []
+
+    def note(name, item):
+        if len(getattr(item, "shape", ())) == 2 and item.shape[0] == spec.head_filters:
+            found.append(item.shape[1])
+
+    with importlib.import_module("h5py").File(str(path), "r") as file:
+        file.visititems(note)
+    return max(found, default=0)
+
+
+def _open_keras(spec, weights):
     "Build the keras.applications network of a size and read a weights file into it"
-    make = getattr(keras.applications, f"EfficientNet{spec.size}")
-    source = make(weights=None, classes=num_classes or 1000)
+    make, classes = getattr(keras.applications, f"EfficientNet{spec.size}"), _classes_in(weights, spec)
+    source = make(weights=None, include_top=classes > 0, classes=classes or 1000)
     source.load_weights(weights)
     affine = _keras_input_norm(source)
     variance = np.ravel(
@@ -245,11 +259,21 @@ def _check_keras_twin(spec):
             f"Received: {spec.name}, expand_ratio={spec.expand_ratio}."
         )
 
+# %% ../nbs/20_efficientnet.ipynb #18a0c020
+def _has_our_classifier(layers, spec):
+    "Whether Keras' classifier is for as many classes as ours; one for another number is left out, with a line"
+    there = layers["predictions"].kernel.shape[-1] if "predictions" in layers else 0
+    if there and spec.num_classes and there != spec.num_classes:
+        say(
+            f"The body is loaded. The classifier stays as it is: {spec.num_classes} classes here, {there} there."
+        )
+    return there == spec.num_classes
+
 # %% ../nbs/20_efficientnet.ipynb #b77c2e41
 def from_keras_applications(
     spec: ModelSpec,  # Batch norm, group size 1, input_norm="keras"
     source,  # A keras.applications EfficientNet, or the path of its weights file
-) -> Dict[str, np.ndarray]:  # Full name -> array; without the classifier when the source has none
+) -> Dict[str, np.ndarray]:  # Full name -> array; without a classifier of other classes, or none
     "Read the weights of `keras.applications.EfficientNetB*` under our names"
     _check_keras_twin(spec)
     if spec.input_norm != "keras":
@@ -260,9 +284,9 @@ def from_keras_applications(
     if isinstance(source, keras.Model):
         loaded = _keras_input_norm(source)
     else:
-        source, loaded = _open_keras(spec, source, spec.num_classes)
+        source, loaded = _open_keras(spec, source)
     layers = {layer.name: layer for layer in source.layers}
-    top = "predictions" in layers
+    top = _has_our_classifier(layers, spec)
     for name in (p.name for p in params(spec) if p.name.startswith("all/")):
         if top or "logits" not in name:
             layer = layers.get(_keras_layer_names(name))
@@ -279,7 +303,7 @@ def load_keras_applications(
     model: keras.Model,  # A batch-norm, group-size-1 model of B0 to B7, with input_norm="keras"
     source,  # A keras.applications EfficientNet, or the path of its weights file
 ):
-    "Load the weights of `keras.applications.EfficientNetB*`; a source without top leaves our classifier alone"
+    "Load the weights of `keras.applications.EfficientNetB*`; our classifier stays if the source has no such one"
     loaded = from_keras_applications(spec_of(model), source)
     set_weights(model, {**get_weights(model), **loaded})
 

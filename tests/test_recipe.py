@@ -465,7 +465,7 @@ def test_every_segment_is_a_legal_filter_of_itself(part):
 
 
 @pytest.mark.parametrize(
-    "wrong", ["top", "block", "block8", "block71", "block7A", "head", "", "Top/"]
+    "wrong", ["top", "blok", "block8", "block71", "block7A", "head", "", "Top/"]
 )
 def test_an_unknown_filter_is_refused_with_the_legal_ones(wrong):
     with pytest.raises(ValueError, match="Legal: Top, block7, block6"):

@@ -233,7 +233,10 @@ def _classes_in(path, spec):
 
 def _open_keras(spec, weights):
     "Build the keras.applications network of a size and read a weights file into it"
-    make, classes = getattr(keras.applications, f"EfficientNet{spec.size}"), _classes_in(weights, spec)
+    make, classes = (
+        getattr(keras.applications, f"EfficientNet{spec.size}"),
+        _classes_in(weights, spec),
+    )
     source = make(weights=None, include_top=classes > 0, classes=classes or 1000)
     source.load_weights(weights)
     affine = _keras_input_norm(source)

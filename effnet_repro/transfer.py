@@ -24,8 +24,8 @@ IMAGES_A_STEP, LEAST_STEP, MOST_STEP = 8, 8, 256
 MOST_AT_A_TIME = 32  # Of these; more are accumulated
 
 
-class Start(NamedTuple):
-    """What a run on other classes begins with."""
+class NewHead(NamedTuple):
+    """A network with a classifier for other classes."""
 
     arrays: Dict[str, np.ndarray]  # Full name -> array: all that the network declares
     carried: Tuple[str, ...]  # Classes whose part of the classifier was kept
@@ -51,7 +51,7 @@ def shared_classes(old: Sequence[str], new: Sequence[str]) -> Dict[int, int]:
     return {label: there for label, there in pairs if there is not None}
 
 
-def new_head_for(body: Weights, class_names: Sequence[str], seed: int = 0) -> Start:
+def new_head_for(body: Weights, class_names: Sequence[str], seed: int = 0) -> NewHead:
     """Return a network with the body of `body` and a classifier for `class_names`.
 
     A class that the old network has by the same name keeps its column of the kernel and its bias; the others are drawn
@@ -69,10 +69,10 @@ def new_head_for(body: Weights, class_names: Sequence[str], seed: int = 0) -> St
         for label, there in shared.items():
             value[..., label] = arrays[name][..., there]
     carried = tuple(str(class_names[label]) for label in sorted(shared))
-    return Start({**arrays, **fresh}, carried)
+    return NewHead({**arrays, **fresh}, carried)
 
 
-def describe_head(start: Start, class_names: Sequence[str]) -> str:
+def describe_head(start: NewHead, class_names: Sequence[str]) -> str:
     """Return a sentence about the new classifier."""
     n, kept = len(class_names), len(start.carried)
     text = f"new classifier for {n} class{'es' * (n != 1)}"

@@ -11,7 +11,7 @@ from effnet_repro.data.decode import decode_image, picture_bytes
 from effnet_repro.data.layouts import IMAGE_SUFFIXES, left_by_tools
 from effnet_repro.data.numpy_reader import PIECE
 from effnet_repro.data.request import check_resize
-from effnet_repro.data.team import Team, pays_processes
+from effnet_repro.data.team import Team, into, pays_processes
 from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import validation_image
 
@@ -101,8 +101,8 @@ def square_batches(
             squares = np.empty((len(some), image_size, image_size, 3), np.uint8)
             pieces = range(0, len(some), PIECE)
             return squares, [
-                team.submit((some[i : i + PIECE],), squares[i : i + PIECE]) for i in pieces
+                team.submit((some[i : i + PIECE],), into(squares[i : i + PIECE])) for i in pieces
             ]
 
         for squares, done in made_ahead(begin, range(0, len(images), batch)):
-            yield squares, [problem for one in done for problem in one.result()]
+            yield squares, [problem for one in done for problem in one.result()[1]]

@@ -234,3 +234,13 @@ def test_a_reader_that_does_not_validate_is_refused(sample):
         d.validation_batches(sample, 32, 8, reader="jax")
     with pytest.raises(ValueError, match="Did you mean 'numpy'"):
         d.training_batches(sample, 32, 8, reader="nump")
+
+
+def test_a_gpu_that_tensorflow_has_taken_is_told(sample, monkeypatch, caplog):
+    "Before, another backend ran short of memory without a word."
+    def refuse(*_):
+        raise RuntimeError("Visible devices cannot be modified after being initialized")
+
+    monkeypatch.setattr(tf.config, "set_visible_devices", refuse)
+    images, _ = next(d.tensorflow_arrays(d.training_batches, sample, 32, 4))
+    assert images.shape == (4, 32, 32, 3) and "has used the GPU already" in caplog.text

@@ -4,7 +4,7 @@ Python reads files and draws crops, `CHUNK` images a call; everything after that
 follow `transforms` bit for bit.
 """
 
-import contextlib
+import logging
 from typing import Iterator, Tuple
 
 import numpy as np
@@ -14,6 +14,7 @@ from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.threads import core_count
 from effnet_repro.data.transforms import resize
 
+LOG = logging.getLogger(__name__)
 _DCT = {"published": "INTEGER_FAST", "modern": "INTEGER_ACCURATE"}
 
 
@@ -171,11 +172,18 @@ def tensorflow_arrays(
     *request,  # Its arguments
     **options,  # and options
 ) -> Iterator[Tuple[np.ndarray, ...]]:  # Its batches, as arrays that are not to be changed
-    """Read with TensorFlow's threads for another back end, whose GPU TensorFlow leaves alone"""
+    """Read with TensorFlow's threads for another backend, whose GPU TensorFlow then leaves alone.
+
+    A warning says so where TensorFlow had taken the GPU before.
+    """
     import tensorflow as tf
 
-    with contextlib.suppress(RuntimeError):  # TensorFlow runs already
+    try:
         tf.config.set_visible_devices([], "GPU")
+    except RuntimeError:
+        LOG.warning(
+            "TensorFlow has used the GPU already: it keeps memory that the other backend lacks."
+        )
     threads = tf.data.Options()
     threads.threading.private_threadpool_size = core_count()  # not the program's
     return make(*request, **options).with_options(threads).as_numpy_iterator()

@@ -238,6 +238,7 @@ def test_a_reader_that_does_not_validate_is_refused(sample):
 
 def test_a_gpu_that_tensorflow_has_taken_is_told(sample, monkeypatch, caplog):
     "Before, another backend ran short of memory without a word."
+
     def refuse(*_):
         raise RuntimeError("Visible devices cannot be modified after being initialized")
 

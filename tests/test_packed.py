@@ -146,6 +146,20 @@ def test_a_damaged_part_is_written_again(source, tmp_path, form):
     assert path.read_bytes() == good and done["train"]["found"] == 2
 
 
+def test_damaged_pixels_are_left_out(source, tmp_path):
+    packed.pack(source, tmp_path / "p", packing("raw"), 1, say=lambda line: None)
+    whole = d.open_data(tmp_path / "p", cache_dir=tmp_path, on_corrupt="skip", verbose=False)
+    assert whole.damaged == ()
+    split = whole.splits["train"]
+    path, at = split.files[split.file[6]], int(split.offset[6])
+    good = open(path, "rb").read()
+    open(path, "wb").write(good[: at + 50] + bytes([good[at + 50] ^ 1]) + good[at + 51 :])
+    os.utime(path, (1, 1))  # other times: what is kept of before does not count
+    left = d.open_data(tmp_path / "p", cache_dir=tmp_path, on_corrupt="skip", verbose=False)
+    assert left.train_count == 10 and "checksum of the pixels" in left.damaged[0]
+    assert len(left.splits["train"].original) == len(left.splits["train"].stored) == 10
+
+
 def test_several_writers_write_the_same(source, tmp_path):
     for name, workers in (("a", 1), ("b", 2)):
         packed.pack(source, tmp_path / name, packing("jpeg"), workers, say=lambda line: None)

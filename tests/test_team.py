@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 
 import numpy as np
@@ -54,6 +57,39 @@ def test_a_process_that_is_killed_is_told(monkeypatch):
         os.kill(crew.submit((np.arange(8),), np.copy).result()[1], signal.SIGKILL)
         with pytest.raises(RuntimeError, match="ended with status -9.*memory"):
             crew.submit((np.arange(8),), np.copy).result()
+
+
+def runs(pid):
+    "Whether a process is there, and more than an entry that nobody has fetched"
+    try:
+        os.kill(pid, 0)
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except ProcessLookupError:
+        return False
+    except FileNotFoundError:  # no /proc, or it has ended just now
+        return not os.path.exists("/proc")
+
+
+def test_processes_end_with_their_caller():
+    """Killed without a word, it leaves nobody behind."""
+    here = os.path.dirname(__file__)
+    code = f"""
+import os, signal, sys
+sys.path[:0] = [{here!r}, {os.path.dirname(here)!r}]
+import numpy as np
+from team_job import Numbers
+from effnet_repro.data import team
+crew = team.Team(Numbers(np.arange(9)), room=64, count=1)
+print(crew.submit((np.arange(9),), np.copy).result()[1], flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL
+    left, end = int(done.stdout.split()[-1]), time.monotonic() + 10
+    while runs(left) and time.monotonic() < end:
+        time.sleep(0.02)
+    assert not runs(left)
 
 
 def test_images_without_room_come_another_way(monkeypatch):

@@ -6,8 +6,10 @@ What is off the list has no place in any epoch's order: the stream stays a funct
 import contextlib
 import json
 import struct
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Callable, Dict
 
 import numpy as np
@@ -44,6 +46,24 @@ def find_damaged(
         found = {i: text for part in pool.map(look, parts) for i, text in part.items()}
     if dataset.format == "tfrecord" and pictures is None:
         found = {**_wrong_checksums(places), **found}
+    if dataset.format == "raw" and pictures is None:
+        found = {**_wrong_pixels(places), **found}
+    return found
+
+
+def _wrong_pixels(places):
+    "Images of a packed set whose pixels do not give their checksum"
+    found = {}
+    for number, path in enumerate(places.files):
+        index = np.load(str(Path(path).with_name(Path(path).name.replace("pixels", "index", 1))))
+        index = index[index["boxes"] >= 0]
+        crcs = dict(zip(index["offset"].tolist(), index["crc"].tolist()))
+        with open(path, "rb") as file:
+            for i in np.flatnonzero(places.file == number):
+                file.seek(places.offset[i])
+                if zlib.crc32(file.read(int(places.length[i]))) != crcs[int(places.offset[i])]:
+                    text = f"Damaged file: the checksum of the pixels at byte {places.offset[i]}"
+                    found[int(i)] = f"{text} is wrong. It is picture {i}, in {path}."
     return found
 
 

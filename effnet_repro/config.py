@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
 
 from .case_files import read_sections
+from .divisors import mixing_group
 from .fields import UNCHANGED, describe, list_some, option, unknown_name
 from .scaling import INPUT_NORMS, NORMS, SIZES, ModelSpec, size_name
 from .messages import say
@@ -184,6 +185,9 @@ class _Images(_Step):
         choices=("others", "all"),
         earlier="all",
     )
+    mix_group_size: Optional[int] = option(
+        "Images mixed among themselves; None: a micro-batch", None, range="[0, inf)", earlier=0
+    )
     mixup_alpha: float = option("Of the Beta distribution; 0 = off", 0.1, range="[0, 1000)")
     cutmix_lambda: Optional[float] = option(
         "CutMix v1's parameter; None or 0 = off", None, range="[0, 1]"
@@ -246,6 +250,11 @@ class Case(_OnIPUs):
         return 1.0 - 2.0**self.rmsprop_decay_exponent * self.global_batch_size
 
     @property
+    def mix_groups(self) -> Tuple[int, int]:  # In a training step, and images in each
+        size = self.mix_group_size or self.micro_batch_size
+        return self.global_batch_size // size, size
+
+    @property
     def proxy_norm(self) -> bool:  # Whether the activations are proxy-normalized
         return self.norm.endswith("_PN")
 
@@ -292,14 +301,15 @@ def validate(
             f"The product is {product}: change one of the four, or leave gradient_accumulation out.",
             *("micro_batch_size", "gradient_accumulation", "num_replicas", "global_batch_size"),
         )
+    whole, group = case.global_batch_size, case.mix_group_size
+    if group and whole % group:
+        rule, hint = "mix_group_size must divide the global_batch_size.", "Leave it out."
+        _refuse(case, rule, hint, "mix_group_size", "global_batch_size")
     if not 0.0 <= case.rmsprop_decay < 1.0:
-        limit = int(2**-case.rmsprop_decay_exponent)
-        _refuse(
-            case,
-            f"RMSProp's decay 1 - 2**{case.rmsprop_decay_exponent} x global_batch_size would be negative.",
-            f"Use a global batch of at most {limit}, or a smaller rmsprop_decay_exponent.",
-            "global_batch_size",
-        )
+        power, limit = case.rmsprop_decay_exponent, int(2**-case.rmsprop_decay_exponent)
+        rule = f"RMSProp's decay 1 - 2**{power} x global_batch_size would be negative."
+        hint = f"Use a global batch of at most {limit}, or a smaller rmsprop_decay_exponent."
+        _refuse(case, rule, hint, "global_batch_size")
     if case.num_stages != len(case.pipeline_splits) + 1:
         way_out = f"Name {case.num_stages - 1} segments in pipeline_splits."
         _refuse(case, "A split begins a stage.", way_out, "num_stages", "pipeline_splits")
@@ -352,7 +362,7 @@ def override(
     case: Case,  # The case to start from; it is not changed
     **values,  # New values of fields; None means what the case says
 ) -> Case:  # A new, validated case
-    "Change fields of a `case`; the gradient accumulation follows the other batch fields"
+    "Change fields of a `case`; accumulation and mixing groups follow the other batch fields"
     for key in values:
         if key not in FIELDS:
             raise unknown_name("field", key, FIELDS)
@@ -366,6 +376,9 @@ def override(
                 f"Use a micro_batch_size that divides {whole // max(replicas, 1)}."
             )
         values["gradient_accumulation"] = whole // (micro * replicas)
+    group, whole = case.mix_group_size, values.get("global_batch_size", case.global_batch_size)
+    if group and whole % group:
+        values.setdefault("mix_group_size", mixing_group(whole, group))
     return dataclasses.replace(case, **values)
 
 # %% ../nbs/00_config.ipynb #055781ec
@@ -383,18 +396,18 @@ def get_case(
 # %% ../nbs/00_config.ipynb #8d16190d
 def for_one_device(
     case: Case,  # A case laid out for a POD16
-    micro_batch_size: Optional[
-        int
-    ] = None,  # Pictures at a time; None = the case's or the next divisor below
-    global_batch_size: Optional[int] = None,  # Pictures in an update; None = the case's
+    micro_batch_size: Optional[int] = None,  # Images at a time; None = the case's, or a divisor
+    global_batch_size: Optional[int] = None,  # Images in a training step; None = the case's
+    mix_group_size: Optional[int] = None,  # Images mixed among themselves; None = the case's
 ) -> Case:  # The same experiment with one replica and one stage
     "Lay a `case` out for a single device, keeping its global batch by accumulation"
     whole = global_batch_size or case.global_batch_size
-    micro = micro_batch_size or max(
-        m for m in range(1, case.micro_batch_size + 1) if whole % m == 0
-    )
-    one = dict(num_replicas=1, num_stages=1, pipeline_splits=())
-    return override(case, micro_batch_size=micro, global_batch_size=whole, **one)
+    fits = (m for m in range(1, case.micro_batch_size + 1) if whole % m == 0)
+    micro = micro_batch_size or max(fits)
+    group = None if case.mix_group_size is not None else mixing_group(whole, case.micro_batch_size)
+    batch = dict(micro_batch_size=micro, global_batch_size=whole)
+    batch["mix_group_size"] = group if mix_group_size is None else mix_group_size
+    return override(case, num_replicas=1, num_stages=1, pipeline_splits=(), **batch)
 
 # %% ../nbs/00_config.ipynb #4447307e
 def budget_overrides(
@@ -417,25 +430,19 @@ def resolve(
     data_given: bool = False,  # Whether the user pointed at a data set
     path=None,  # A file of cases and budgets in the form of `config.yml`; None = the published one
     **overrides,  # The user's own values; None means what the budget or the case says
-) -> Tuple[
-    Case, Dict[str, Any]
-]:  # The case to run and {field: value of the published case} of what differs
+) -> Tuple[Case, Dict[str, Any]]:  # What will run, and the published values that differ
     "Work out what will run: `case`, then budget, then the user's `overrides`, on one device"
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path)
     given = {k: v for k, v in overrides.items() if v is not None}
-    override(
-        case, **{k: v for k, v in given.items() if k not in _DECIDE_ACCUMULATION}
-    )  # refuses unknown names
-    merged = {**changes, **given}
-    batch = {k: merged.pop(k, None) for k in ("micro_batch_size", "global_batch_size")}
+    merged, sizes = {**changes, **given}, ("micro_batch_size", "global_batch_size", "mix_group_size")
+    named = {k: v for k, v in given.items() if k not in (*sizes, "num_replicas")}
+    override(case, **named)  # refuses unknown names
+    batch = {k: merged.pop(k, None) for k in sizes}
     if "global_batch_size" in given and "micro_batch_size" not in given:
-        batch["micro_batch_size"] = (
-            None  # the budget's micro-batch need not divide the user's global batch
-        )
-    run = for_one_device(
-        dataclasses.replace(case, **{k: v for k, v in merged.items() if v is not None}), **batch
-    )
+        batch["micro_batch_size"] = None  # the budget's need not divide the user's global batch
+    changed = dataclasses.replace(case, **{k: v for k, v in merged.items() if v is not None})
+    run = for_one_device(changed, **batch)
     run = dataclasses.replace(run, **{k: None for k, v in merged.items() if v is None})
     return run, {n: getattr(case, n) for n in FIELDS if getattr(case, n) != getattr(run, n)}
 

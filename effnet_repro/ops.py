@@ -70,6 +70,9 @@ class _NumpyNames(_Composed):
     def arange(self, n, dtype="int32"):
         return self._library.arange(n, dtype=dtype)
 
+    def rows(self, x, first, n):  # n entries along the first axis; `first` may be a tensor
+        return x[first : first + n]
+
 # %% ../nbs/02_ops.ipynb #35e386cf
 class NumpyOps(_NumpyNames):
     "The operations in NumPy: the reference, in any precision"
@@ -155,6 +158,10 @@ class _TFNames(_Composed):
 
     def arange(self, n, dtype="int32"):
         return self.tf.range(n, dtype=dtype)
+
+    def rows(self, x, first, n):
+        rest = self.shape(x)[1:]
+        return self.tf.slice(x, [first, *(0 for _ in rest)], [n, *rest])
 
 # %% ../nbs/02_ops.ipynb #79787941
 class TFOps(_TFNames):
@@ -328,6 +335,9 @@ class JAXOps(_NumpyNames):
             feature_group_count=x.shape[-1] // kernel.shape[2],
         )
 
+    def rows(self, x, first, n):
+        return self.jax.lax.dynamic_slice_in_dim(x, first, n)
+
     def key(self, *counters):
         key = self.jax.random.PRNGKey(0x5EED)
         for c in counters:
@@ -371,8 +381,11 @@ class Rng:
         update=0,  # Index of the weight update; may be a tensor
         micro_batch=0,  # Index within the update; may be a tensor
         replica=0,  # Index of the replica
+        batch=None,  # Images of the whole training step; None = the masks are the micro-batch's own
     ):
-        self.ops, self.counters = ops, (seed, update, micro_batch, replica)
+        own = (0, 0) if batch else (micro_batch, replica)
+        self.ops, self.counters = ops, (seed, update, *own)
+        self.batch, self.micro_batch = batch, micro_batch
         self._key = None
         self.statistics = {}  # Parameter -> new moving average, from batch norm; None = it is frozen
 
@@ -388,5 +401,8 @@ class Rng:
             self._key = self.ops.key(*self.counters)
         place = zlib.crc32(f"{segment}/{kind}".encode()) % 2**31
         key = self.ops.fold_in(self._key, place)
-        kept = self.ops.floor(self.ops.uniform(key, shape) + (1.0 - rate))
+        drawn = self.ops.uniform(key, (self.batch or shape[0], *shape[1:]))
+        if self.batch and self.batch != shape[0]:
+            drawn = self.ops.rows(drawn, self.micro_batch * shape[0], shape[0])
+        kept = self.ops.floor(drawn + (1.0 - rate))
         return kept * (1.0 / (1.0 - rate))

@@ -137,4 +137,4 @@ def resolve_transfer(
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     notes["new_head"] = True
-    return Transfer(case, trained, name, run_dir, fields, notes, Path(source), body)
+    return Transfer(case, trained, name, run_dir, fields, notes, Path(source), body=body)

@@ -75,7 +75,7 @@ def _our_training(name, images, labels):
     mixing = dict(
         mixup_alpha=case.mixup_alpha, cutmix_lambda=case.cutmix_lambda, seed=SEED, update=0
     )
-    batch = draw_mixing(**mixing, micro_batches=1, micro_batch_size=len(images))
+    batch = draw_mixing(**mixing, groups=1, group_size=len(images))
     batch.update(update=np.int32(0), learning_rate=np.float32(1e-4), images=images, labels=labels)
     return model, batch
 

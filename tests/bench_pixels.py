@@ -56,8 +56,10 @@ def on_device(images, rectangles, flips, random, side, image_resize):
         windows = [transforms.validation_window(*size, side, image_resize) for size in sent.sizes]
         new, corner = (np.array([w[i] for w in windows]) for i in range(2))
         flips = np.zeros(len(part), bool)
-    numbers = (part[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
-    return lambda: cut(sent.pixels, sent.begin, sent.sizes[:, 1], part, *numbers, side)
+    scale = (part[:, 2:] / new).astype("float32")
+    numbers = part, scale, corner.astype("float32"), flips, np.int32(0)
+    cuts = device.Cuts(sent.begin, sent.sizes[:, 1], *numbers)
+    return lambda: cut(sent.pixels, cuts._asdict(), side)
 
 
 def on_host(image, rectangle, flip, random, side, image_resize):

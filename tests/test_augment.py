@@ -78,7 +78,7 @@ def test_pasted_pictures_are_mixed_already():
 def test_frameworks_agree(name, dtype):
     pictures = np.random.default_rng(0).integers(0, 256, (6, 13, 17, 3)).astype(dtype)
     targets = np.eye(6, dtype="float32")
-    many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, micro_batches=20, micro_batch_size=6)
+    many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, groups=20, group_size=6)
     draws = draw_mixing(**many, update=0)
     for i in range(20):
         one = {key: value[i] for key, value in draws.items()}
@@ -90,7 +90,7 @@ def test_frameworks_agree(name, dtype):
 def test_in_a_while_loop():
     pictures = tf.constant(np.random.default_rng(0).random((3, 4, 8, 8, 3)), tf.float32)
     targets = tf.eye(4)
-    many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, micro_batches=3, micro_batch_size=4)
+    many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, groups=3, group_size=4)
     draws = draw_mixing(**many, update=0)
 
     @tf.function
@@ -112,34 +112,30 @@ def test_in_a_while_loop():
         check_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_micro_batches_of_unknown_or_single_size():
-    with pytest.raises(ValueError, match="Received: 1"):
+def test_groups_of_unknown_or_single_size():
+    with pytest.raises(ValueError, match="Received: groups of 1"):
         mix(get_ops("jax"), np.zeros((1, 2, 2, 3)), np.eye(1), mixup=[1.0])
     unknown = tf.function(
         lambda x: mix(get_ops("tensorflow"), x, tf.eye(4), mixup=[1.0] * 4),
         input_signature=[tf.TensorSpec([None, 2, 2, 3])],
     )
-    with pytest.raises(ValueError, match="micro-batch of two or more"):
+    with pytest.raises(ValueError, match="groups of two or more"):
         unknown.get_concrete_function()
     off = dict(mixup_alpha=None, cutmix_lambda=None)
-    assert draw_mixing(**off, seed=0, update=0, micro_batches=2, micro_batch_size=1)[
-        "mixup"
-    ].shape == (2, 1)
+    assert draw_mixing(**off, seed=0, update=0, groups=2, group_size=1)["mixup"].shape == (2, 1)
     with pytest.raises(ValueError, match="switch off"):
         draw_mixing(
             mixup_alpha=0.1,
             cutmix_lambda=None,
             seed=0,
             update=0,
-            micro_batches=2,
-            micro_batch_size=1,
+            groups=2,
+            group_size=1,
         )
 
 
 def test_draws_follow_their_distributions():
-    many = dict(
-        mixup_alpha=0.2, cutmix_lambda=0.8, seed=1, micro_batches=40_000, micro_batch_size=2
-    )
+    many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=1, groups=40_000, group_size=2)
     draws = draw_mixing(**many, update=0)
     assert all(value.dtype == np.float32 for value in draws.values())
     mixup, kept = draws["mixup"], draws["cutmix_lambda"]

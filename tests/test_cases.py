@@ -213,7 +213,7 @@ def test_every_network_builds_counts_and_learns(name):
         "labels": np.int32([1, 999]),
         "update": np.int32(0),
         "learning_rate": np.float32(0.01),
-        **draw_mixing(**mixing, seed=0, update=0, micro_batches=1, micro_batch_size=2),
+        **draw_mixing(**mixing, seed=0, update=0, groups=1, group_size=2),
     }
     logs = model.train_step({k: keras.ops.convert_to_tensor(v) for k, v in batch.items()})
     assert np.isfinite(float(logs["loss"])) and 4 < float(logs["loss"]) < 12

@@ -75,9 +75,10 @@ def test_it_goes_on_as_it_began(run_dir, capsys):
         assert {name: case[name] for name in EARLIER} == EARLIER
 
 
-@pytest.mark.parametrize("field", ["image_resize", "label_smoothing_over"])
+@pytest.mark.parametrize("field", ["image_resize", "label_smoothing_over", "mix_group_size"])
 def test_another_arithmetic_is_refused(run_dir, field):
-    new = {"image_resize": "published", "label_smoothing_over": "others"}[field]
+    others = {"image_resize": "published", "label_smoothing_over": "others", "mix_group_size": 16}
+    new = others[field]
     with pytest.raises(ValueError, match=f"{field}: {EARLIER[field]} there, {new} here"):
         train(CASE, run_dir=run_dir, **{**HOW, field: new})
 

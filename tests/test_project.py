@@ -226,7 +226,8 @@ def test_an_unpacked_archive_has_the_same_files(tmp_path, monkeypatch):
 def test_links_are_links():
     "On a checkout without symbolic links all would become text files."
     assert os.readlink(PACKAGE / "config.yml") == "../config.yml"
-    assert os.readlink(PACKAGE / "pod16_model.json") == "../results/pod16_model.json"
+    for name in ("gpu_rates.json", "pod16_model.json"):
+        assert os.readlink(PACKAGE / name) == f"../results/{name}"
     assert os.readlink(ROOT / "nbs" / "_quarto.yml") == "../_quarto.yml"
 
 
@@ -254,6 +255,7 @@ def test_wheel(tmp_path):
     assert names == {p.relative_to(ROOT).as_posix() for p in PACKAGE.rglob("*.py")} | {
         "effnet_repro/room/__init__.py",
         "effnet_repro/config.yml",
+        "effnet_repro/gpu_rates.json",
         "effnet_repro/pod16_model.json",
     }
     assert sorted(needs, key=str.lower) == ["numpy", "PyYAML", "safetensors"]

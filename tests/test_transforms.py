@@ -206,11 +206,11 @@ def test_published_resize_is_tensorflows_old_one(old, new, seed, flip):
     square = new[0], new[0]  # on JAX's device
     whole, zero = np.array([[0, 0, *old]], np.int32), np.zeros(1, np.int32)
     scale = (np.array([old]) / np.array([square])).astype("float32")
-    part = np.zeros((1, 2), "float32"), np.array([flip])
-    at = image.reshape(-1, 3), zero, np.array([old[1]], np.int32)
+    corner, width = np.zeros((1, 2), "float32"), np.array([old[1]], np.int32)
+    cuts = device.Cuts(zero, width, whole, scale, corner, np.array([flip]), np.int32(0))
     side = min(new[0], 64)  # a part of it, so that few programs are compiled
     side = 1 << (side.bit_length() - 1)
-    found = np.asarray(device.cutter("published")(*at, whole, scale, *part, side))[0]
+    found = np.asarray(device.cutter("published")(image.reshape(-1, 3), cuts._asdict(), side))[0]
     np.testing.assert_array_equal(
         found, tf_legacy(image[:, ::-1] if flip else image, square)[:side, :side]
     )

@@ -1,4 +1,4 @@
-"""`effnet-plan`: lay a case out on IPUs, as modelled."""
+"""`effnet-plan`: lay a case out on IPUs, as modelled; or say how long it takes on GPUs."""
 
 import json
 
@@ -11,13 +11,24 @@ from effnet_repro.cli.kit import (
     real_number,
     whole_number,
 )
-from effnet_repro.config import CHOICES
+from effnet_repro.config import CHOICES, override
 from effnet_repro.scaling import ModelSpec
 
 
 def _plan_arguments(parser):
     parser.add_argument("case", metavar="CASE", help="a published case; effnet-cases lists them")
     config_arguments(parser)
+    parser.add_argument(
+        "--device",
+        type=choice("device", ("ipu", "gpu")),
+        metavar="NAME",
+        default="ipu",
+        help="ipu, or gpu: hours of all epochs of ImageNet from measured rates",
+    )
+    parser.add_argument(
+        "--gpus", type=whole_number, metavar="N", help="GPUs of one host; default: 1"
+    )
+    parser.add_argument("--reader", metavar="NAME", help="what feeds the GPUs; default: all")
     parser.add_argument(
         "--ipus", type=whole_number, metavar="N", help="IPUs in all; default: the case's (16)"
     )
@@ -85,6 +96,29 @@ def _draw_stages(summary):
     return format_table(rows, "  ")
 
 
+def _on_gpus(args):
+    "Print how long the case takes on GPUs"
+    from effnet_repro.gpu_plan import plan_gpus, plan_rows
+
+    case = named_case(args.case, args.config_path)
+    if args.image_size is not None:
+        check_given(image_size=args.image_size)
+        case = override(case, image_size=args.image_size)
+    gpus = 1 if args.gpus is None else args.gpus
+    if gpus < 1:
+        raise UsageError("--gpus must be at least 1.")
+    try:
+        rows = plan_rows(plan_gpus(case, gpus, args.reader or ""))
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+    if args.json:
+        print(json.dumps({"case": case.name, "epochs": case.epochs, "plans": rows}, indent=1))
+        return
+    print(f"{case.name}, {case.image_size} px, {case.epochs:g} epochs of ImageNet")
+    print(format_table(rows))
+    print("rates of H100s with 16 cores each; projected ones were not measured")
+
+
 def _both_plans(args):
     "The case, and the published plan (None where it does not apply) and the best, as modelled"
     from effnet_repro.planner import MK2, Plan, memory_warning, plan, predict
@@ -121,10 +155,13 @@ def _both_plans(args):
     effnet-plan B4-G16-LN_PN-Native_16IPU_4x4 --ipus 64 --image-size 300
     effnet-plan B0-G16-LN_PN-Half_16IPU_2x8 --stages 2 4 --json
     effnet-plan B5-G16-GN-Native_16IPU_4x4 --figure plan.png
+    effnet-plan B0-G16-LN_PN-Half_16IPU_2x8 --device gpu
     """,
 )
 def plan_command(args):
     "Plan a pipeline: the published plan of a case and the fastest that fits, as modelled."
+    if args.device == "gpu":
+        return _on_gpus(args)
     title, found, notes = _both_plans(args)
     summaries = {k: _plan_summary(p) for k, p in found.items()}
     if args.figure:

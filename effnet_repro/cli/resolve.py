@@ -84,6 +84,8 @@ def _reason(name, given, batches, budget):
         return f"one device{note}"
     if name == "gradient_accumulation":
         return "keeps the global batch"
+    if name == "mix_group_size" and name not in given:
+        return "the case's micro-batch, or a divisor"
     return "flag" if name in given else "product of the flags" if name in batches else budget
 
 

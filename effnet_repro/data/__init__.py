@@ -10,7 +10,7 @@ from effnet_repro.data.catalog import DataSet, open_data
 from effnet_repro.data.damage import find_damaged
 from effnet_repro.data.decode import picture_bytes
 from effnet_repro.data.decoders import choose_decoder
-from effnet_repro.data.device import fits_device
+from effnet_repro.data.device import cut_images, fits_device
 from effnet_repro.data.figures import plot_pictures
 from effnet_repro.data.layouts import Split
 from effnet_repro.data.numpy_reader import load_arrays
@@ -18,6 +18,7 @@ from effnet_repro.data.order import epoch_order, random_bits, random_uniform
 from effnet_repro.data.readers import (
     array_batches,
     device_batches,
+    resident_batches,
     training_batches,
     update_pictures,
     validation_arrays,
@@ -40,6 +41,7 @@ __all__ = [
     "array_batches",
     "choose_decoder",
     "crc32c",
+    "cut_images",
     "device_batches",
     "draw_crops",
     "draw_flips",
@@ -54,6 +56,7 @@ __all__ = [
     "plot_pictures",
     "random_bits",
     "random_uniform",
+    "resident_batches",
     "resize",
     "sample_set",
     "scan_tfrecord",

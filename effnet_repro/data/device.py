@@ -1,13 +1,14 @@
 """The reader of a GPU under JAX: the device cuts and resizes, images that stay there or are sent.
 
-A set that fits is decoded once and its pixels stay on the device (`_resident`); an update then sends numbers only:
-which images, which rectangles, which are mirrored. Of a larger set the rectangles are decoded and sent (`_streamed`).
+A set that fits is decoded once and its pixels stay on the device (`_resident`); a training step then sends numbers only
+(`Cuts`): which images, which rectangles, which are mirrored. Of a larger set the rectangles are decoded and sent
+(`_streamed`). `resident_cuts` gives the numbers alone, for a training step that cuts its images itself (`cut_images`).
 """
 
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -28,8 +29,22 @@ class Pixels(NamedTuple):
     sizes: np.ndarray  # Height and width, (n, 2)
 
 
+class Cuts(NamedTuple):
+    """What is cut out of pixels on the device, an entry an image, and 0, which a compiler must not know."""
+
+    begin: np.ndarray  # First pixel of the image, (B,) int32
+    width: np.ndarray  # Of the image, pixels, (B,) int32
+    parts: np.ndarray  # Top, left, height, width of each rectangle, (B, 4) int32
+    scale: (
+        np.ndarray
+    )  # Height and width of the rectangle over those of its resized version, (B, 2) float32
+    corner: np.ndarray  # Top and left of what is taken of that, pixels, (B, 2) float32
+    flips: np.ndarray  # Whether it is mirrored, (B,) bool
+    zero: np.ndarray  # () int32
+
+
 class _Batch(NamedTuple):
-    "What the device needs for an update"
+    "What the device needs for a training step"
 
     pixels: Any  # As in `Pixels`
     begin: np.ndarray  # (B,)
@@ -111,71 +126,72 @@ def _cut_off(values):
     return jax.lax.bitcast_convert_type(bits, "float32").astype("uint8")
 
 
-@functools.lru_cache(maxsize=1)
-def _published_cutter():
-    "A compiled `resize` of a rectangle of each of many images, by corners"
-    import jax
+def _published_cut(pixels, cuts, side):
+    "`resize` of a rectangle of each of many images, by corners"
     import jax.numpy as jnp
 
-    def taps(corner, side, scale, size, zero):
-        at = corner[:, None] + jnp.arange(side, dtype="float32")
-        at = _rounded(at * scale[:, None], zero)
+    def taps(axis):
+        at = cuts.corner[:, axis, None] + jnp.arange(side, dtype="float32")
+        at = _rounded(at * cuts.scale[:, axis, None], cuts.zero)
         low = jnp.floor(at)
-        second = jnp.minimum(low + 1, size[:, None] - 1)
+        second = jnp.minimum(low + 1, cuts.parts[:, 2 + axis, None] - 1)
         return low.astype("int32"), second.astype("int32"), at - low
 
-    def cut(pixels, begin, width, part, numbers, zero, side):
-        scale, corner, flips = numbers
-        y0, y1, fy = taps(corner[:, 0], side, scale[:, 0], part[:, 2], zero)
-        x0, x1, fx = taps(corner[:, 1], side, scale[:, 1], part[:, 3], zero)
-        mirror = lambda x: jnp.where(flips[:, None], part[:, 3:] - 1 - x, x)
-        x0, x1, begin = mirror(x0), mirror(x1), begin + part[:, 0] * width + part[:, 1]
+    (y0, y1, fy), (x0, x1, fx) = taps(0), taps(1)
+    last = cuts.parts[:, 3:] - 1
+    x0, x1 = (jnp.where(cuts.flips[:, None], last - x, x) for x in (x0, x1))
+    begin = cuts.begin + cuts.parts[:, 0] * cuts.width + cuts.parts[:, 1]
 
-        def line(y):
-            row = (begin[:, None] + y * width[:, None])[:, :, None]
-            a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
-            return a + _rounded((b - a) * fx[:, None, :, None], zero)
+    def line(y):
+        row = (begin[:, None] + y * cuts.width[:, None])[:, :, None]
+        a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
+        return a + _rounded((b - a) * fx[:, None, :, None], cuts.zero)
 
-        upper = line(y0)
-        return _cut_off(upper + _rounded((line(y1) - upper) * fy[:, :, None, None], zero))
-
-    compiled = jax.jit(cut, static_argnums=6)
-    return lambda *args: compiled(*args[:4], args[4:-1], np.int32(0), args[-1])
+    upper = line(y0)
+    return _cut_off(upper + _rounded((line(y1) - upper) * fy[:, :, None, None], cuts.zero))
 
 
-@functools.lru_cache(maxsize=1)
-def _modern_cutter():
-    "A compiled `resize` of a rectangle of each of many images, by centers"
-    import jax
+def _modern_cut(pixels, cuts, side):
+    "`resize` of a rectangle of each of many images, by centers"
     import jax.numpy as jnp
 
-    def taps(corner, side, scale, size):
-        at = (corner[:, None] + jnp.arange(side, dtype="float32") + 0.5) * scale[:, None] - 0.5
-        low = jnp.floor(at)
-        first, second = jnp.maximum(low, 0), jnp.minimum(low + 1, size[:, None] - 1)
+    def taps(axis):
+        at = cuts.corner[:, axis, None] + jnp.arange(side, dtype="float32") + 0.5
+        at = at * cuts.scale[:, axis, None] - 0.5
+        low, last = jnp.floor(at), cuts.parts[:, 2 + axis, None] - 1
+        first, second = jnp.maximum(low, 0), jnp.minimum(low + 1, last)
         return first.astype("int32"), second.astype("int32"), at - low
 
-    def cut(pixels, begin, width, part, scale, corner, flips, side):
-        y0, y1, fy = taps(corner[:, 0], side, scale[:, 0], part[:, 2])
-        x0, x1, fx = taps(corner[:, 1], side, scale[:, 1], part[:, 3])
-        begin = begin + part[:, 0] * width + part[:, 1]
+    (y0, y1, fy), (x0, x1, fx) = taps(0), taps(1)
+    begin = cuts.begin + cuts.parts[:, 0] * cuts.width + cuts.parts[:, 1]
 
-        def line(y):
-            row = (begin[:, None] + y * width[:, None])[:, :, None]
-            a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
-            return a + (b - a) * fx[:, None, :, None]
+    def line(y):
+        row = (begin[:, None] + y * cuts.width[:, None])[:, :, None]
+        a, b = (pixels[row + x[:, None, :]].astype("float32") for x in (x0, x1))
+        return a + (b - a) * fx[:, None, :, None]
 
-        upper = line(y0)
-        out = upper + (line(y1) - upper) * fy[:, :, None, None]
-        out = jnp.clip(jnp.rint(out), 0, 255).astype("uint8")
-        return jnp.where(flips[:, None, None, None], out[:, :, ::-1], out)
-
-    return jax.jit(cut, static_argnums=7)
+    upper = line(y0)
+    out = upper + (line(y1) - upper) * fy[:, :, None, None]
+    out = jnp.clip(jnp.rint(out), 0, 255).astype("uint8")
+    return jnp.where(cuts.flips[:, None, None, None], out[:, :, ::-1], out)
 
 
+def cut_images(pixels, cuts: Dict[str, Any], side: int, image_resize: str):
+    """Cut and resize: images (B, side, side, 3) uint8 out of `pixels`, to be called in a compiled function.
+
+    `cuts` are `Cuts` by name, and arguments of that function: if it knew that `zero` is 0, it would round otherwise.
+    """
+    cut = _published_cut if image_resize == "published" else _modern_cut
+    return cut(pixels, Cuts(**cuts), side)
+
+
+@functools.lru_cache(maxsize=2)
 def cutter(image_resize: str):
-    """Return the compiled function that cuts and resizes: see `_published_cutter` and `_modern_cutter`."""
-    return _published_cutter() if image_resize == "published" else _modern_cutter()
+    """Return `cut_images` compiled, a function of (pixels, cuts, side)."""
+    import jax
+
+    cut = functools.partial(cut_images, image_resize=image_resize)
+    return jax.jit(cut, static_argnums=2)
 
 
 def whole_images(sizes: np.ndarray) -> np.ndarray:
@@ -183,19 +199,34 @@ def whole_images(sizes: np.ndarray) -> np.ndarray:
     return np.concatenate([0 * sizes, sizes], 1)
 
 
+def _cuts(request, batch: _Batch) -> Cuts:
+    "What is to be cut of the images of a batch"
+    size, parts, flips = request.image_size, batch.parts, batch.flips
+    new, corner = np.tile((size, size), (len(parts), 1)), np.zeros((len(parts), 2))
+    if not request.random:
+        windows = [validation_window(*one, size, request.image_resize) for one in batch.sizes]
+        new, corner = np.array(windows).swapaxes(0, 1)
+        flips = np.zeros(len(parts), bool)
+    scale, zero = (parts[:, 2:] / new).astype("float32"), np.int32(0)
+    where = batch.begin, batch.sizes[:, 1], parts.astype("int32")
+    return Cuts(*where, scale, corner.astype("float32"), flips, zero)
+
+
 def training_stream(request: TrainRequest) -> Iterator[Tuple[Any, np.ndarray]]:
-    """Yield images (B, S, S, 3) uint8 on the device and labels (B,) int32 of one update after the other."""
+    """Yield images (B, S, S, 3) uint8 on the device and labels (B,) int32 of one training step after the other."""
     source = _resident if fits_device(request.dataset) else _streamed
-    size, cut = request.image_size, cutter(request.image_resize)
     fast = wants_fast_dct(request.dataset, request.image_resize)
-    for pixels, begin, sizes, parts, flips, labels in source(request, fast):
-        new, corner = np.tile((size, size), (len(parts), 1)), np.zeros((len(parts), 2))
-        if not request.random:
-            windows = [validation_window(*one, size, request.image_resize) for one in sizes]
-            new, corner = np.array(windows).swapaxes(0, 1)
-            flips = np.zeros(len(parts), bool)
-        numbers = (parts[:, 2:] / new).astype("float32"), corner.astype("float32"), flips
-        yield cut(pixels, begin, sizes[:, 1], parts, *numbers, size), labels
+    cut = cutter(request.image_resize)
+    for batch in source(request, fast):
+        yield cut(batch.pixels, _cuts(request, batch)._asdict(), request.image_size), batch.labels
+
+
+def resident_cuts(request: TrainRequest) -> Tuple[Any, Iterator[Tuple[dict, np.ndarray]]]:
+    """Return the pixels of a set that stays on the device; what each training step cuts out, by name; and labels."""
+    fast = wants_fast_dct(request.dataset, request.image_resize)
+    pixels = _on_device(request.dataset, fast).pixels
+    batches = _resident(request, fast)
+    return pixels, ((_cuts(request, batch)._asdict(), batch.labels) for batch in batches)
 
 
 def _resident(request, fast):

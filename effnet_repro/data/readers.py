@@ -7,6 +7,7 @@ yields the same tuples of tensors. A reader is a module with `training_stream(re
 `validation_stream(request)`.
 """
 
+from types import SimpleNamespace
 from typing import Any, Iterator, Tuple
 
 import numpy as np
@@ -28,6 +29,7 @@ READERS = {
     "jax": device,
     "nvimagecodec": gpu_reader,
 }
+_ALL = {**READERS, "resident": SimpleNamespace(training_stream=device.resident_cuts)}
 
 
 def training_batches(
@@ -44,14 +46,14 @@ def training_batches(
     reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     """Stream shuffled training batches"""
-    if reader not in READERS:
+    if reader not in _ALL:
         raise unknown_name("reader", reader, READERS)
     check_preprocessing(image_size, area_min, preprocessing)
     check_resize(image_resize)
     order = batch_order(dataset, global_batch_size, seed, shard)
     random = preprocessing == "train"
     request = TrainRequest(dataset, order, image_size, image_resize, random, area_min, first_update)
-    return READERS[reader].training_stream(request)
+    return _ALL[reader].training_stream(request)
 
 
 def array_batches(
@@ -68,6 +70,14 @@ def device_batches(
 ) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
     """Stream the batches of `training_batches` from pictures on the device of JAX"""
     return training_batches(*request, reader="jax", **options)
+
+
+def resident_batches(
+    *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
+    **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
+) -> Tuple[Any, Iterator[Tuple[dict, np.ndarray]]]:  # Pixels on the device; cuts and labels
+    """Stream what `cut_images` needs for the batches of `device_batches`, of a set that stays on the device"""
+    return training_batches(*request, reader="resident", **options)
 
 
 def validation_batches(

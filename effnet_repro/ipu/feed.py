@@ -71,8 +71,8 @@ def _mixing(case, seed, update):
         cutmix_lambda=case.cutmix_lambda,
         seed=seed,
         update=update,
-        micro_batches=case.gradient_accumulation * case.num_replicas,
-        micro_batch_size=case.micro_batch_size,
+        groups=case.mix_groups[0],
+        group_size=case.mix_groups[1],
     )
 
 
@@ -89,7 +89,9 @@ def draws(
     """
     drawn = draw_masks(spec, case.micro_batch_size, seed, update, micro_batch)
     if case.mixup_alpha or case.cutmix_lambda:
-        drawn.update({k: v[micro_batch] for k, v in _mixing(case, seed, update).items()})
+        here = case.micro_batch_size // case.mix_groups[1]  # groups of a micro-batch
+        for name, v in _mixing(case, seed, update).items():
+            drawn[name] = (v if here == 1 else v.reshape(-1, here, *v.shape[1:]))[micro_batch]
     return drawn
 
 

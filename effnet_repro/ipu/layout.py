@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 from effnet_repro.config import Case, budget_overrides, get_case, override
+from effnet_repro.divisors import mixing_group
 from effnet_repro.network import segments
 from effnet_repro.pipeline import check_accumulation, split_segments
 from effnet_repro.recipe import trained_segments
@@ -26,7 +27,7 @@ def for_ipus(
     """Lay a `case` out on a machine of `ipus` IPUs.
 
     Replicas and accumulation change, stages and global batch stay. Raises ValueError where the stages do not divide
-    the IPUs, or where the accumulation does not suit the schedule.
+    the IPUs, where the accumulation does not suit the schedule, or where mixing groups do not divide a micro-batch.
     """
     each = ipus_per_replica(case.num_stages)
     if ipus % each or ipus < each:
@@ -35,6 +36,11 @@ def for_ipus(
             f"replica, on {ipus} IPUs ({case.name}). Use a multiple of {each} IPUs, or other pipeline_splits."
         )
     case = override(case, num_replicas=ipus // each)
+    if case.micro_batch_size % case.mix_groups[1]:
+        raise ValueError(
+            "On IPUs a micro-batch is mixed by itself, so mix_group_size must divide it. Received: mix_group_size="
+            f"{case.mix_group_size}, micro_batch_size={case.micro_batch_size} ({case.name}). Leave mix_group_size out."
+        )
     check_accumulation(case.pipeline_schedule, case.num_stages, case.gradient_accumulation)
     return case
 
@@ -56,7 +62,10 @@ def resolve_for_ipus(
     batch = ("global_batch_size", "micro_batch_size")
     changes = {k: v for k, v in changes.items() if k not in batch}
     merged = {**changes, **{k: v for k, v in overrides.items() if v is not None}}
-    case = override(case, **merged)
+    published, case = case, override(case, **merged)
+    if published.mix_group_size is None and "mix_group_size" not in merged:
+        group = mixing_group(case.micro_batch_size, published.micro_batch_size)
+        case = case if group == case.micro_batch_size else replace(case, mix_group_size=group)
     case = replace(case, **{k: v for k, v in merged.items() if v is None})
     return for_ipus(case, ipus)
 
@@ -80,9 +89,9 @@ def finetune_layout(
     most = min(case.micro_batch_size, own)
     micro = micro_batch_size or max(m for m in range(1, most + 1) if own % m == 0)
     share = tuple(sorted(case.available_memory_proportion)[:1])  # of several: the fullest stage's
-    return override(
-        case, num_replicas=ipus, micro_batch_size=micro, available_memory_proportion=share
-    )
+    group = case.mix_group_size and mixing_group(micro, case.mix_groups[1])
+    layout = dict(num_replicas=ipus, micro_batch_size=micro, mix_group_size=group)
+    return override(case, **layout, available_memory_proportion=share)
 
 
 def compute_dtype(

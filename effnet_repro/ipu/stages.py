@@ -76,7 +76,8 @@ def _enter(ops, case, given):
     "Images as they came, mixed and cast"
     x, drawn = ops.cast(given["images"], "float32"), {n: given[n] for n in MIXING if n in given}
     if drawn:
-        x = mix(ops, x, ops.const(np.zeros((ops.shape(x)[0], 1))), **drawn)[0]
+        nothing = ops.const(np.zeros((ops.shape(x)[0], 1)))
+        x = mix(ops, x, nothing, **drawn, group_size=case.mix_groups[1])[0]
     return ops.cast(x, compute_dtype(case))
 
 # %% ../../nbs/36_ipu.ipynb #36a00005
@@ -86,7 +87,7 @@ def _leave(ops, case, logits, given):
     soft, drawn = targets, {n: given[n] for n in MIXING if n in given}
     if drawn:  # the images' half of `mix` is dropped by the compiler
         blank = ops.const(np.zeros((ops.shape(targets)[0], case.image_size, case.image_size, 1)))
-        soft = mix(ops, blank, targets, **drawn)[1]
+        soft = mix(ops, blank, targets, **drawn, group_size=case.mix_groups[1])[1]
     smoothing = case.label_smoothing, case.label_smoothing_over
     loss = ops.mean(cross_entropy(ops, logits, soft, *smoothing))
     return loss, count_correct(ops, logits, given["labels"])

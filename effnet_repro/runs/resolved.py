@@ -15,7 +15,7 @@ from effnet_repro.config import (
     say_earlier,
 )
 from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
-from effnet_repro.runs.resume import settle_case
+from effnet_repro.runs.resume import has_begun, settle_case
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,17 @@ class Resolved:
     settled: Tuple[str, ...]  # Fields that the run in this folder, or the runtime, decided
     notes: dict  # What config.json says of the run beside its case
     init: Optional[Path] = None  # Of a fine-tuning: the run folder or checkpoint to begin from
+    named: Tuple[str, ...] = ()  # Fields that the user named
+    begun: bool = False  # Whether there is a run in this folder to go on with
+
+
+def _named(overrides):
+    return tuple(name for name, value in overrides.items() if value is not None)
 
 
 def settle_fields(case: Case, run_dir, overrides: dict) -> Tuple[Case, Tuple[str, ...]]:
     """Return the case with what its own run decides, and the names of these fields. One step at a time off IPUs."""
-    named = [name for name, value in overrides.items() if value is not None]
-    whole = settle_case(run_dir, case, 1, named)
+    whole = settle_case(run_dir, case, 1, _named(overrides))
     return whole, tuple(differing_fields(case, whole))
 
 
@@ -57,7 +62,8 @@ def resolve_training(
     plain = lambda value: list(value) if isinstance(value, tuple) else value
     notes = {"kind": "train", "budget": budget}
     notes["published"] = {n: plain(value) for n, value in published.items()}
-    return Resolved(settled, start, name, run_dir, fields, notes)
+    own = dict(named=_named(overrides), begun=has_begun(run_dir))
+    return Resolved(settled, start, name, run_dir, fields, notes, **own)
 
 
 def refuse_more(run_dir, overrides: dict):
@@ -98,4 +104,5 @@ def resolve_finetuning(
     run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
-    return Resolved(case, trained, name, run_dir, fields, notes, Path(init))
+    own = dict(named=_named(overrides), begun=has_begun(run_dir))
+    return Resolved(case, trained, name, run_dir, fields, notes, Path(init), **own)

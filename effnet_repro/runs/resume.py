@@ -63,13 +63,21 @@ def refuse_other_case(
     theirs: Case,  # Its case
     ours: Case,  # The case to go on with
 ):  # None; raises ValueError that lists the differing fields
-    "What may change between a run and its continuation is how long it runs"
+    "A continuation may be of another length, and of another micro-batch where only rounding depends on it"
     fields = differing_fields(theirs, ours)
     fields.pop("max_steps", None)
+    if set(fields) == {"micro_batch_size", "gradient_accumulation"} and _only_rounds(ours):
+        say(f"{path}: {list_fields(fields)}: the result is equal only to rounding")
+        return
     if fields:
         raise ValueError(
             f"{path} belongs to another run ({list_fields(fields)}). Use another run_dir, or the same settings."
         )
+
+
+def _only_rounds(case):
+    "Whether the micro-batch of a case changes nothing but the order of sums"
+    return case.mix_group_size != 0 and case.norm != "BN"
 
 
 def refuse_other_data(
@@ -157,6 +165,11 @@ def _stored_case(run_dir):
     return None, None
 
 
+def has_begun(run_dir) -> bool:
+    "Whether a folder has a checkpoint to go on from"
+    return _stored_case(run_dir)[1] is not None
+
+
 def settle_case(
     run_dir,  # Of the run, new or begun
     case: Case,  # As the command line and the budget say
@@ -170,5 +183,14 @@ def settle_case(
     older = {n: v for n, v in earlier_fields(stored).items() if n not in given}
     if older:
         say_earlier(path, stored)
-    case = replace(case, **older)
+    case = replace(case, **older, **_own_micro_batch(case, stored, given))
     return replace(case, device_loop=case.device_loop or stored.get("device_loop") or device_loop)
+
+
+def _own_micro_batch(case, stored, given):
+    "The micro-batch that a run began with, where nobody asks for another and the rest is the same"
+    names = ("micro_batch_size", "gradient_accumulation")
+    whole = ("global_batch_size", "num_replicas")
+    if any(n in given for n in names) or any(stored[n] != getattr(case, n) for n in whole):
+        return {}
+    return {n: stored[n] for n in names}

@@ -17,7 +17,9 @@ from effnet_repro.runs import (
     resolve_training,
 )
 from effnet_repro.scaling import mod32_warning
+from effnet_repro.training.compiled import keep_compiled
 from effnet_repro.training.device import configure
+from effnet_repro.training.micro_batch import settle_micro_batch
 from effnet_repro.training.runtime import KerasRuntime
 from effnet_repro.transfer import Transfer, describe_head, new_head_for, read_body, resolve_transfer
 
@@ -46,6 +48,7 @@ def train(
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     configure(backend)
+    keep_compiled()
     if isinstance(case, Resolved):
         refuse_more(run_dir, overrides)
         plan = case
@@ -56,9 +59,15 @@ def train(
     if init is not None:
         arrays, data, source, _ = begin_from(init, weights, data, plan.case)
         notes = {**notes, "init": str(source)}
+    case = _settled(plan, precision)
     options = Options(seed, validate_every, keep, progress)
-    task = Task(plan.case, data, plan.run_dir, arrays, options, notes)
-    return execute(task, KerasRuntime(plan.case, seed, precision))
+    task = Task(case, data, plan.run_dir, arrays, options, notes)
+    return execute(task, KerasRuntime(case, seed, precision))
+
+
+def _settled(plan, precision):
+    "The case of a run, a new one with the micro-batch of the devices here"
+    return plan.case if plan.begun else settle_micro_batch(plan.case, plan.named, precision)
 
 
 def _data(data_dir, data_format, on_corrupt, decoder):
@@ -90,6 +99,7 @@ def finetune(
 ) -> Run:
     "Train the last layers of a trained network a little more: at another resolution, or for other classes"
     configure(backend)
+    keep_compiled()
     if arch and not new_head:
         raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
     data, how = None, dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
@@ -111,6 +121,7 @@ def finetune(
         f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
+    case = _settled(plan, precision)
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
     return execute(task, KerasRuntime(case, seed, precision))

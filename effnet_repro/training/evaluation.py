@@ -1,6 +1,8 @@
 """A trained network, applied fast to images, and measured on all of a validation split."""
 
 import functools
+import threading
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Callable, Dict, Optional
@@ -14,6 +16,8 @@ from effnet_repro.network import fold_proxies, params, run
 from effnet_repro.ops import TFCPUOps
 from effnet_repro.runs import Scores, score
 from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.compiled import compile_once
+from effnet_repro.training.device import has_jax_gpu
 from effnet_repro.training.stream import validation_stream
 
 
@@ -41,8 +45,38 @@ class Evaluator:
         ops, cast = self._ops, lambda images: self._ops.cast(images, self.precision)
         forward = lambda weights, images: run(ops, self._applied, weights, cast(images))
         if ops.name == "jax":
-            return ops.jax.jit(forward)
+            return self._kept(forward) if has_jax_gpu() else ops.jax.jit(forward)
         return ops.tf.function(forward, autograph=False, jit_compile=xla_pays())
+
+    def _kept(self, forward):
+        "A function for a GPU, compiled once for each shape of images, whichever thread asks first"
+        known, one = {}, threading.Lock()
+        key = [repr(self._applied), self.precision]
+
+        def call(weights, images):
+            with one:
+                shape = tuple(images.shape), str(images.dtype)
+                if shape not in known:
+                    known[shape] = compile_once(forward, (weights, images), key)
+            return known[shape](weights, images)
+
+        return call
+
+    def prepare(self, image_size: int, data: DataSet) -> Optional[threading.Thread]:
+        """Compile in a thread what `evaluate` will need of a GPU, while it trains; None where that has no use."""
+        if not has_jax_gpu() or not data.validation_count:
+            return None
+        jax, batch = self._ops.jax, self._batch(None, data)
+        zeros = lambda: {p.name: np.zeros(p.shape, "float32") for p in params(self._applied)}
+        images = np.zeros((batch, image_size, image_size, 3), "uint8")
+        work = lambda: self._forward(jax.device_put(zeros()), jax.device_put(images))
+        thread = threading.Thread(target=work, daemon=True)
+        thread.start()
+        return thread
+
+    def _batch(self, wish, data):
+        "Images at a time"
+        return max(1, min(wish or (512 if has_jax_gpu() else 64), data.validation_count))
 
     def _compile_on_one_core(self, shapes, shape, dtype):
         "A compiled function of images of that shape and of weights, in the thread that calls it"
@@ -61,10 +95,15 @@ class Evaluator:
         weights: Dict[str, np.ndarray],  # Full name -> array
     ):  # A function from images (N, S, S, 3) uint8 to logits (N, classes), NumPy
         "Make a fast function that applies the network with these weights"
+        starter = self._starter(weights)
+        return lambda images: np.asarray(starter(images))
+
+    def _starter(self, weights):
+        "A function that begins to apply the network: its logits may still be computed"
         ops = self._ops
         weights = fold_proxies(weights) if self._folds else weights
         tensors = {n: ops.asarray(w) for n, w in weights.items()}
-        whole = lambda images: np.asarray(self._forward(tensors, ops.asarray(images)))
+        whole = lambda images: self._forward(tensors, ops.asarray(images))
         if not isinstance(ops, TFCPUOps):
             return whole
         arrays = [tensors[p.name].numpy() for p in params(self._applied)]
@@ -86,7 +125,7 @@ class Evaluator:
         weights: Dict[str, np.ndarray],  # Full name -> array
         data: DataSet,  # Its validation images are used
         image_size: int,  # Side to test at, pixels
-        batch: int = 64,  # Images at a time
+        batch: Optional[int] = None,  # Images at a time; None = 512 on a GPU, else 64
         image_resize: str = "published",  # Or "modern": as the network was trained, see `29_transforms`
         between: Optional[Callable[[], None]] = None,  # Called before each batch; may raise
     ) -> Scores:
@@ -97,16 +136,21 @@ class Evaluator:
                 f"The network has {classes} classes, the data {data.num_classes} ({data.root}). "
                 "Validate on its own classes, or fine-tune it for these: effnet-finetune --new-head."
             )
-        predict = self.predictor(weights)
-        batch = max(1, min(batch, data.validation_count))
-        stream = validation_stream(data, image_size, batch, image_resize)
+        start, ahead = self._starter(weights), 2 if has_jax_gpu() else 0
+        stream = validation_stream(data, image_size, self._batch(batch, data), image_resize)
 
-        def measured(images, labels, mask):
-            if between is not None:
-                between()
-            return predict(images), labels, mask
+        def measured():
+            begun = deque()  # the device has its next batch before Python waits for this one
+            for images, labels, mask in stream:
+                if between is not None:
+                    between()
+                begun.append((start(images), labels, mask))
+                while len(begun) > ahead:
+                    yield begun.popleft()
+            yield from begun
 
-        return score((measured(*one) for one in stream), classes, image_size, data.root)
+        logits = ((np.asarray(y), labels, mask) for y, labels, mask in measured())
+        return score(logits, classes, image_size, data.root)
 
 
 def predictor(
@@ -123,7 +167,7 @@ def evaluate(
     weights: Dict[str, np.ndarray],  # Full name -> array
     data: DataSet,  # Its validation images are used
     image_size: int,  # Side to test at, pixels
-    batch: int = 64,  # Images at a time
+    batch: Optional[int] = None,  # Images at a time; None = 512 on a GPU, else 64
     precision: str = "float32",  # Type to compute in
     **how,  # `image_resize` and `between`, as of `Evaluator.evaluate`
 ) -> Scores:

@@ -7,6 +7,7 @@ __all__ = ['RecipeOptimizer', 'make_optimizer']
 
 # %% ../../nbs/22_optimizer.ipynb #0a710004
 import keras
+import numpy as np
 
 from ..config import Case, unknown_name
 from ..efficientnet import current_ops
@@ -68,13 +69,13 @@ class RecipeOptimizer(keras.optimizers.Optimizer):
         if self.built:
             return
         super().build(variables)
-        self.slots = {
-            "momentum": [self.add_variable_from_reference(v, "momentum") for v in variables]
-        }
+        filled = lambda value: lambda shape, dtype=None: np.full(shape, value, dtype)  # no program
+        make = lambda name, value: [
+            self.add_variable_from_reference(v, name, initializer=filled(value)) for v in variables
+        ]
+        self.slots = {"momentum": make("momentum", 0.0)}
         if self.kind == "rmsprop":
-            start = keras.initializers.Constant(self.initial_mean_square)
-            make = lambda v: self.add_variable_from_reference(v, "mean_square", initializer=start)
-            self.slots["mean_square"] = [make(v) for v in variables]
+            self.slots["mean_square"] = make("mean_square", self.initial_mean_square)
 
     def update_step(self, gradient, variable, learning_rate):
         fused = self.kind == "rmsprop" and keras.backend.backend() == "tensorflow"

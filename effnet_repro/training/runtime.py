@@ -10,12 +10,12 @@ from effnet_repro.config import Case
 from effnet_repro.data import DataSet, update_pictures
 from effnet_repro.efficientnet import build_model, get_weights, set_weights
 from effnet_repro.network import segments
-from effnet_repro.recipe import trained_segments
+from effnet_repro.recipe import steps_per_epoch, total_updates, trained_segments
 from effnet_repro.runs import Runtime, Scores
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training.decoding import settle_decoder
 from effnet_repro.training.device import choose_precision, environment
-from effnet_repro.training.estimation import say_estimate
+from effnet_repro.training.estimation import CostWatch, say_estimate
 from effnet_repro.training.evaluation import Evaluator
 from effnet_repro.training.state import set_slots, training_state
 from effnet_repro.training.step import Program, TrainingModel, use_devices
@@ -45,6 +45,7 @@ class KerasRuntime(Runtime):
         self.backend = keras.backend.backend()
         self.devices = contextlib.ExitStack()
         self.steps = None  # Of the model, once there was one: see `compiled_steps`
+        self.watch = None  # Of the time that steps take, once the run has told what it costs
 
     def settle(self, data: DataSet, run_dir) -> DataSet:
         """Choose what decodes the images, and say so."""
@@ -72,6 +73,10 @@ class KerasRuntime(Runtime):
         with self.explained():
             logs = self.steps.do()
         self.step += 1
+        if self.watch is not None:
+            if self.watch.seen == 1:  # the training step is compiled
+                self.evaluator.prepare(self.case.image_size, self.data)
+            self.watch.step()
         return Unread(logs, self.explained)
 
     def explained(self):
@@ -109,6 +114,11 @@ class KerasRuntime(Runtime):
     def say_cost(self):
         """Print how long the run will take, and how much memory."""
         say_estimate(self.case, self.data)
+        schedule = steps_per_epoch(self.case, self.data.train_count)
+        last = total_updates(self.case, schedule)
+        last = min(last, self.case.max_steps or last)
+        per_epoch = self.data.train_count // self.case.global_batch_size
+        self.watch = CostWatch(self.step, last, per_epoch)
 
     def close(self):
         """Leave the devices as they were."""

@@ -74,10 +74,19 @@ def _placement():
     import jax
 
     distribution = keras.distribution.distribution()
-    if distribution is None:
-        return None if jax.default_backend() == "cpu" else jax.device_put
     layout = lambda value: distribution.get_data_layout(np.shape(value)).backend_layout
-    return lambda batch: jax.device_put(batch, jax.tree.map(layout, batch))
+    send = jax.device_put
+    if distribution is not None:
+        send = lambda part: jax.device_put(part, jax.tree.map(layout, part))
+    elif jax.default_backend() == "cpu":
+        return None
+
+    def place(data):  # the pixels of a resident set are there already, whole on every device
+        (batch,) = data
+        stays = {n: batch[n] for n in ("pixels",) if n in batch}
+        return ({**send({n: v for n, v in batch.items() if n not in stays}), **stays},)
+
+    return place
 
 
 class Unread:

@@ -11,6 +11,8 @@ from effnet_repro.config import Case
 from effnet_repro.data import (
     DataSet,
     find_damaged,
+    fits_device,
+    resident_batches,
     tensorflow_arrays,
     training_batches,
     validation_batches,
@@ -19,6 +21,7 @@ from effnet_repro.data.decoders import READER_OF
 from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
 from effnet_repro.training.decoding import decoder_here
 from effnet_repro.training.device import has_jax_gpu
+from effnet_repro.training.step import on_all_devices
 
 
 def _controls(case, update, updates_per_epoch, seed):
@@ -28,8 +31,8 @@ def _controls(case, update, updates_per_epoch, seed):
         cutmix_lambda=case.cutmix_lambda,
         seed=seed,
         update=update,
-        micro_batches=case.gradient_accumulation,
-        micro_batch_size=case.micro_batch_size,
+        groups=case.mix_groups[0],
+        group_size=case.mix_groups[1],
     )
     rate = np.float32(learning_rate(case, update, updates_per_epoch))
     return {"update": np.int32(update), "learning_rate": rate, **draws}
@@ -37,36 +40,42 @@ def _controls(case, update, updates_per_epoch, seed):
 
 def updates(
     case: Case,  # Laid out for one device
-    data: DataSet,  # Pictures
+    data: DataSet,  # Images
     seed: int,  # Of the run
     first_update: int = 0,  # Where to begin
-):  # Endless stream of dictionaries, one an update: a tf.data.Dataset, or a generator of 1-tuples on JAX
-    "Stream the updates of a `case`"
+):  # Endless stream of dictionaries, one a training step: a tf.data.Dataset, or a generator of 1-tuples on JAX
+    "Stream the training steps of a `case`; where the images stay on the device, what is to be cut out of them"
     per_epoch = steps_per_epoch(case, data.train_count)
     last = total_updates(case, per_epoch)
     how = dict(seed=seed, first_update=first_update, area_min=case.crop_area_min)
     args = (data, case.image_size, case.global_batch_size)
     controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
     how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
-    if keras.backend.backend() != "tensorflow":
-        stream = _arrays(args, how)
-        return (
-            (
-                {"images": images, "labels": labels, **controls(first_update + i)},
-            )  # Keras wants tuples
-            for i, (images, labels) in enumerate(stream)
-        )
-    return _tf_updates(_tensors(training_batches, args, how), controls, first_update)
+    if keras.backend.backend() == "tensorflow":
+        tensors = _tensors(training_batches, args, how)
+        return _tf_updates(tensors, controls, first_update)
+    numbered = enumerate(_arrays(args, how), first_update)
+    return (({**batch, **controls(i)},) for i, batch in numbered)  # Keras wants tuples
 
 
 def _arrays(args, how):
-    "The training batches of a back end that takes arrays"
+    "The training batches of a backend that takes arrays, as dictionaries"
     reader = READER_OF[decoder_here(args[0])]
     if reader == "numpy" and has_jax_gpu():
-        reader = "jax"  # the GPU resizes, and keeps the images if they fit
+        if fits_device(args[0]):
+            return _resident(*resident_batches(*args, **how))
+        reader = "jax"  # the GPU resizes
     if reader == "tensorflow":
-        return tensorflow_arrays(training_batches, *args, **how)
-    return training_batches(*args, reader=reader, **how)
+        stream = tensorflow_arrays(training_batches, *args, **how)
+    else:
+        stream = training_batches(*args, reader=reader, **how)
+    return ({"images": images, "labels": labels} for images, labels in stream)
+
+
+def _resident(pixels, stream):
+    "What each training step cuts out of the pixels that stay on every device"
+    pixels = on_all_devices(pixels)
+    return ({"pixels": pixels, "cuts": cuts, "labels": labels} for cuts, labels in stream)
 
 
 def _tensors(make, args, how, more=()):

@@ -11,6 +11,7 @@ from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
 from effnet_repro.runs import Scores, measured_data, read_rows, say_scores, write_scores
 from effnet_repro.scaling import ModelSpec
+from effnet_repro.training.compiled import keep_compiled
 from effnet_repro.training.decoding import settle_decoder
 from effnet_repro.training.device import choose_precision, configure
 from effnet_repro.training.evaluation import Evaluator
@@ -27,14 +28,15 @@ def validate(
     data_format: Optional[str] = None,
     on_corrupt: str = "refuse",
     decoder: str = "auto",
-    batch: int = 64,  # Pictures at a time
+    batch: Optional[int] = None,  # Images at a time; None = 512 on a GPU, else 64
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     """Measure trained weights on every validation image, and add rows to the run's validation.csv.
 
     ValueError for a number out of range or other classes, FileNotFoundError where there is no checkpoint.
     """
     configure(backend)
-    for name, value, lowest in (("batch", batch, 1), ("image_size", image_size or 32, 32)):
+    keep_compiled()
+    for name, value, lowest in (("batch", batch or 1, 1), ("image_size", image_size or 32, 32)):
         if not isinstance(value, int) or value < lowest:
             raise ValueError(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."

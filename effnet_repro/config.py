@@ -349,10 +349,8 @@ def load_cases(
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
 ) -> Dict[str, Case]:  # Name -> case, in the file's order
     "Read every case of a configuration file"
-    cases = read_yaml(path)["cases"]
-    return {
-        name: _case_from(name, values, str(path or "config.yml")) for name, values in cases.items()
-    }
+    where, cases = str(path or "config.yml"), read_yaml(path)["cases"]
+    return {name: _case_from(name, values, where) for name, values in cases.items()}
 
 # %% ../nbs/00_config.ipynb #e92ff3f2
 _DECIDE_ACCUMULATION = ("micro_batch_size", "num_replicas", "global_batch_size")
@@ -435,7 +433,10 @@ def resolve(
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path)
     given = {k: v for k, v in overrides.items() if v is not None}
-    merged, sizes = {**changes, **given}, ("micro_batch_size", "global_batch_size", "mix_group_size")
+    merged, sizes = (
+        {**changes, **given},
+        ("micro_batch_size", "global_batch_size", "mix_group_size"),
+    )
     named = {k: v for k, v in given.items() if k not in (*sizes, "num_replicas")}
     override(case, **named)  # refuses unknown names
     batch = {k: merged.pop(k, None) for k in sizes}

@@ -15,6 +15,7 @@ from ..augment import mix
 from ..config import Case, case_to_dict
 from ..data import cut_images
 from ..efficientnet import current_ops, weights_by_name, xla_pays
+from ..messages import say
 from ..network import params, segments
 from ..ops import Rng
 from ..recipe import add_weight_decay, count_correct, cross_entropy, decay_mask
@@ -196,7 +197,7 @@ def use_devices(
         way_out = (
             "" if n == have else ": more join in when they divide the number (micro_batch_size)"
         )
-        print(f"devices: {n} of {have} share the {k} micro-batches of an update{way_out}")
+        say(f"devices: {n} of {have} share the {k} micro-batches of an update{way_out}")
     if n == 1:
         return contextlib.nullcontext()
     names = [f"{d.platform}:{d.id}" for d in jax.local_devices()[:n]]

@@ -23,7 +23,7 @@ MODULES = tree.modules()
 
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
-    "fields testing proxy_norm messages divisors",
+    "registration fields testing proxy_norm messages divisors",
     "scaling",
     "case_files",
     "config",

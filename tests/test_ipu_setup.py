@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 
 pytest.importorskip("tensorflow")
@@ -63,6 +64,19 @@ def test_refused_cases():
     odd = replace(get_case(NAME), available_memory_proportion=(0.1, 0.2, 0.3))
     with pytest.raises(ValueError, match="one value, or two a stage"):
         ipu.pipeline_options(odd, ipu.plan_stages(odd, ModelSpec.from_case(odd)))
+
+
+def test_the_mixing_of_a_step_is_drawn_once(monkeypatch):
+    case, made, draw = get_case(NAME), [], ipu.feed.draw_mixing
+    monkeypatch.setattr(ipu.feed, "draw_mixing", lambda **how: made.append(how) or draw(**how))
+    random = ipu.Draws(case, ModelSpec.from_case(case), seed=5)
+    found = [random.of(3, j) for j in range(4)]
+    assert len(made) == 1 and len({float(one["cutmix_centre"][0]) for one in found}) == 4
+    random.of(4, 0)
+    again = random.of(3, 2)  # a step that comes again is drawn again, alike
+    assert len(made) == 3
+    for name, value in again.items():
+        np.testing.assert_array_equal(value, found[2][name])
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ share.
 
 from effnet_repro.ipu.begin import finetune, train
 from effnet_repro.ipu.feed import (
+    Draws,
     FedMasks,
     draw_masks,
     draws,
@@ -64,6 +65,7 @@ from effnet_repro.ipu.validation import (
 )
 
 __all__ = [
+    "Draws",
     "DEVICE_LOOP",
     "FedMasks",
     "Graphcore",

@@ -1,6 +1,5 @@
 """What the host feeds to IPUs: micro-batches with everything random drawn for them, and images to validate on."""
 
-import functools
 from typing import Dict, Tuple
 
 import numpy as np
@@ -64,16 +63,34 @@ class FedMasks:
         return kept * (1.0 / (1.0 - rate))
 
 
-@functools.lru_cache(maxsize=4)
-def _mixing(case, seed, update):
-    return draw_mixing(
-        mixup_alpha=case.mixup_alpha,
-        cutmix_lambda=case.cutmix_lambda,
-        seed=seed,
-        update=update,
-        groups=case.mix_groups[0],
-        group_size=case.mix_groups[1],
-    )
+class Draws:
+    """Everything random of the micro-batches of a run, as NumPy arrays: their mixing and their masks.
+
+    The draws depend on seed, training step and micro-batch alone, so every process can make its own. The mixing of a
+    step is drawn for all its micro-batches at once, and kept until another step is asked for.
+    """
+
+    def __init__(self, case: Case, spec: ModelSpec, seed: int):
+        self.case, self.spec, self.seed, self.mixing = case, spec, seed, {}
+
+    def of(self, update: int, micro_batch: int) -> Dict[str, np.ndarray]:
+        """Return name -> array for one micro-batch, numbered over all replicas, without what the case switches off."""
+        case = self.case
+        drawn = draw_masks(self.spec, case.micro_batch_size, self.seed, update, micro_batch)
+        if case.mixup_alpha or case.cutmix_lambda:
+            here = case.micro_batch_size // case.mix_groups[1]  # groups of a micro-batch
+            for name, v in self._mixing_of(update).items():
+                drawn[name] = (v if here == 1 else v.reshape(-1, here, *v.shape[1:]))[micro_batch]
+        return drawn
+
+    def _mixing_of(self, update):
+        if update not in self.mixing:
+            names = ("mixup_alpha", "cutmix_lambda")
+            how = {name: getattr(self.case, name) for name in names}
+            groups, size = self.case.mix_groups
+            how.update(seed=self.seed, update=update, groups=groups, group_size=size)
+            self.mixing = {update: draw_mixing(**how)}
+        return self.mixing[update]
 
 
 def draws(
@@ -83,16 +100,8 @@ def draws(
     update: int,  # Number of the weight update
     micro_batch: int,  # Number within the update, over all replicas
 ) -> Dict[str, np.ndarray]:  # Name -> array: mixing and masks, without what the case switches off
-    """Draw everything random of one micro-batch: its mixing and its masks, as NumPy arrays.
-
-    The draws depend on seed, update and micro-batch alone, so every process can make its own.
-    """
-    drawn = draw_masks(spec, case.micro_batch_size, seed, update, micro_batch)
-    if case.mixup_alpha or case.cutmix_lambda:
-        here = case.micro_batch_size // case.mix_groups[1]  # groups of a micro-batch
-        for name, v in _mixing(case, seed, update).items():
-            drawn[name] = (v if here == 1 else v.reshape(-1, here, *v.shape[1:]))[micro_batch]
-    return drawn
+    """Draw everything random of one micro-batch; who draws many keeps a `Draws`."""
+    return Draws(case, spec, seed).of(update, micro_batch)
 
 
 def element_stream(
@@ -113,12 +122,13 @@ def element_stream(
 
     index, count = shard
     mine = case.gradient_accumulation * case.num_replicas // count  # micro-batches of an update
+    random = Draws(case, spec, seed)
 
     def drawn(j):
         update, own = divmod(int(j), mine)
-        return list(draws(case, spec, seed, update, own * count + index).values())
+        return list(random.of(update, own * count + index).values())
 
-    example = draws(case, spec, seed, 0, 0)
+    example = random.of(0, 0)
     kinds = [tf.as_dtype(v.dtype) for v in example.values()]
 
     def add(j, pictures):

@@ -201,6 +201,7 @@ def doctor_command(args):
 
         try:
             how = {"on_corrupt": args.on_corrupt, "decoder": args.decoder, "verbose": False}
+            how["validation_split"] = args.validation_split
             data = open_data(data_dir_of(args), args.data_format, **how)
             there = ", ".join(name for name in DECODERS[1:] if is_installed(name))
             report["data"] = {"found": data.describe().split("data: ", 1)[1], "decoders": there}

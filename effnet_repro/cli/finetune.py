@@ -18,7 +18,7 @@ from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
 from effnet_repro.convert import format_of
 from effnet_repro.data import open_data
-from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning
+from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning, stored_split
 from effnet_repro.transfer import read_body, resolve_transfer, transfer_batches
 
 
@@ -71,7 +71,8 @@ def _plan_transfer(args):
     if args.config and format_of(source) == "ours":
         checked_source(args, init_path=args.init_path)
     start_keras(args)
-    how = dict(on_corrupt=args.on_corrupt, verbose=False)
+    share = args.validation_split or stored_split(args.run_dir)
+    how = dict(on_corrupt=args.on_corrupt, verbose=False, validation_split=share)
     data = open_data(data_dir_of(args), args.data_format, **how)
     body = read_body(source, args.weights, args.arch)
     try:

@@ -73,6 +73,8 @@ def _refuse_keras_flags(args):
     for flag, value in given.items():
         if value not in (None, "auto", *CHOICES["precision"]):
             raise UsageError(f"{flag} {value} is for Keras. Leave it out with --device ipu.")
+    if args.validation_split is not None:
+        raise UsageError("--validation-split is for Keras. Leave it out with --device ipu.")
     if args.decoder not in ("auto", "tensorflow"):
         raise UsageError(f"On IPUs TensorFlow decodes. Leave out --decoder {args.decoder}.")
 

@@ -12,7 +12,7 @@ import sys
 
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.fields import config_arguments, named_case
-from effnet_repro.cli.kit import UsageError, choice, whole_number
+from effnet_repro.cli.kit import UsageError, choice, real_number, whole_number
 from effnet_repro.config import unknown_name
 from effnet_repro.data.decoders import DECODERS
 from effnet_repro.ipu import has_graphcore_wheel
@@ -47,7 +47,18 @@ def data_arguments(parser, decodes=True):
         "run and leave them out; default: refuse",
     )
     if decodes:
+        _split_argument(parser)
         _decoder_argument(parser)
+
+
+def _split_argument(parser):
+    parser.add_argument(
+        "--validation-split",
+        type=real_number,
+        metavar="SHARE",
+        help="of class folders without validation images: the share that validates, chosen by a hash of each "
+        "name; default: 0.2 for a folder of class folders, and what its run began with",
+    )
 
 
 def _decoder_argument(parser):
@@ -190,6 +201,7 @@ def run_options(args):
         "data_format": args.data_format,
         "on_corrupt": args.on_corrupt,
         "decoder": args.decoder,
+        "validation_split": args.validation_split,
         "validate_every": None if args.no_validation else args.validate_every,
         "weights": args.weights,
         "keep": args.keep,

@@ -99,10 +99,15 @@ def validate_command(args):
             "data_format": args.data_format,
             "on_corrupt": args.on_corrupt,
             "decoder": args.decoder,
+            "validation_split": args.validation_split,
         }
         how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
         if on_ipus:
-            how = {k: v for k, v in how.items() if k not in ("precision", "backend", "decoder")}
+            how = {
+                k: v
+                for k, v in how.items()
+                if k not in ("precision", "backend", "decoder", "validation_split")
+            }
             how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
         if how["batch"] is None:  # the runtimes know
             del how["batch"]

@@ -15,6 +15,7 @@ from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decoders import check_decoder
 from effnet_repro.data.layouts import OPENERS, Split, recognize
 from effnet_repro.data.sample import sample_set
+from effnet_repro.data.split import split_off
 from effnet_repro.messages import say
 
 
@@ -32,6 +33,7 @@ class DataSet:
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
     damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
+    validation_split: Optional[float] = None  # Share that names' hashes chose: see `split`
     decoder: str = field(default="auto", compare=False)  # What makes pixels: see `decoders`
     # What readers found out about the images, as long as this object lives; a copy begins anew.
     kept: Dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
@@ -55,10 +57,12 @@ class DataSet:
     def describe(self) -> str:  # One line
         "Say what was found, and where"
         place = "built-in sample set" if self.builtin else self.root
+        drawn = self.validation_split
+        drawn = "" if drawn is None else f"; {drawn:g} of them validate, chosen by their names"
         left_out = f"; {len(self.damaged):,} damaged ones left out" if self.damaged else ""
         return (
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
-            f"training and {self.validation_count:,} validation pictures{left_out}"
+            f"training and {self.validation_count:,} validation pictures{drawn}{left_out}"
         )
 
 
@@ -159,6 +163,7 @@ def open_data(
     *,
     on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
     decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec": see `decoders`
+    validation_split: Optional[float] = None,  # Share of class folders that validates: see `split`
     verbose: bool = True,  # Print what was found
 ) -> DataSet:
     "List the pictures in `data_dir` and say what was found"
@@ -177,6 +182,7 @@ def open_data(
         )
     kind, root = (data_format, root) if data_format else recognize(root)
     splits, names = OPENERS[kind](root, cache_dir, say)
+    splits, validation_split = split_off(splits, root, kind, validation_split)
     num_classes, names = _classes(root, splits, names)
     data = DataSet(
         format=kind,
@@ -188,6 +194,7 @@ def open_data(
         files={name: len(split.files) for name, split in splits.items()},
         builtin=data_dir is None,
         splits=splits,
+        validation_split=validation_split,
         decoder=decoder,
     )
     data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data

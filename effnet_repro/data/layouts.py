@@ -198,6 +198,8 @@ def _class_folders(folder, say):
 
 def _open_folder(root, cache_dir, say):
     train, validation = root / "train", root / "validation"
+    if not any((root / name).is_dir() for name in ("train", "validation", "val")):
+        train = root  # nothing but class folders: `split` makes two sets of them
     classes, inside = _class_folders(train, say), _class_folders(validation, say)
     if not inside:
         validation, inside = root / "val", _class_folders(root / "val", say)
@@ -302,9 +304,12 @@ def recognize(root: Path) -> Tuple[str, Path]:
         return "tfrecord", root
     if any((root / name).is_dir() for name in ("train", "validation", "val")):
         return "folder", root
+    inside = (path for path in _listed(root) if path.is_dir())
+    if any(file.suffix.lower() in IMAGE_SUFFIXES for folder in inside for file in _listed(folder)):
+        return "folder", root
     names = sorted(path.name for path in root.iterdir())
     raise FileNotFoundError(
-        f"No data set in {root}. It needs TFRecords (train-*, validation-*), folders of class "
-        f"folders (train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
+        f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders "
+        f"(also below train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}."
     )

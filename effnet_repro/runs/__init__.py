@@ -30,6 +30,7 @@ from effnet_repro.runs.resume import (
     refuse_other_data,
     refuse_other_run,
     settle_case,
+    stored_split,
 )
 from effnet_repro.runs.runtime import Runtime
 from effnet_repro.runs.scores import (
@@ -97,6 +98,7 @@ __all__ = [
     "score_row",
     "score_table",
     "settle_case",
+    "stored_split",
     "wait_for_folder",
     "write_json",
     "write_rows",

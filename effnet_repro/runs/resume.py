@@ -3,6 +3,7 @@
 import contextlib
 from dataclasses import replace
 from pathlib import Path
+from typing import Optional
 
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.averaging import WeightAverage
@@ -110,7 +111,16 @@ def data_notes(
         "pictures": data.train_count,
         "data_fingerprint": data.fingerprint,
         "decoder": data.decoder,
+        **({} if data.validation_split is None else {"validation_split": data.validation_split}),
     }
+
+
+def stored_split(*places) -> Optional[float]:
+    """Return the share of validation images that the first of some runs or checkpoints noted; None where none did."""
+    for place in filter(None, places):
+        with contextlib.suppress(OSError, ValueError):
+            return checkpoints.load_metadata(place).get("validation_split")
+    return None
 
 
 def refuse_other_run(

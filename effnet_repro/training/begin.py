@@ -15,6 +15,7 @@ from effnet_repro.runs import (
     refuse_more,
     resolve_finetuning,
     resolve_training,
+    stored_split,
 )
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.compiled import keep_compiled
@@ -36,6 +37,7 @@ def train(
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
     on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
     decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec"
+    validation_split: Optional[float] = None,  # Share that validates, of class folders without such
     validate_every: Optional[
         int
     ] = 1,  # Epochs between validations; 0 = only at the end, None = never
@@ -55,7 +57,9 @@ def train(
     else:
         given = data_dir is not None
         plan = resolve_training(case, run_dir, budget, given, config_path, **overrides)
-    data, arrays, notes = _data(data_dir, data_format, on_corrupt, decoder), None, plan.notes
+    share = validation_split or stored_split(plan.run_dir)
+    data = open_data(data_dir, **_reading(data_format, on_corrupt, decoder, share))
+    arrays, notes = None, plan.notes
     if init is not None:
         arrays, data, source, _ = begin_from(init, weights, data, plan.case)
         notes = {**notes, "init": str(source)}
@@ -70,8 +74,10 @@ def _settled(plan, precision):
     return plan.case if plan.begun else settle_micro_batch(plan.case, plan.named, precision)
 
 
-def _data(data_dir, data_format, on_corrupt, decoder):
-    return open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
+def _reading(data_format, on_corrupt, decoder, validation_split):
+    "What `open_data` takes besides the folder"
+    how = dict(data_format=data_format, on_corrupt=on_corrupt, decoder=decoder)
+    return {**how, "validation_split": validation_split}
 
 
 def finetune(
@@ -92,6 +98,7 @@ def finetune(
     data_format: Optional[str] = None,
     on_corrupt: str = "refuse",
     decoder: str = "auto",
+    validation_split: Optional[float] = None,  # None = that of the run in `run_dir`, or of `init`
     validate_every: Optional[int] = 1,
     keep: int = 2,
     progress: bool = True,
@@ -102,18 +109,22 @@ def finetune(
     keep_compiled()
     if arch and not new_head:
         raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
-    data, how = None, dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
+    reading = data_format, on_corrupt, decoder
+    how = dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
     if isinstance(init, Resolved):
         refuse_more(run_dir, overrides)
         plan = init
     elif new_head:
-        data = _data(data_dir, data_format, on_corrupt, decoder)
+        share = validation_split or stored_split(run_dir)
+        data = open_data(data_dir, verbose=False, **_reading(*reading, share))
         body = read_body(init, weights, arch)
         plan = resolve_transfer(body, init, data, run_dir, protocol=protocol, **how, **overrides)
     else:
         how.update(protocol=protocol or "published", data_given=data_dir is not None)
         plan = resolve_finetuning(init, run_dir, **how, **overrides)
-    data = data or _data(data_dir, data_format, on_corrupt, decoder)
+    of_init = None if isinstance(plan, Transfer) else plan.init
+    share = validation_split or stored_split(plan.run_dir, of_init)
+    data = open_data(data_dir, **_reading(*reading, share))
     begin = _with_new_head if isinstance(plan, Transfer) else _with_old_head
     source, arrays, data = begin(plan, weights, data, seed)
     case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)

@@ -9,7 +9,14 @@ from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
-from effnet_repro.runs import Scores, measured_data, read_rows, say_scores, write_scores
+from effnet_repro.runs import (
+    Scores,
+    measured_data,
+    read_rows,
+    say_scores,
+    stored_split,
+    write_scores,
+)
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training.compiled import keep_compiled
 from effnet_repro.training.decoding import settle_decoder
@@ -28,6 +35,7 @@ def validate(
     data_format: Optional[str] = None,
     on_corrupt: str = "refuse",
     decoder: str = "auto",
+    validation_split: Optional[float] = None,  # None = that of the run
     batch: Optional[int] = None,  # Images at a time; None = 512 on a GPU, else 64
 ) -> Dict[str, Scores]:  # "last", "average", or the name of the file -> scores of what was measured
     """Measure trained weights on every validation image, and add rows to the run's validation.csv.
@@ -42,7 +50,9 @@ def validate(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
             )
     source, scores, evaluator = Path(source), {}, None
-    data = open_data(data_dir, data_format, on_corrupt=on_corrupt, decoder=decoder)
+    how = dict(on_corrupt=on_corrupt, decoder=decoder)
+    how["validation_split"] = validation_split or stored_split(source)
+    data = open_data(data_dir, data_format, **how)
     data = settle_decoder(data)
     is_run, place = source.is_dir(), None
     run_dir = source.parent if source.name == "checkpoints" else source

@@ -4,13 +4,14 @@ Every contender is a process of its own. Some compile side by side; then they ar
 one round each, so that the machine's state is the same for all, the others one after the other. Results go to files in
 results/ as they come. Without a GPU: a message.
 
-    python tests/bench_gpu.py [speed] [reader] [devices] [kernels] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
+    python tests/bench_gpu.py [PART ...] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
          and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
 reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
+use      gpu_use.csv: the command `effnet-train` on --data RESIDENT [PHOTOGRAPHS], by bench_use.py
 """
 
 import argparse
@@ -37,7 +38,7 @@ from effnet_repro.results import origin, write_rows  # noqa: E402
 
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128))  # side, micro-batch
 GLOBAL_BATCH = 768
-PARTS = ("speed", "reader", "devices", "kernels")
+PARTS = ("speed", "reader", "devices", "kernels", "use")
 
 
 # ---- the processes
@@ -292,6 +293,18 @@ def bench_kernels(a, about, log):
     subprocess.run(command, env=environment, stderr=log, check=True)
 
 
+def bench_use(a, about, log):
+    if not a.data:
+        print(
+            "use: name a set that fits on the GPU, and photographs: --data RESIDENT [PHOTOGRAPHS]"
+        )
+        return
+    words = [sys.executable, str(ROOT / "tests" / "bench_use.py"), "--results", str(a.folder)]
+    words += ["--resident", a.data[0], *(["--images", a.data[1]] if len(a.data) > 1 else [])]
+    words += ["--gpus", *sorted({"1", str(len(gpus()))})]
+    subprocess.run(words, check=True)
+
+
 def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -328,9 +341,8 @@ def main():
     command = ["python", "tests/bench_gpu.py", *sys.argv[1:]]
     about = {"flags": FLAGS, **origin(found[0], command, SEED, 1, versions())}
     chosen = a.parts or list(PARTS)
-    parts = dict(
-        speed=bench_speed, devices=bench_devices, reader=bench_reader, kernels=bench_kernels
-    )
+    parts = dict(speed=bench_speed, devices=bench_devices, reader=bench_reader)
+    parts.update(kernels=bench_kernels, use=bench_use)
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
         for name in chosen:
             parts[name](a, about, log)

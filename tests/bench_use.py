@@ -167,7 +167,7 @@ def measure(a, device):
             repeat_records(a.images, work / "photographs", a.records, a.records)
         repeat_records(a.resident, work / "resident", a.resident_records, 2500)
         chosen = commands(a, work)
-        bare = _starts(chosen, work, log, write)
+        bare = _starts(chosen, a.resident, work, log, write)
         for i, one in enumerate(chosen):
             case, found = _report(one, work / f"run{i}", log)
             key = _bare(one, case)
@@ -197,26 +197,27 @@ def _report(one, folder, log):
     return case, found
 
 
-def _starts(chosen, work, log, write):
+def _starts(chosen, resident, work, log, write):
     """One training step of each run: cold and warm of the first, then all the others side by side.
 
     Beside these the bare steps are compiled; they are measured when all is still. Returns their rows by `_bare`.
     """
     one_step = ("--max-steps", "1", "--no-validation")
     first = chosen[0]
+    quick = first._replace(words=("--data-dir", str(resident), "--epochs", "1"))
     case = get_case(first.case)
     shown = dict(image_size=case.image_size, global_batch_size=case.global_batch_size)
     shown["gpus"] = first.gpus
     for name in ("start, cache empty", "start, cache full"):
-        seconds = run_command(first, work / name, log, *one_step)[0]
+        seconds = run_command(quick, work / name, log, *one_step)[0]
         write(name, first.case, {**shown, "command_s": round(seconds, 1), "steps": 1})
     ran = json.loads((work / "start, cache full" / "config.json").read_text())["case"]
     wanted = sorted({_bare(one, ran) for one in chosen if one.bare or one == first})
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # while they share GPUs
     go = lambda i: run_command(chosen[i], work / f"start{i}", log, *one_step)
-    with ThreadPoolExecutor(len(chosen)) as pool:
+    with ThreadPoolExecutor(len(chosen) + 1) as pool:
         bare = pool.submit(bare_steps, wanted, log, lambda: [f.result() for f in started])
-        started = [pool.submit(go, i) for i in range(1, len(chosen))]
+        started = [pool.submit(go, i) for i in range(len(chosen))]
         found = bare.result()
     del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
     for (_, size, batch), row in found.items():

@@ -66,7 +66,7 @@ def train(
     case = _settled(plan, precision)
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, notes)
-    return execute(task, KerasRuntime(case, seed, precision))
+    return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
 
 
 def _settled(plan, precision):
@@ -135,7 +135,7 @@ def finetune(
     case = _settled(plan, precision)
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
-    return execute(task, KerasRuntime(case, seed, precision))
+    return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
 
 
 def _with_old_head(plan, weights, data, seed):

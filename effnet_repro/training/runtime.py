@@ -36,11 +36,13 @@ class KerasRuntime(Runtime):
     - `case`: laid out for one process.
     - `seed`: of weights, order, crops, mixing and masks.
     - `precision`: type to compute in; "auto" is bfloat16 on a GPU under JAX, else float32.
+    - `validates`: whether the run will measure its weights; then a GPU compiles for that while it trains.
     """
 
     ahead = 1  # the device has its next step before Python waits for this one
 
-    def __init__(self, case: Case, seed: int, precision: str = "auto"):
+    def __init__(self, case: Case, seed: int, precision: str = "auto", validates: bool = True):
+        self.validates, self.compiling = validates, None
         self.case, self.seed, self.precision = case, seed, choose_precision(precision)
         self.backend = keras.backend.backend()
         self.devices = contextlib.ExitStack()
@@ -74,8 +76,8 @@ class KerasRuntime(Runtime):
             logs = self.steps.do()
         self.step += 1
         if self.watch is not None:
-            if self.watch.seen == 1:  # the training step is compiled
-                self.evaluator.prepare(self.case.image_size, self.data)
+            if self.watch.seen == 1 and self.validates:  # the training step is compiled
+                self.compiling = self.evaluator.prepare(self.case.image_size, self.data)
             self.watch.step()
         return Unread(logs, self.explained)
 
@@ -121,5 +123,7 @@ class KerasRuntime(Runtime):
         self.watch = CostWatch(self.step, last, per_epoch)
 
     def close(self):
-        """Leave the devices as they were."""
+        """Leave the devices as they were. What still compiles is waited for: an exit meanwhile could crash."""
+        if self.compiling is not None:
+            self.compiling.join()
         self.devices.close()

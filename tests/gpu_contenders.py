@@ -231,8 +231,6 @@ def torch_peer(model, size, batch, mode, **_):
 
 def runtime(model, size, batch, micro, losses, **_):
     "The same through the training runtime, on all GPUs that the process sees"
-    import jax
-    import keras
     import numpy as np
 
     from effnet_repro.config import override
@@ -241,6 +239,7 @@ def runtime(model, size, batch, micro, losses, **_):
     from effnet_repro.network import segments
     from effnet_repro.scaling import ModelSpec
     from effnet_repro.training import Program, TrainingModel, updates, use_devices
+    from effnet_repro.training.steps import compiled_steps
 
     case, data = _case(model, batch, micro, size), open_data(verbose=False)
     case = override(case, base_learning_rate_exponent=-16)  # no chaos: two curves can be compared
@@ -249,31 +248,21 @@ def runtime(model, size, batch, micro, losses, **_):
     scope.__enter__()  # for the life of this process
     program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
     net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
-    seen = []
-
-    def follow(_, logs):  # as `train` does: read the update before
-        seen.append(logs)
-        float(seen[max(0, len(seen) - 2)]["loss"])
-
-    watch = keras.callbacks.LambdaCallback(on_train_batch_end=follow)
-    fit = lambda stream, n: net.fit(stream, [watch], steps_per_epoch=n, shuffle=False)
     stream = updates(case, data, 0)
     first = next(stream)
-    fit(stream, losses)
-    curve, (batch,) = [float(logs["loss"]) for logs in seen], first
 
-    def resident():
-        while True:
-            yield (placed,)
+    def run(batches, n):  # as a run does: read the step before
+        do, seen = compiled_steps(net, batches), []
+        for _ in range(n):
+            seen.append(do.do())
+            float(seen[max(0, len(seen) - 2)]["loss"])
+        do.sync()
+        return seen
 
-    distribution = keras.distribution.distribution()
-    place = lambda v: distribution and distribution.get_data_layout(v.shape).backend_layout
-    placed = {n: jax.device_put(np.asarray(v), place(v)) for n, v in batch.items()}
+    curve = [float(logs["loss"]) for logs in run(stream, losses)]
 
     def steps(n):
-        seen.clear()
-        fit(resident(), n)
-        assert np.isfinite(float(seen[-1]["loss"]))
+        assert np.isfinite(float(run(itertools.repeat(first), n)[-1]["loss"]))
 
     steps.notes = {"losses": curve}
     return steps

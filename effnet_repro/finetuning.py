@@ -52,7 +52,7 @@ def finetune_case(
     case = replace(case, **PROTOCOLS[protocol])
     given = {k: v for k, v in overrides.items() if v is not None}
     batch = {k: given.pop(k, None) for k in ("micro_batch_size", "global_batch_size")}
-    batch["global_batch_size"] = batch["global_batch_size"] or 512
+    batch["global_batch_size"] = batch["global_batch_size"] or min(512, trained.global_batch_size)
     return for_one_device(override(case, **given), **batch)
 
 # %% ../nbs/27_finetuning.ipynb #3426f1d0

@@ -54,7 +54,8 @@ def _plan_finetuning(args, source, trained):
     try:
         batches = finetune_budget(args.budget, data_given)[1]
         m, g = (batches.get(k) for k in ("micro_batch_size", "global_batch_size"))
-        layout = batch_fields(given, m or trained.micro_batch_size, g or 512, 1)
+        whole = g or min(512, trained.global_batch_size)
+        layout = batch_fields(given, m or trained.micro_batch_size, whole, 1)
         own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}
         how = dict(protocol=args.protocol or "published", budget=args.budget, data_given=data_given)
         resolved = resolve_finetuning(source, args.run_dir, **how, **layout, **own)

@@ -309,7 +309,7 @@ def recognize(root: Path) -> Tuple[str, Path]:
         return "folder", root
     names = sorted(path.name for path in root.iterdir())
     raise FileNotFoundError(
-        f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders "
-        f"(also below train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
+        f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders, "
+        f"folders of class folders (train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}."
     )

@@ -79,15 +79,15 @@ def _resident(pixels, stream):
 
 
 def _tensors(make, args, how, more=()):
-    "The batches of `make` as a tf.data.Dataset, whatever decodes; `more` are (type, shape) of what follows the labels"
+    "The batches of `make` as a tf.data.Dataset, whatever decodes; `more` are types of what follows the labels"
     reader = READER_OF[decoder_here(args[0])]
     if reader == "tensorflow":
         return make(*args, **how)
     import tensorflow as tf
 
-    size = args[1]
-    kinds = (("uint8", (None, size, size, 3)), ("int32", (None,)), *more)
-    signature = tuple(tf.TensorSpec(shape, kind) for kind, shape in kinds)
+    _, size, batch = args  # known to the compiled step
+    images = tf.TensorSpec((batch, size, size, 3), "uint8")
+    signature = (images, *(tf.TensorSpec((batch,), kind) for kind in ("int32", *more)))
     batches = lambda: make(*args, reader=reader, **how)
     return tf.data.Dataset.from_generator(batches, output_signature=signature)
 
@@ -126,7 +126,7 @@ def validation_stream(data, image_size, batch, image_resize="published"):
     "The validation batches of the running back end"
     args, how = (data, image_size, batch), dict(image_resize=image_resize)
     if keras.backend.backend() == "tensorflow":
-        make = lambda: _tensors(validation_batches, args, how, [("float32", (None,))])
+        make = lambda: _tensors(validation_batches, args, how, ["float32"])
     elif READER_OF[decoder_here(data)] == "tensorflow":
         make = lambda: tensorflow_arrays(validation_batches, *args, **how)
     else:

@@ -119,7 +119,8 @@ def stored_split(*places) -> Optional[float]:
     """Return the share of validation images that the first of some runs or checkpoints noted; None where none did."""
     for place in filter(None, places):
         with contextlib.suppress(OSError, ValueError):
-            return checkpoints.load_metadata(place).get("validation_split")
+            metadata = _stored(place)[1] or checkpoints.load_metadata(place)
+            return metadata.get("validation_split")
     return None
 
 
@@ -167,12 +168,18 @@ def check_init(
         )
 
 
-def _stored_case(run_dir):
-    "A checkpoint of a run and the case in it, as it was stored; the newest one that can be read"
+def _stored(run_dir):
+    "The newest checkpoint of a run that can be read, and what it says; damaged ones are the recorder's to tell"
     for path in sorted((Path(run_dir) / "checkpoints").glob("epoch-*.safetensors"), reverse=True):
         with contextlib.suppress(ValueError, OSError):
-            return path, checkpoints.read_metadata(path)["case"]
+            return path, checkpoints.read_metadata(path)
     return None, None
+
+
+def _stored_case(run_dir):
+    "The same, and the case in it, as it was stored"
+    path, metadata = _stored(run_dir)
+    return path, metadata and metadata.get("case")
 
 
 def has_begun(run_dir) -> bool:

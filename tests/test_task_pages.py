@@ -1,0 +1,70 @@
+"""Commands on home and on the pages of tasks: each is understood by its program, and the shortest way runs."""
+
+import json
+import re
+import shlex
+
+import pytest
+from conversions import convert
+from pictures import ROOT, encode, folders, picture
+from tiny import TINY, small_network  # noqa: F401
+
+from effnet_repro import cli
+from effnet_repro.config import override
+from effnet_repro.network import initial_weights
+from effnet_repro.scaling import ModelSpec
+
+PAGES = ("index", "06_your_classes", "41_finetune", "46_own_pictures", "90_cli")
+
+
+def commands(page):
+    "The lines that begin with effnet- in the shell blocks of a page, as words"
+    found = []
+    for cell in json.loads((ROOT / "nbs" / f"{page}.ipynb").read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            for block in re.findall(r"(?ms)^```sh\n(.*?)^```", "".join(cell["source"])):
+                lines = block.replace("\\\n", " ").splitlines()
+                found += [
+                    shlex.split(li, comments=True) for li in lines if li.startswith("effnet-")
+                ]
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_a_page_s_commands_are_understood(page):
+    for name, *words in commands(page):
+        if "..." not in words:
+            cli.COMMANDS[name.partition("-")[2]].parser().parse_args(words)
+
+
+def test_there_are_commands_to_look_at():
+    assert sum(len(commands(page)) for page in PAGES) > 12
+    assert [words[0] for words in commands("06_your_classes")] == [
+        "effnet-finetune",
+        "effnet-validate",
+        "effnet-predict",
+    ]
+    with pytest.raises(cli.UsageError):
+        cli.COMMANDS["predict"].parser().parse_args(["run", "image", "--topp", "1"])
+
+
+def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
+    "On a folder of two classes, with a network that knows three others."
+    monkeypatch.chdir(tmp_path)
+    kinds = {"cat": 0, "dog": 100}
+    image = lambda i, light: encode(picture(40, 40, i) // 2 + light)
+    places = {f"{k}/{i}.jpg": image(i, v) for k, v in kinds.items() for i in range(12)}
+    folders(tmp_path / "photographs", places)
+    case = override(TINY, image_resize="modern")
+    spec = ModelSpec.from_case(case, 3)
+    names = ("bee", "hen", "owl")
+    weights = convert.Weights(spec, initial_weights(spec), case, names)
+    (tmp_path / "old-run" / "checkpoints").mkdir(parents=True)
+    convert.write_ours(tmp_path / "old-run" / "checkpoints" / "epoch-0001.safetensors", weights)
+    for name, *words in commands("06_your_classes"):
+        more = ["--max-steps", 2, "--no-progress", "--weights", "last"] * (
+            name == "effnet-finetune"
+        )
+        status, out, err = run(name.partition("-")[2], *words, *more)
+        assert status == 0, (name, err)
+    assert "photographs/cat/0.jpg" in out

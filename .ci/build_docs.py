@@ -57,18 +57,6 @@ def listed_pages(config):
     return [name for name in found if name.endswith(".ipynb")]
 
 
-def drop_missing(item, present):
-    "The sidebar without pages that do not exist, and without sections that this leaves empty."
-    if isinstance(item, list):
-        kept = [drop_missing(one, present) for one in item]
-        return [one for one in kept if one is not None]
-    if isinstance(item, dict) and "contents" in item:
-        inner = drop_missing(item["contents"], present)
-        return {**item, "contents": inner} if inner else None
-    name = item.get("href", "") if isinstance(item, dict) else item
-    return None if name.endswith(".ipynb") and name not in present else item
-
-
 def prepare(copy):
     "Run nbdev's processing in the copy, with the package visible as if it were installed."
     meta = copy / "effnet_repro-0.dist-info"
@@ -408,25 +396,12 @@ def check(out, expected):
 
 def main():
     parser = argparse.ArgumentParser(description="Build the site into _docs.")
-    parser.add_argument(
-        "--partial",
-        action="store_true",
-        help="leave out pages that _quarto.yml lists and that do not exist yet",
-    )
     parser.add_argument("--out", default=str(tree.ROOT / "_docs"), help="the folder to write")
     args = parser.parse_args()
 
     config = yaml.safe_load((tree.ROOT / "_quarto.yml").read_text())
     listed, present = listed_pages(config), {p.name for p in tree.notebooks()}
     wrong = [f"_quarto.yml lists nbs/{n}, which does not exist" for n in listed if n not in present]
-    if args.partial and wrong:
-        print(f"build_docs: left out, not written yet: {', '.join(sorted(set(listed) - present))}")
-        for bar in ("sidebar", "navbar"):
-            for side in ("contents", "left", "right"):
-                items = config["website"].get(bar, {}).get(side)
-                if items:
-                    config["website"][bar][side] = drop_missing(items, present)
-        wrong = []
     wrong += [f"_quarto.yml does not list nbs/{n}" for n in sorted(present - set(listed))]
     wrong += [
         f"_quarto.yml lists nbs/{n} twice" for n in sorted(set(listed)) if listed.count(n) > 1

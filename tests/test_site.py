@@ -210,7 +210,7 @@ def test_links_get_the_names_of_the_site():
     assert build_docs.plain_links(doubled, set()) == "| [`validate`](training.html#validate) |"
 
 
-def test_sidebar_names_and_drops_pages():
+def test_the_sidebar_names_pages():
     contents = [
         {"text": "Overview", "href": "index.ipynb"},
         {"section": "Learn", "contents": ["00_a.ipynb", "01_b.ipynb"]},
@@ -223,8 +223,6 @@ def test_sidebar_names_and_drops_pages():
         "01_b.ipynb",
         "50_c.ipynb",
     ]
-    kept = build_docs.drop_missing(contents, {"index.ipynb", "01_b.ipynb"})
-    assert kept == [contents[0], {"section": "Learn", "contents": ["01_b.ipynb"]}]
 
 
 @pytest.mark.parametrize("name, page", [("other", "source/other"), ("room/one", "source/room.one")])

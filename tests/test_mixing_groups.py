@@ -7,12 +7,13 @@ from tiny import SMALL
 
 from effnet_repro.augment import draw_mixing, mix
 from effnet_repro.config import for_one_device, get_case, override
+from effnet_repro.data import open_data
 from effnet_repro.efficientnet import build_model, current_ops, get_weights
 from effnet_repro.network import segments
 from effnet_repro.ops import Rng
 from effnet_repro.runs.resume import refuse_other_case
 from effnet_repro.scaling import ModelSpec
-from effnet_repro.training import Program, TrainingModel
+from effnet_repro.training import Program, TrainingModel, updates
 from effnet_repro.training.step import DRAWS, micro_batches
 
 CASES = ("B0-G16-LN_PN-Half_16IPU_2x8", "B1-G16-LN_PN-Half_16IPU_4x4")
@@ -121,3 +122,13 @@ def test_another_micro_batch_may_go_on(capsys):
     for off in (dict(mix_group_size=0), dict(norm="BN")):
         with pytest.raises(ValueError, match="micro_batch_size: 24 there, 48 here"):
             refuse_other_case("x", override(there, **off), override(here, **off))
+
+
+def test_a_case_that_does_not_mix_draws_nothing():
+    "What is drawn is shared out over devices by groups, of which there may be too few"
+    data = open_data(verbose=False)
+    fed = {"images", "labels", "update", "learning_rate"}
+    for off, more in ((True, set()), (False, {"mixup", "cutmix_lambda", "cutmix_centre"})):
+        case = laid_out(CASES[0], 24)
+        case = override(case, mixup_alpha=0.0, cutmix_lambda=None) if off else case
+        assert set(updates(case, data, 0).element_spec) == fed | more

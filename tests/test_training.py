@@ -253,6 +253,7 @@ def one_update():
         ),
         4,
         8,
+        4,  # a mixing group for each device
     )
     data = open_data(verbose=False)
     batch = next(iter(stream(case, data, 0)))

@@ -26,6 +26,10 @@ from effnet_repro.training.step import on_all_devices
 
 def _controls(case, update, updates_per_epoch, seed):
     "Everything of an update that is not a picture"
+    rate = np.float32(learning_rate(case, update, updates_per_epoch))
+    fixed = {"update": np.int32(update), "learning_rate": rate}
+    if not (case.mixup_alpha or case.cutmix_lambda):
+        return fixed
     draws = draw_mixing(
         mixup_alpha=case.mixup_alpha,
         cutmix_lambda=case.cutmix_lambda,
@@ -34,8 +38,7 @@ def _controls(case, update, updates_per_epoch, seed):
         groups=case.mix_groups[0],
         group_size=case.mix_groups[1],
     )
-    rate = np.float32(learning_rate(case, update, updates_per_epoch))
-    return {"update": np.int32(update), "learning_rate": rate, **draws}
+    return {**fixed, **draws}
 
 
 def updates(

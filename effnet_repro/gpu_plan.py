@@ -59,7 +59,15 @@ def collect(folder: Path) -> dict:
     }
     fed = [float(r["images_per_s"]) for r in rows("feed.csv") if r["reader"].endswith("training")]
     readers["photographs"] = {"images_per_s": median(fed), "projected": False}
-    return {"of_bare_step": median(shares), "steps": steps, "readers": readers}
+    first = rows("gpu_speed.csv")[0]
+    origin = {n: first[n] for n in ("device", "revision", "date")}
+    origin["versions"], origin["command"] = (
+        json.loads(first["versions"]),
+        "python tests/test_gpu_plan.py",
+    )
+    origin.update(uncommitted_changes=first["uncommitted_changes"] == "True")
+    origin.update(seed=int(first["seed"]), n=int(first["n"]))
+    return {"of_bare_step": median(shares), "steps": steps, "readers": readers, **origin}
 
 
 def rates() -> dict:

@@ -44,7 +44,10 @@ def validate(
     """
     configure(backend)
     keep_compiled()
-    for name, value, lowest in (("batch", batch or 1, 1), ("image_size", image_size or 32, 32)):
+    for name, value, lowest in (
+        ("batch", 1 if batch is None else batch, 1),
+        ("image_size", image_size or 32, 32),
+    ):
         if not isinstance(value, int) or value < lowest:
             raise ValueError(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."

@@ -1,6 +1,7 @@
 """Command lines: what they print, what they refuse and their exit statuses."""
 
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -213,7 +214,7 @@ def ran_and_shown(monkeypatch, command):
     seen, module = [], importlib.import_module(f"effnet_repro.cli.{command}")
     done = types.SimpleNamespace(finished=True, run_dir="there")
     trains = lambda what, *words, **how: seen.append(what) or done
-    stub = types.SimpleNamespace(train=trains, finetune=trains)
+    stub = types.SimpleNamespace(train=trains, finetune=trains, settle_run=lambda run, _: run)
     monkeypatch.setitem(sys.modules, "effnet_repro.training", stub)
     monkeypatch.setattr(module, "start_keras", lambda args: None)
     monkeypatch.setattr(module, "show_plan", seen.append)
@@ -227,6 +228,24 @@ def test_what_is_shown_is_what_runs(run, monkeypatch, tmp_path):
     shown, given = seen
     assert shown.resolved is given and shown.case is given.case and given.run_dir == tmp_path
     assert (given.case.epochs, given.case.device_loop, given.budget) == (3, 1, "demo")
+
+
+def test_the_micro_batch_of_a_gpu_is_shown(run, monkeypatch, tmp_path):
+    seen = ran_and_shown(monkeypatch, "train")
+
+    def settle_run(resolved, precision):
+        "As on a GPU that holds 384 images"
+        assert precision == "bfloat16"
+        case = dataclasses.replace(resolved.case, micro_batch_size=384, gradient_accumulation=2)
+        return dataclasses.replace(resolved, case=case, settled=("micro_batch_size",))
+
+    monkeypatch.setattr(sys.modules["effnet_repro.training"], "settle_run", settle_run)
+    words = ("--budget", "case", "--backend", "jax", "--precision", "bfloat16")
+    assert run("train", CASE, *words, "--run-dir", tmp_path)[0] == 0
+    shown, given = seen
+    assert shown.resolved is given and shown.case.micro_batch_size == 384
+    assert shown.reasons["micro_batch_size"] == "the run's own, or the device's"
+    assert shown.reasons["num_stages"] == "one device"
 
 
 def test_what_is_shown_is_what_is_fine_tuned(run, monkeypatch, tmp_path):

@@ -14,7 +14,13 @@ from effnet_repro.cli.options import (
     source_arguments,
     start_keras,
 )
-from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_plan
+from effnet_repro.cli.resolve import (
+    LAYOUT_FIELDS,
+    batch_fields,
+    plan_of,
+    settled_on_device,
+    show_plan,
+)
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
 from effnet_repro.convert import format_of
 from effnet_repro.data import open_data
@@ -114,6 +120,7 @@ def finetune_command(args):
             return finetune_on_ipus(args, source, trained)
         start_keras(args)
         plan = _plan_finetuning(args, source, trained)
+    plan = settled_on_device(plan, args.precision)
     show_plan(plan)
     if args.dry_run:
         return 0

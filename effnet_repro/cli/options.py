@@ -225,17 +225,26 @@ def _hidden(*names):
                 sys.modules.pop(name, None)
 
 
+def _installed(package):
+    return importlib.util.find_spec(package) is not None
+
+
+def chosen_backend(args) -> str:
+    """Return the name of the backend for `start_keras`: the flag's, the environment's, or the first installed."""
+    chosen = args.backend or os.environ.get("KERAS_BACKEND")
+    chosen = chosen or next((b for b in BACKENDS if _installed(b)), BACKENDS[0])
+    if chosen not in BACKENDS:
+        raise UsageError(str(unknown_name("back end", chosen, BACKENDS, "KERAS_BACKEND")))
+    return chosen
+
+
 def start_keras(args):
     """Choose Keras' backend before Keras is imported, and set what the device reads at its first use.
 
     TensorFlow writes two notes on stderr before it looks at its own log level. They would stand above the one line
     that an error leaves, so the first use of the device is kept quiet; `--debug` shows everything.
     """
-    has = lambda package: importlib.util.find_spec(package) is not None
-    chosen = args.backend or os.environ.get("KERAS_BACKEND")
-    chosen = chosen or next((b for b in BACKENDS if has(b)), BACKENDS[0])
-    if chosen not in BACKENDS:
-        raise UsageError(str(unknown_name("back end", chosen, BACKENDS, "KERAS_BACKEND")))
+    has, chosen = _installed, chosen_backend(args)
     missing = [package for package in ("keras", chosen) if not has(package)]
     if missing:
         raise ImportError(

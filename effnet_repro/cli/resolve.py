@@ -121,6 +121,14 @@ def plan_training(
     return plan_of(resolved, lambda n: _reason(n, given, batches, f"budget {budget}"))
 
 
+def settled_on_device(plan: Plan, precision: str) -> Plan:
+    """Return the plan with what the devices here decide, such as a GPU's micro-batch. Keras has been started."""
+    from effnet_repro.training import settle_run
+
+    resolved = settle_run(plan.resolved, precision)
+    return plan if resolved is plan.resolved else plan_of(resolved, plan.reasons.get)
+
+
 def _check_layout(case, given):
     "Stages and splits have no effect on one device, but must fit each other"
     splits, stages = given.get("pipeline_splits"), given.get("num_stages")

@@ -5,6 +5,7 @@ from effnet_repro.cli.fields import config_arguments, field_arguments
 from effnet_repro.cli.ipus import ipu_arguments, ipu_case, print_poprun, runs_on_ipus, train_on_ipus
 from effnet_repro.cli.kit import program
 from effnet_repro.cli.options import (
+    chosen_backend,
     data_arguments,
     data_dir_of,
     finish_run,
@@ -14,7 +15,7 @@ from effnet_repro.cli.options import (
     run_options,
     start_keras,
 )
-from effnet_repro.cli.resolve import named_start, plan_training, show_plan
+from effnet_repro.cli.resolve import named_start, plan_training, settled_on_device, show_plan
 from effnet_repro.config import CHOICES, case_from_dict
 from effnet_repro.scaling import mod32_warning
 
@@ -59,6 +60,9 @@ def train_command(args):
     if runs_on_ipus(args):
         return train_on_ipus(args, start, run_dir)
     plan = plan_training(args, run_dir)
+    if chosen_backend(args) == "jax":  # which may compute on a GPU
+        start_keras(args)
+        plan = settled_on_device(plan, args.precision)
     print(f"{plan.case.name}, budget {plan.budget}")
     show_plan(plan)
     if args.restore_path:

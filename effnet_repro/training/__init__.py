@@ -17,6 +17,7 @@ from effnet_repro.training.device import (
 )
 from effnet_repro.training.estimation import estimate
 from effnet_repro.training.evaluation import Evaluator, evaluate, predictor
+from effnet_repro.training.micro_batch import settle_run
 from effnet_repro.training.optimizer import RecipeOptimizer, make_optimizer
 from effnet_repro.training.report import plot_predictions, record
 from effnet_repro.training.state import training_state
@@ -44,6 +45,7 @@ __all__ = [
     "plot_predictions",
     "predictor",
     "record",
+    "settle_run",
     "train",
     "training_state",
     "updates",

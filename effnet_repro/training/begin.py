@@ -20,7 +20,7 @@ from effnet_repro.runs import (
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.compiled import keep_compiled
 from effnet_repro.training.device import configure
-from effnet_repro.training.micro_batch import settle_micro_batch
+from effnet_repro.training.micro_batch import settle_run
 from effnet_repro.training.runtime import KerasRuntime
 from effnet_repro.transfer import Transfer, describe_head, new_head_for, read_body, resolve_transfer
 
@@ -63,15 +63,10 @@ def train(
     if init is not None:
         arrays, data, source, _ = begin_from(init, weights, data, plan.case)
         notes = {**notes, "init": str(source)}
-    case = _settled(plan, precision)
+    case = settle_run(plan, precision).case
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, notes)
     return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
-
-
-def _settled(plan, precision):
-    "The case of a run, a new one with the micro-batch of the devices here"
-    return plan.case if plan.begun else settle_micro_batch(plan.case, plan.named, precision)
 
 
 def _reading(data_format, on_corrupt, decoder, validation_split):
@@ -132,7 +127,7 @@ def finetune(
         f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
         + ("" if not warning else f"\nwarning: {warning}")
     )
-    case = _settled(plan, precision)
+    case = settle_run(plan, precision).case
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
     return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))

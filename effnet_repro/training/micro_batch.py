@@ -10,6 +10,7 @@ from typing import Optional, Sequence
 
 from effnet_repro.config import Case
 from effnet_repro.messages import say
+from effnet_repro.runs import Resolved
 from effnet_repro.scaling import ModelSpec, blocks, count
 from effnet_repro.training.device import choose_precision, has_jax_gpu
 
@@ -82,6 +83,18 @@ def settle_micro_batch(
         return case
     say(f"micro-batch: {m} images at a time, the largest that fits (--micro-batch-size)")
     return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
+
+
+def settle_run(
+    run: Resolved,  # Before it begins
+    precision: str = "auto",  # Type to compute in
+) -> Resolved:
+    """Give a new run the micro-batch of the GPUs here; a run that was begun, or was settled before, stays as it is."""
+    case = run.case if run.begun else settle_micro_batch(run.case, run.named, precision)
+    if case is run.case:
+        return run
+    settled = (*run.settled, "micro_batch_size", "gradient_accumulation")
+    return replace(run, case=case, settled=settled)
 
 
 def memory_of_gpu() -> Optional[int]:

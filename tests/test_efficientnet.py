@@ -84,7 +84,7 @@ def test_keras_weights_from_a_file(tmp_path):
     assert relative_error(ours(pictures), body(x.astype("float32"))) < 1e-4
 
 
-def test_a_headless_source_leaves_our_classifier(tmp_path):
+def test_a_source_without_our_classes_leaves_our_classifier(capsys):
     theirs = keras.applications.EfficientNetB0(
         weights=None, include_top=False, input_shape=(64, 64, 3)
     )
@@ -93,9 +93,12 @@ def test_a_headless_source_leaves_our_classifier(tmp_path):
     before = to_published(ours)[kernel]
     load_keras_applications(ours, theirs)
     test_allclose(to_published(ours)[kernel], before, rtol=0)
-    with pytest.raises(ValueError, match="wrong shape"):
-        full = keras.applications.EfficientNetB0(weights=None, input_shape=(64, 64, 3))
-        load_keras_applications(ours, full)
+    full = keras.applications.EfficientNetB0(weights=None, input_shape=(64, 64, 3))
+    load_keras_applications(ours, full)
+    assert "The body is loaded. The classifier stays as it is: 5 classes" in capsys.readouterr().out
+    after, stem = to_published(ours), full.get_layer("stem_conv").get_weights()[0]
+    test_allclose(after[kernel], before, rtol=0)
+    assert any(value.shape == stem.shape and (value == stem).all() for value in after.values())
     with pytest.raises(ValueError, match="not an EfficientNet-B1"):
         load_keras_applications(build_model("B1-G1-BN", image_size=64, input_norm="keras"), theirs)
 

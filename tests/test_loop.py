@@ -29,6 +29,7 @@ DATA = SimpleNamespace(
     fingerprint="0123",
     damaged=(),
     decoder="auto",
+    validation_split=None,
     split_fingerprint=lambda split: "4567",
 )
 

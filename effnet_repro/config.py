@@ -316,7 +316,10 @@ def validate(
     if case.norm in ("LN", "LN_PN") and case.norm_groups != 1:
         rule = "Layer norm is group norm with one group."
         _refuse(case, rule, "Use norm GN.", "norm", "norm_groups")
-    ModelSpec.from_case(case)  # refuses stages that do not fit each other
+    try:
+        ModelSpec.from_case(case)  # refuses stages that do not fit each other
+    except ValueError as e:
+        raise ValueError(f"net_stages of {case.name}: {e}") from None
 
 # %% ../nbs/00_config.ipynb #ed5e0da0
 def read_yaml(

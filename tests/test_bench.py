@@ -27,6 +27,7 @@ def quick(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", FILES)
 def test_rows_have_the_columns_of_the_committed_file(quick, name):
     rows, committed = _read(quick / name), _read(ROOT / "results" / name)

@@ -173,6 +173,7 @@ def test_predictions_name_the_truth_in_the_network_s_words(run, sets):
 # ---------------------------------------------------------------- the IPU runtime
 
 
+@pytest.mark.long
 def test_the_ipu_runtime_does_the_same(sets, tmp_path):
     ipu = pytest.importorskip("effnet_repro.ipu")
     ipu_standin = pytest.importorskip("ipu_standin")

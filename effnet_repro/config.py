@@ -301,8 +301,7 @@ def validate(
             f"The product is {product}: change one of the four, or leave gradient_accumulation out.",
             *("micro_batch_size", "gradient_accumulation", "num_replicas", "global_batch_size"),
         )
-    whole, group = case.global_batch_size, case.mix_group_size
-    if group and whole % group:
+    if case.mix_group_size and case.global_batch_size % case.mix_group_size:
         rule, hint = "mix_group_size must divide the global_batch_size.", "Leave it out."
         _refuse(case, rule, hint, "mix_group_size", "global_batch_size")
     if not 0.0 <= case.rmsprop_decay < 1.0:
@@ -314,8 +313,7 @@ def validate(
         way_out = f"Name {case.num_stages - 1} segments in pipeline_splits."
         _refuse(case, "A split begins a stage.", way_out, "num_stages", "pipeline_splits")
     if case.norm in ("LN", "LN_PN") and case.norm_groups != 1:
-        rule = "Layer norm is group norm with one group."
-        _refuse(case, rule, "Use norm GN.", "norm", "norm_groups")
+        _refuse(case, "Layer norm has one group.", "Use norm GN.", "norm", "norm_groups")
     try:
         ModelSpec.from_case(case)  # refuses stages that do not fit each other
     except ValueError as e:

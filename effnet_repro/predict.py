@@ -13,6 +13,7 @@ import numpy as np
 
 from effnet_repro.classes import has_names
 from effnet_repro.data.decode import has_fast_dct
+from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.data.files import SquaresJob, find_images, square_batches
 from effnet_repro.scaling import count
 from effnet_repro.transfer import read_body
@@ -166,18 +167,11 @@ def suitable_batch(spec, image_size: int) -> int:
     from effnet_repro.training.estimation import found_gib
 
     gpu = has_jax_gpu()
-    memory = (_gpu_gib() or GPU_GIB) if gpu else (found_gib() or CPU_GIB)
+    found = (memory_of_gpu() or 0) / 2**30 if gpu else found_gib()
+    memory = found or (GPU_GIB if gpu else CPU_GIB)
     needed = 4 * count(spec, image_size).activations / 2**30  # of an image, were all of them kept
     fitting = max(1, int(SHARE * memory / needed))
     return min(MOST_ON_GPU if gpu else MOST_ON_CPU, 2 ** (fitting.bit_length() - 1))
-
-
-def _gpu_gib():
-    "Memory of JAX's first GPU that may be used; None where it does not say"
-    import jax
-
-    limit = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
-    return limit and limit / 2**30
 
 
 def predict(

@@ -219,7 +219,7 @@ def test_batches_suit_the_device(monkeypatch):
     monkeypatch.setattr(estimation, "found_gib", lambda: 0.01)
     assert suitable_batch(large, 600) == 1
     monkeypatch.setattr(device, "has_jax_gpu", lambda: True)
-    monkeypatch.setattr("effnet_repro.predict._gpu_gib", lambda: 80.0)
+    monkeypatch.setattr("effnet_repro.predict.memory_of_gpu", lambda: 80 * 2**30)
     assert suitable_batch(small, 224) == 256
 
 

@@ -8,7 +8,7 @@ A set that fits is decoded once and its pixels stay on the device (`_resident`);
 import functools
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Dict, Iterator, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -95,15 +95,19 @@ def _mean_pixels(dataset):
     return dataset.kept["mean pixels"]
 
 
+def memory_of_gpu() -> Optional[int]:
+    """Return the bytes that JAX may use on its first device; None where it does not tell, as on a CPU."""
+    import jax
+
+    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
 def fits_device(
     dataset: DataSet,  # From `open_data`
     share: float = 0.125,  # Of the device's memory that the decoded pictures may take
 ) -> bool:
     """Say whether the training pictures of a data set fit on the device of JAX"""
-    import jax
-
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 2**32)
-    limit = min(share * memory, 2**32)  # pixels are counted in 31 bits
+    limit = min(share * (memory_of_gpu() or 2**32), 2**32)  # pixels are counted in 31 bits
     if dataset.splits["train"].length.sum() > limit:
         return False
     return bool(3 * _mean_pixels(dataset) * dataset.train_count < limit)

@@ -6,9 +6,10 @@ order of sums. Batch norm does depend on it, and so do runs of earlier versions 
 """
 
 from dataclasses import replace
-from typing import Optional, Sequence
+from typing import Sequence
 
 from effnet_repro.config import Case
+from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.messages import say
 from effnet_repro.runs import Resolved
 from effnet_repro.scaling import ModelSpec, blocks, count
@@ -95,10 +96,3 @@ def settle_run(
         return run
     settled = (*run.settled, "micro_batch_size", "gradient_accumulation")
     return replace(run, case=case, settled=settled)
-
-
-def memory_of_gpu() -> Optional[int]:
-    """Return the bytes that JAX may use on a GPU; None where it does not tell."""
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit")

@@ -3,25 +3,10 @@
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
-from effnet_repro.checkpoint import load_metadata
-from effnet_repro.config import (
-    Case,
-    budget_overrides,
-    case_from_dict,
-    differing_fields,
-    get_case,
-    say_earlier,
-)
+from effnet_repro.config import Case, budget_overrides, get_case
 from effnet_repro.finetuning import finetune_case, finetune_size
 from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ipus
-from effnet_repro.runs import Resolved, folder_of, settle_case
-
-
-def _settled(case, run_dir, overrides):
-    "The case with what its own run decides, and the names of these fields. A device loop on IPUs"
-    named = [name for name, value in overrides.items() if value is not None]
-    whole = settle_case(run_dir, case, DEVICE_LOOP, named)
-    return whole, tuple(differing_fields(case, whole))
+from effnet_repro.runs import Resolved, folder_of, settle_fields, trained_case
 
 
 def resolve_training(
@@ -39,7 +24,7 @@ def resolve_training(
     name = budget_overrides(budget, data_given)[0]
     whole = resolve_for_ipus(start, ipus, budget, data_given, **overrides)
     run_dir = Path(run_dir) if run_dir else Path("runs") / start.name
-    settled, fields = _settled(whole, run_dir, overrides)
+    settled, fields = settle_fields(whole, run_dir, overrides, DEVICE_LOOP)
     return Resolved(settled, start, name, run_dir, fields, {"kind": "train"})
 
 
@@ -55,9 +40,7 @@ def resolve_finetuning(
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Resolved:
     """Work out what `ipu.finetune` does with these arguments. ValueError where they contradict each other."""
-    stored = load_metadata(init)["case"]
-    trained = case_from_dict(stored)
-    say_earlier(init, stored)
+    trained = trained_case(init)
     parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     size = image_size or finetune_size(trained)
     own = {n: value for n, value in overrides.items() if value is not None}
@@ -65,6 +48,6 @@ def resolve_finetuning(
         finetune_case(trained, size, protocol, parts, **own), ipus, micro_batch_size
     )
     run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
-    settled, fields = _settled(case, run_dir, own)
+    settled, fields = settle_fields(case, run_dir, own, DEVICE_LOOP)
     notes = {"kind": "finetune", "protocol": protocol}
     return Resolved(settled, trained, "case", run_dir, fields, notes, Path(init))

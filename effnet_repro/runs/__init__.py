@@ -19,6 +19,8 @@ from effnet_repro.runs.resolved import (
     refuse_more,
     resolve_finetuning,
     resolve_training,
+    settle_fields,
+    trained_case,
 )
 from effnet_repro.runs.resume import (
     NETWORK_FIELDS,
@@ -98,7 +100,9 @@ __all__ = [
     "score_row",
     "score_table",
     "settle_case",
+    "settle_fields",
     "stored_split",
+    "trained_case",
     "wait_for_folder",
     "write_json",
     "write_rows",

@@ -37,9 +37,14 @@ def _named(overrides):
     return tuple(name for name, value in overrides.items() if value is not None)
 
 
-def settle_fields(case: Case, run_dir, overrides: dict) -> Tuple[Case, Tuple[str, ...]]:
-    """Return the case with what its own run decides, and the names of these fields. One step at a time off IPUs."""
-    whole = settle_case(run_dir, case, 1, _named(overrides))
+def settle_fields(
+    case: Case, run_dir, overrides: dict, device_loop: int = 1
+) -> Tuple[Case, Tuple[str, ...]]:
+    """Return the case with what its own run decides, and the names of these fields.
+
+    `device_loop` is what the runtime gives a new run: one step at a time off IPUs.
+    """
+    whole = settle_case(run_dir, case, device_loop, _named(overrides))
     return whole, tuple(differing_fields(case, whole))
 
 
@@ -75,6 +80,14 @@ def refuse_more(run_dir, overrides: dict):
         )
 
 
+def trained_case(init) -> Case:
+    """Return the case of a run folder or checkpoint, and say which values stand for fields that it lacks."""
+    stored = load_metadata(init)["case"]
+    trained = case_from_dict(stored)
+    say_earlier(init, stored)
+    return trained
+
+
 def folder_of(init: Path) -> Path:
     """Return the run folder that a run folder, its `checkpoints` or a file in there belongs to."""
     folder = init if init.is_dir() else init.parent
@@ -93,9 +106,7 @@ def resolve_finetuning(
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Resolved:
     """Work out what `finetune` does with these arguments. ValueError where they contradict each other."""
-    stored = load_metadata(init)["case"]
-    trained = case_from_dict(stored)
-    say_earlier(init, stored)
+    trained = trained_case(init)
     parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     size = image_size or finetune_size(trained)
     name, batches = finetune_budget(budget, data_given)

@@ -170,6 +170,7 @@ class _Step(_Recipe):
     variable_filter: Optional[Tuple[str, ...]] = option(
         'Segments to train, e.g. "Top"; None = all', None
     )
+    body_rate: float = option("Learning rate of all but Top, over Top's", 1.0, range="(0, 1]")
 
 # %% ../nbs/00_config.ipynb #a3dc3159
 @dataclass(frozen=True)
@@ -434,10 +435,8 @@ def resolve(
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path)
     given = {k: v for k, v in overrides.items() if v is not None}
-    merged, sizes = (
-        {**changes, **given},
-        ("micro_batch_size", "global_batch_size", "mix_group_size"),
-    )
+    merged = {**changes, **given}
+    sizes = ("micro_batch_size", "global_batch_size", "mix_group_size")
     named = {k: v for k, v in given.items() if k not in (*sizes, "num_replicas")}
     override(case, **named)  # refuses unknown names
     batch = {k: merged.pop(k, None) for k in sizes}

@@ -152,3 +152,11 @@ def test_batch_norm_is_refused(short):
         case = short(norm="BN")
         with pytest.raises(ValueError, match="Batch norm cannot be trained in a pipeline"):
             program(case, *make_pictures(case, CLASSES))
+
+
+def test_a_rate_of_the_body_is_for_keras():
+    "Before anything is compiled: programs for IPUs have one rate."
+    from effnet_repro.ipu.resolved import resolve_training
+
+    with pytest.raises(ValueError, match="one rate. Received: body_rate=0.5. Leave it out"):
+        resolve_training("B0-G16-LN_PN-Half_16IPU_2x8", body_rate=0.5)

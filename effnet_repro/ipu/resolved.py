@@ -9,6 +9,16 @@ from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ip
 from effnet_repro.runs import Resolved, folder_of, settle_fields, trained_case
 
 
+def _same_rate(case):
+    "The case, if all of it learns at one rate: the programs for IPUs have one"
+    if case.body_rate != 1:
+        raise ValueError(
+            f"On IPUs the whole network learns at one rate. Received: body_rate={case.body_rate}. Leave it out, or "
+            "train with Keras."
+        )
+    return case
+
+
 def resolve_training(
     case: Union[str, Case],  # A published name or a case
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
@@ -22,7 +32,7 @@ def resolve_training(
         raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
     start = get_case(case) if isinstance(case, str) else case
     name = budget_overrides(budget, data_given)[0]
-    whole = resolve_for_ipus(start, ipus, budget, data_given, **overrides)
+    whole = _same_rate(resolve_for_ipus(start, ipus, budget, data_given, **overrides))
     run_dir = Path(run_dir) if run_dir else Path("runs") / start.name
     settled, fields = settle_fields(whole, run_dir, overrides, DEVICE_LOOP)
     return Resolved(settled, start, name, run_dir, fields, {"kind": "train"})
@@ -44,9 +54,8 @@ def resolve_finetuning(
     parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     size = image_size or finetune_size(trained)
     own = {n: value for n, value in overrides.items() if value is not None}
-    case = finetune_layout(
-        finetune_case(trained, size, protocol, parts, **own), ipus, micro_batch_size
-    )
+    case = _same_rate(finetune_case(trained, size, protocol, parts, **own))
+    case = finetune_layout(case, ipus, micro_batch_size)
     run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
     settled, fields = settle_fields(case, run_dir, own, DEVICE_LOOP)
     notes = {"kind": "finetune", "protocol": protocol}

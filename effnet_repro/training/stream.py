@@ -28,6 +28,8 @@ def _controls(case, update, updates_per_epoch, seed):
     "Everything of an update that is not a picture"
     rate = np.float32(learning_rate(case, update, updates_per_epoch))
     fixed = {"update": np.int32(update), "learning_rate": rate}
+    if case.body_rate != 1:
+        fixed["body_rate"] = np.float32(case.body_rate)
     if not (case.mixup_alpha or case.cutmix_lambda):
         return fixed
     draws = draw_mixing(

@@ -10,7 +10,7 @@ from tiny import PYTHON, TINY, small_network  # noqa: F401
 
 from effnet_repro.config import override
 from effnet_repro.data import open_data
-from effnet_repro.efficientnet import MBConv, build_model, weights_by_name
+from effnet_repro.efficientnet import MBConv, build_model, get_weights, weights_by_name
 from effnet_repro.network import segments
 from effnet_repro.recipe import trained_segments
 from effnet_repro.scaling import ModelSpec
@@ -112,10 +112,9 @@ def test_the_body_goes_a_part_of_its_way():
         for rate in (1.0, 0.125):
             how = dict(optimizer=optimizer, warmup_epochs=0, base_learning_rate_exponent=-8)
             model, stream = training_model(body_rate=rate, **how)
-            read = lambda: {n: np.array(v) for n, v in weights_by_name(model.network).items()}
-            before = read()
+            before = get_weights(model.network)
             one_step(model, stream)
-            after = read()
+            after = get_weights(model.network)
             ways.append({n: after[n] - before[n] for n in before if "moving_" not in n})
         for name, whole in ways[0].items():
             wanted = whole if name.startswith("all/Top/") else whole / 8

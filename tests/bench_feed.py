@@ -11,7 +11,6 @@ In a copy of the tree without git, EFFNET_REVISION says the revision: see `effne
 
 import argparse
 import functools
-import os
 import re
 import subprocess
 import sys
@@ -30,7 +29,7 @@ from effnet_repro import data as d  # noqa: E402
 from effnet_repro.data import decode, decoders, device, gpu_decode, transforms  # noqa: E402
 from effnet_repro.data.threads import core_count  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
-from tests.bench_use import repeat_records  # noqa: E402
+from tests.bench_sets import repeat_records  # noqa: E402
 
 
 def device_name():
@@ -191,20 +190,14 @@ def kernel_differences(count=96, side=160, seed=0):
                 rows[name] = column
             rows["flip"], rows["corner"] = mirrored, corner
             rows["scale"] = (part[:, 2:] / new).astype("float32")
-            out = producer.empty((count, side, side, 3))
-            sent = [producer.upload(image) for image in images]
+            out = gpu_decode.empty((count, side, side, 3))
+            arrays, sent = producer.stage(sizes)
+            for array, image in zip(arrays, images):
+                array[...] = image
             producer.write(sent, rows, out, 0, how == "published")
             theirs = [on_host(*one, random, side, how) for one in zip(images, rectangles, flips)]
             off = np.abs(np.asarray(out).astype(int) - np.stack(theirs))
             yield how, "training" if random else "validation", int((off > 0).sum()), int(off.max())
-
-
-def validate_on_training_images(folder):
-    "Make half of the training files the validation split, too"
-    for old in folder.glob("validation-*"):
-        old.unlink()
-    for i, file in enumerate(sorted(folder.glob("train-*"))[:8]):
-        os.link(file, folder / f"validation-{i:05d}-of-00008")
 
 
 def main(words=None):
@@ -227,8 +220,7 @@ def main(words=None):
         for found in kernel_differences():
             print("kernel:", *found, flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        repeat_records(a.images, Path(folder) / "set", a.records)
-        validate_on_training_images(Path(folder) / "set")
+        repeat_records(a.images, Path(folder) / "set", a.records, a.records // 2)
         data = d.open_data(Path(folder) / "set", verbose=False)
         for name, size, batch, found in rates(data, a):
             low, middle, high = sorted(found)

@@ -6,20 +6,22 @@ empty cache, the second with a full one, then all the others side by side, so th
 measured one after the other, each a process of its own. Rows go to results/gpu_use.csv as they come. Without a GPU: a
 message.
 
-    python tests/bench_use.py --resident FOLDER [--images FOLDER] [--case NAME] [--only REGEX] [--gpus 1 4]
+    python tests/bench_use.py [--resident FOLDER] [--images FOLDER] [--only REGEX] [--gpus 1 4]
 
 --resident  a data set that fits on the device, its records repeated; it is decoded once and stays there
---images    a small set of original photographs (TFRecords); its records are repeated until they no longer fit
+--images    a small set of original photographs (TFRecords); its records are repeated until they no longer fit, as they
+            are and packed; PyTorch reads them, too (torch_feed.py)
 --gpus      of one process; more than one are compared with one, at the same global batch
+--only      regular expression over the names of the rows ("start" = the first starts)
 """
 
 import argparse
+import contextlib
 import csv
 import datetime
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -31,14 +33,16 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from effnet_repro.config import get_case  # noqa: E402
+from effnet_repro.config import for_one_device, get_case, override  # noqa: E402
 from effnet_repro.results import origin, portable  # noqa: E402
-from tests import bench_gpu  # noqa: E402
+from tests import bench_gpu, bench_sets  # noqa: E402
 
 SEED = bench_gpu.SEED
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
+LARGE = ("B4-G16-LN_PN-Half_16IPU_4x4", 60), ("B4-G16-LN_PN-Native_16IPU_4x4", 40)  # and steps
 KEY = ("run", "case", "image_size", "global_batch_size", "gpus")
 SMALL = ("--global-batch-size", "32", "--image-size", "96")
+JAX_SHARE = 0.75  # Of a GPU's memory, which JAX takes unless told otherwise
 
 
 class Measured(NamedTuple):
@@ -47,26 +51,26 @@ class Measured(NamedTuple):
     name: str
     case: str
     words: tuple  # Behind the case
+    end: tuple = ()  # Words that end a run early
     gpus: int = 1
-    bare: tuple = ()  # Image size and batch of the bare step beside it; () = those of the run
-    command: str = "train"
+    sized: tuple = ()  # Image size and global batch, where `words` change them
+    bare: bool = True  # Whether a bare step is measured beside it
 
+    @property
+    def as_is(self):  # The case, for one process
+        case = for_one_device(get_case(self.case))
+        if not self.sized:
+            return case
+        size, batch = self.sized
+        return override(for_one_device(case, 1, batch), image_size=size)
 
-def repeat_records(source, target, train, validation):
-    "Write the TFRecords of `source` again and again into `target`, until the splits have so many"
-    from effnet_repro.data import scan_tfrecord
+    def bare_step(self, memory):
+        "The bare step beside it: network, image size, batch, which is the largest micro-batch of so much memory"
+        from effnet_repro.training.micro_batch import largest_micro_batch
 
-    target.mkdir(parents=True)
-    for split, records in (("train", train), ("validation", validation)):
-        files = sorted(Path(source).glob(f"{split}-*"))
-        once = sum(len(scan_tfrecord(f)) for f in files)
-        data = [f.read_bytes() for f in files]
-        times = -(-records // once)
-        for part in range(16):
-            with (target / f"{split}-{part:05d}-of-00016").open("wb") as out:
-                for _ in range(times // 16 + (part < times % 16)):
-                    out.writelines(data)
-    shutil.copy(Path(source) / "info.json", target / "info.json")
+        case = self.as_is
+        most = largest_micro_batch(case, self.gpus, memory)
+        return self.case.rpartition("_16IPU")[0], case.image_size, most
 
 
 def run_command(one, run_dir, log, *more):
@@ -74,7 +78,7 @@ def run_command(one, run_dir, log, *more):
     devices = ",".join(str(i) for i in range(one.gpus))
     env = {**os.environ, "KERAS_BACKEND": "jax", "CUDA_VISIBLE_DEVICES": devices}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
-    words = [sys.executable, "-m", "effnet_repro.cli", one.command, one.case]
+    words = [sys.executable, "-m", "effnet_repro.cli", "train", one.case]
     words += ["--budget", "case", "--seed", str(SEED), *one.words, *more]
     words += ["--run-dir", str(run_dir), "--no-progress"]
     begin = time.perf_counter()
@@ -83,7 +87,7 @@ def run_command(one, run_dir, log, *more):
     log.write(done.stdout)
     log.flush()
     if done.returncode:
-        raise RuntimeError(f"effnet-{one.command} ended with status {done.returncode}: {one}")
+        raise RuntimeError(f"effnet-train ended with status {done.returncode}: {one}")
     with (run_dir / "metrics.csv").open(newline="") as file:
         return seconds, done.stdout, list(csv.DictReader(file))
 
@@ -104,6 +108,18 @@ def estimated(said):
     found = re.findall(r"estimate \(measured\): ([\d.,]+) (\w+) in all", said)
     sizes = {"seconds": 1, "minutes": 60, "hours": 3600, "days": 86400}
     return float(found[-1][0].replace(",", "")) * sizes[found[-1][1]] if found else None
+
+
+def validated(run_dir, data_dir, log):
+    "Images a second that the weights of a run are measured with, in a process of its own"
+    code = "import sys; from effnet_repro.training import validate; found = validate(*sys.argv[1:], weights='last')"
+    code += "; print(found['last'].images_per_s, found['last'].pictures)"
+    env = {**os.environ, "KERAS_BACKEND": "jax", "CUDA_VISIBLE_DEVICES": "0"}
+    env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
+    words = [sys.executable, "-c", code, str(run_dir), str(data_dir)]
+    done = subprocess.run(words, env=env, stdout=subprocess.PIPE, stderr=log, text=True, check=True)
+    speed, images = done.stdout.split()[-2:]
+    return {"images_per_s": round(float(speed), 1), "steps": -(-int(images) // 512)}
 
 
 def bare_steps(wanted, log, wait):
@@ -129,22 +145,63 @@ def bare_steps(wanted, log, wait):
 
 def commands(a, work):
     "What is measured"
-    resident = ("--data-dir", str(work / "resident"), "--epochs", str(a.epochs))
-    few = ("--max-steps", str(a.steps), "--validate-every", "0")
-    photographs = ("--data-dir", str(work / "photographs"), *few)
-    small = ("--data-dir", str(a.resident), "--epochs", "2", *SMALL)
-    found = [
-        Measured("resident set, defaults", a.case, resident),
-        Measured("resident set, small batches", a.case, small, bare=(96, 32)),
-    ]
+    found = []
+    few = lambda steps: ("--max-steps", str(steps), "--no-validation")
+    stored = lambda folder: ("--data-dir", str(work / folder))
+    if a.resident:
+        resident = ("--data-dir", str(work / "resident"), "--epochs", str(a.epochs))
+        small = ("--data-dir", str(a.resident), "--epochs", "2", *SMALL)
+        found = [Measured("resident set, defaults", a.case, resident)]
+        found += [Measured("resident set, small batches", a.case, small, sized=(96, 32))]
+        for n in a.gpus if len(a.gpus) > 1 else ():
+            for whole in a.global_batches:
+                words = (*resident, "--global-batch-size", str(whole))
+                if n > 1 or whole != 768:  # one GPU and 768: the defaults
+                    sized = get_case(a.case).image_size, whole
+                    found.append(
+                        Measured(f"resident set, batch {whole}", a.case, words, (), n, sized, False)
+                    )
     if a.images:
-        found.append(Measured("photographs from JPEG files", a.case, photographs))
-    for n in a.gpus if len(a.gpus) > 1 else ():
-        for whole in a.global_batches:
-            words = (*resident, "--global-batch-size", str(whole))
-            if n > 1 or whole != 768:  # one GPU and 768: the defaults
-                found.append(Measured(f"resident set, batch {whole}", a.case, words, gpus=n))
-    return [one for one in found if re.search(a.only, one.name)]
+        cores = ("--decoder", "simplejpeg")
+        found += [Measured("photographs", a.case, stored("photographs"), few(a.steps))]
+        words = *stored("photographs"), *cores
+        found += [Measured("photographs, cores alone", a.case, words, few(a.steps // 2))]
+        for case, steps in LARGE:
+            found.append(Measured("photographs", case, stored("photographs"), few(steps)))
+        for form in PACKED:
+            found.append(Measured(f"packed, {form}", a.case, stored(form), few(a.steps)))
+    return [one for one in found if re.search(a.only, f"{one.name}, {one.case}")]
+
+
+PACKED = {"jpeg 256": ("--short-side", "256"), "raw 192": ("--short-side", "192", "--form", "raw")}
+
+
+def make_sets(a, work, chosen):
+    "Write the data sets that the chosen commands read"
+    used = {
+        name
+        for one in chosen
+        for name in ("resident", "photographs", *PACKED)
+        if str(work / name) in one.words
+    }
+    if "resident" in used:
+        bench_sets.repeat_records(a.resident, work / "resident", a.resident_records, 2500)
+    if "photographs" in used:
+        bench_sets.repeat_records(a.images, work / "photographs", a.records, a.records // 2)
+    for name in used & set(PACKED):
+        words = [sys.executable, "-m", "effnet_repro.cli", "pack", str(work / f"once {name}")]
+        words += [*PACKED[name], "--data-dir", str(a.images)]
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+        subprocess.run(words, env=env, check=True, stdout=subprocess.DEVNULL)
+        repeat = bench_sets.repeat_raw if "raw" in name else bench_sets.repeat_records
+        repeat(work / f"once {name}", work / name, a.packed_records, 100)
+
+
+def gpu_memory():
+    "Bytes of the first GPU that JAX will take"
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
+    return JAX_SHARE * float(found[0]) * 2**20
 
 
 def measure(a, device):
@@ -156,88 +213,123 @@ def measure(a, device):
 
     def write(name, case, row):
         table.add({"run": name, "case": case, **row})
-        print(f"{name:36} {row.get('images_per_s') or row.get('command_s'):>12}", flush=True)
+        share = f"{row['of_bare_step']:.3f} of the bare step" if "of_bare_step" in row else ""
+        print(
+            f"{name:32} {case[:24]:24} {row.get('images_per_s', ''):>9} {row.get('command_s', ''):>6} s {share}",
+            flush=True,
+        )
 
     with tempfile.TemporaryDirectory() as folder, open(
         os.environ.get("BENCH_LOG", os.devnull), "a"
     ) as log:
-        work = Path(folder)
+        work, memory = Path(folder), gpu_memory()
         os.environ.setdefault("EFFNET_REPRO_CACHE", str(work / "cache"))
-        if a.images:
-            repeat_records(a.images, work / "photographs", a.records, a.records)
-        repeat_records(a.resident, work / "resident", a.resident_records, 2500)
         chosen = commands(a, work)
-        bare = _starts(chosen, a.resident, work, log, write)
+        make_sets(a, work, chosen)
+        if a.resident and re.search(a.only, "start"):
+            _first_starts(chosen[0], a.resident, work, log, write)
+        bare = _side_by_side(chosen, memory, work, log, write)
         for i, one in enumerate(chosen):
             case, found = _report(one, work / f"run{i}", log)
-            key = _bare(one, case)
-            if key in bare:
+            key = one.bare_step(memory)
+            if key in bare and case["micro_batch_size"] == key[2]:
                 share = found["images_per_s"] / (bare[key]["images_per_s"] * one.gpus)
                 found["of_bare_step"] = round(share, 3)
             shown = {n: case[n] for n in ("image_size", "global_batch_size", "micro_batch_size")}
             write(one.name, one.case, {**shown, "gpus": one.gpus, **found})
+            if one.name == "photographs" and one.case == a.case and re.search(a.only, "validation"):
+                found = validated(work / f"run{i}", work / "photographs", log)
+                write("photographs, validation", one.case, {**shown, "gpus": 1, **found})
+        if a.images and re.search(a.only, "PyTorch"):
+            torch_rows(a, work, log, write)
 
 
-def _bare(one, case):
-    "The bare step beside a run: network, image size, batch"
-    network = one.case.rpartition("_16IPU")[0]
-    return (network, *(one.bare or (case["image_size"], case["micro_batch_size"])))
+def torch_rows(a, work, log, write):
+    "PyTorch on the same photographs"
+    bench_sets.image_folder(a.images, work / "folder", a.records)
+    size = get_case(a.case).image_size
+    for name in ("cores", "gpu"):
+        for network in ("", "efficientnet_b0"):
+            words = [
+                sys.executable,
+                str(ROOT / "tests" / "torch_feed.py"),
+                name,
+                str(work / "folder"),
+            ]
+            words += ["--size", str(size), "--network", network]
+            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, text=True)
+            log.write(done.stdout)
+            if not done.returncode:
+                found = json.loads(done.stdout.splitlines()[-1])
+                found = {"image_size": size, "gpus": 1, **found}
+                about = f"PyTorch, decoded by the {name}" + ("" if network else ", reader alone")
+                write(about, f"timm {network}" if network else "", found)
 
 
 def _report(one, folder, log):
     "Run a command to its end: its case, and what it measured"
-    seconds, said, rows = run_command(one, folder, log)
+    seconds, said, rows = run_command(one, folder, log, *one.end)
     case = json.loads((folder / "config.json").read_text())["case"]
     found = {"command_s": round(seconds, 1), **rates(rows, case["global_batch_size"])}
     if guess := estimated(said):
         found["estimate_of_command"] = round(guess / seconds, 2)
     if decoder := re.search(r"decoded by (\w+)", said):
         found["jpeg_decoder"] = decoder[1]
-    found["ran"] = portable(["effnet-train", one.case, "--budget", "case", *one.words])
+    found["ran"] = portable(["effnet-train", one.case, "--budget", "case", *one.words, *one.end])
     return case, found
 
 
-def _starts(chosen, resident, work, log, write):
-    """One training step of each run: cold and warm of the first, then all the others side by side.
-
-    Beside these the bare steps are compiled; they are measured when all is still. Returns their rows by `_bare`.
-    """
-    one_step = ("--max-steps", "1", "--no-validation")
-    first = chosen[0]
-    quick = first._replace(words=("--data-dir", str(resident), "--epochs", "1"))
+def _first_starts(first, resident, work, log, write):
+    "One training step of the first run on the small set, with nothing compiled and with everything"
+    quick = first._replace(words=("--data-dir", str(resident)))
     case = get_case(first.case)
     shown = dict(image_size=case.image_size, global_batch_size=case.global_batch_size)
     shown["gpus"] = first.gpus
     for name in ("start, cache empty", "start, cache full"):
-        seconds = run_command(quick, work / name, log, *one_step)[0]
+        words = "--max-steps", "1", "--no-validation"
+        seconds = run_command(quick, work / name, log, *words)[0]
         write(name, first.case, {**shown, "command_s": round(seconds, 1), "steps": 1})
-    ran = json.loads((work / "start, cache full" / "config.json").read_text())["case"]
-    wanted = sorted({_bare(one, ran) for one in chosen if one.bare or one == first})
+
+
+def _side_by_side(chosen, memory, work, log, write):
+    """One training step of each run, so that all is compiled, and beside these the bare steps.
+
+    Bare steps are measured when all is still. Returns their rows by `Measured.bare_step`.
+    """
+    wanted = sorted({one.bare_step(memory) for one in chosen if one.bare})
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # while they share GPUs
-    go = lambda i: run_command(chosen[i], work / f"start{i}", log, *one_step)
-    with ThreadPoolExecutor(len(chosen) + 1) as pool:
+    kinds = {(one.bare_step(memory), one.gpus, "resident" in one.name): one for one in chosen}
+
+    def start(i, one):  # where they need too much memory together, it is compiled all the same
+        with contextlib.suppress(RuntimeError):
+            run_command(one, work / f"start{i}", log, "--max-steps", "1", "--no-validation")
+
+    with ThreadPoolExecutor(len(kinds) + 1) as pool:
+        started = []
         bare = pool.submit(bare_steps, wanted, log, lambda: [f.result() for f in started])
-        started = [pool.submit(go, i) for i in range(len(chosen))]
+        started += [pool.submit(start, i, one) for i, one in enumerate(kinds.values())]
         found = bare.result()
     del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
-    for (_, size, batch), row in found.items():
+    for (network, size, batch), row in found.items():
         alone = dict(image_size=size, global_batch_size=batch, micro_batch_size=batch, gpus=1)
-        write("bare step", first.case, {**alone, **row})
+        (case, *_) = [one.case for one in chosen if one.case.startswith(network + "_")]
+        write("bare step", case, {**alone, **row})
     return found
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    p.add_argument("--resident", type=Path, required=True, help="a set that fits on the device")
+    p.add_argument("--resident", type=Path, help="a set that fits on the device")
     p.add_argument("--images", type=Path, help="original photographs, TFRecords")
     p.add_argument("--case", default=CASE)
     p.add_argument("--epochs", type=int, default=4, help="of the resident set")
     p.add_argument(
         "--resident-records", type=int, default=75000, help="its records are repeated to so many"
     )
-    p.add_argument("--steps", type=int, default=52, help="training steps on the photographs")
+    p.add_argument("--steps", type=int, default=208, help="training steps on the photographs")
     p.add_argument("--only", default="", help="regular expression over the names of the runs")
-    p.add_argument("--records", type=int, default=20000, help="photographs at least")
+    p.add_argument("--records", type=int, default=79872, help="photographs at least")
+    p.add_argument("--packed-records", type=int, default=79872)
     p.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of GPUs to compare")
     p.add_argument("--global-batches", type=int, nargs="+", default=[768, 3072])
     p.add_argument("--results", type=Path, default=ROOT / "results")
@@ -246,7 +338,7 @@ def main():
     if not found:
         print("bench-use: there is no GPU here (nvidia-smi does not answer): nothing to measure")
         return
-    a.resident = a.resident.resolve()
+    a.resident = a.resident and a.resident.resolve()
     a.images = a.images and a.images.resolve()
     measure(a, found[0])
 

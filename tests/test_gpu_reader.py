@@ -17,6 +17,7 @@ class HostProducer:
     "Does what a GPU does; refuses each fifth JPEG"
 
     refused = sent = 0
+    exact = False
 
     def __init__(self):
         self.thread = None
@@ -35,19 +36,27 @@ class HostProducer:
     def _image(self, pixels):
         return gpu_decode.Image(0, pixels.shape[1] * 3, pixels.shape[:2], pixels)
 
-    def upload(self, pixels):
+    def stage(self, sizes):
         self._alone()
-        HostProducer.sent += 1
-        return self._image(pixels)
-
-    def empty(self, shape):
-        return np.zeros(shape, np.uint8)
+        HostProducer.sent += len(sizes)
+        arrays = [np.full((*size, 3), 77, np.uint8) for size in sizes]
+        return arrays, [HostProducer._image(self, one) for one in arrays]
 
     def write(self, images, rows, out, first, published):
         self._alone()
         for i, (image, row) in enumerate(zip(images, rows)):
             out[first + i] = cut(image.owner, row, out.shape[1], published)
         self.thread = None
+
+
+class ExactProducer(HostProducer):
+    "One that shares its JPEGs with the cores"
+
+    exact = True
+
+
+def maker(producer=HostProducer):
+    return gpu_reader.Maker(producer, lambda shape: np.zeros(shape, np.uint8))
 
 
 def taps(at, corner, scale, size, half):
@@ -91,14 +100,14 @@ def mixed(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["published", "modern"])
-@pytest.mark.parametrize("random", [True, False])
-def test_the_same_training_batches(mixed, how, random, monkeypatch):
+@pytest.mark.parametrize("random, producer", [(True, HostProducer), (False, ExactProducer)])
+def test_the_same_training_batches(mixed, how, random, producer, monkeypatch):
     monkeypatch.setattr(gpu_reader, "SLICE", 5)
     monkeypatch.setattr(gpu_reader, "AT_ONCE", 4)
     HostProducer.refused = HostProducer.sent = 0
     args = requested(mixed, 24, 6, how, random)
     theirs = numpy_reader.training_stream(args)
-    ours = gpu_reader.training_stream(args, HostProducer)
+    ours = gpu_reader.training_stream(args, maker(producer))
     for (a, b), (c, e) in islice(zip(ours, theirs), 9):  # over the ends of epochs
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, e)
@@ -111,7 +120,7 @@ def test_the_same_training_batches(mixed, how, random, monkeypatch):
 def test_the_same_validation_batches(mixed, how, batch, shard, monkeypatch):
     monkeypatch.setattr(gpu_reader, "AT_ONCE", 8)
     args = request.ValidationRequest(mixed, 20, batch, shard, how)
-    ours = list(gpu_reader.validation_stream(args, HostProducer))
+    ours = list(gpu_reader.validation_stream(args, maker()))
     theirs = list(numpy_reader.validation_stream(args))
     assert len(ours) == len(theirs)
     for one, other in zip(ours, theirs):
@@ -126,7 +135,7 @@ def test_damage_is_named(tmp_path, damage):
     write(tmp_path, "train", [record(good), record(damage(good)), record(good)])
     data = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*picture 1 of the train split, at byte"):
-        next(gpu_reader.training_stream(requested(data, 16, 3), HostProducer))
+        next(gpu_reader.training_stream(requested(data, 16, 3), maker()))
 
 
 def test_what_a_decoder_refuses_and_the_host_cannot_read_is_named(tmp_path):
@@ -135,7 +144,7 @@ def test_what_a_decoder_refuses_and_the_host_cannot_read_is_named(tmp_path):
     write(tmp_path, "train", [record(good), record(good), record(bad)])
     data = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="picture 2 of the train split, at byte"):
-        next(gpu_reader.training_stream(requested(data, 16, 3), HostProducer))
+        next(gpu_reader.training_stream(requested(data, 16, 3), maker()))
 
 
 def test_an_image_of_another_size_than_its_header_is_decoded_again(mixed):
@@ -143,11 +152,8 @@ def test_an_image_of_another_size_than_its_header_is_decoded_again(mixed):
         def _image(self, pixels):
             return gpu_decode.Image(0, 0, (1, 1), pixels[:1, :1])
 
-        def upload(self, pixels):
-            return HostProducer._image(self, pixels)
-
     args = requested(mixed, 24, 6)
-    ours, theirs = (gpu_reader.training_stream(args, make) for make in (Odd, HostProducer))
+    ours, theirs = (gpu_reader.training_stream(args, make) for make in (maker(Odd), maker()))
     np.testing.assert_array_equal(next(ours)[0], next(theirs)[0])
 
 
@@ -156,7 +162,7 @@ def test_a_producer_that_does_not_work_is_told(mixed):
         raise RuntimeError("no GPU")
 
     with pytest.raises(RuntimeError, match="no GPU"):
-        next(gpu_reader.training_stream(requested(mixed, 16, 3), make))
+        next(gpu_reader.training_stream(requested(mixed, 16, 3), maker(make)))
 
 
 def test_a_row_is_laid_out_as_in_the_kernel():

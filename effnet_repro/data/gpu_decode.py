@@ -5,8 +5,9 @@ the GPU's decoders busy. The kernel reads a table with a row for each image (`RO
 rectangle is wanted, and how it is resized. It follows `transforms.resize` operation by operation; products and sums
 are not fused, so that the same decoded pixels give the same bytes.
 
-The batch is an array of JAX that nobody else has seen yet: it is made of zeros, and the kernel writes into its
-memory before it is handed out. No image passes through the host, nothing is copied.
+The batch is an array of JAX that nobody else has seen yet: it is made of zeros (`empty`), and the kernel writes into
+its memory before it is handed out. What the GPU decodes does not pass through the host. What the cores decode beside it
+is written into pinned memory (`Producer.stage`) and sent in one piece.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import functools
 import io
 import os
 import warnings
-from typing import Any, List, NamedTuple, Optional, Sequence
+from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -176,10 +177,11 @@ class Codec:
         kinds = codec.HW_GPU_ONLY, codec.HYBRID_CPU_GPU
         if device is None:
             where["device_id"], kinds = codec.NVIMGCODEC_DEVICE_CPU_ONLY, [codec.CPU_ONLY]
-        self._decoder = None
+        self._decoder, self.exact = None, False  # exact: the pixels of libjpeg's accurate DCT
         for kind in kinds:
             with _silence(), contextlib.suppress(RuntimeError):
                 self._decoder = codec.Decoder(**where, backends=[codec.Backend(kind)])
+                self.exact = kind != codec.HYBRID_CPU_GPU
                 break
         if self._decoder is None:
             raise RuntimeError("nvImageCodec finds no nvJPEG: is the package nvidia-nvjpeg there?")
@@ -189,63 +191,107 @@ class Codec:
         return self._decoder.decode(list(data), params=self._how, cuda_stream=stream)
 
 
+class _Block:
+    "Pinned memory of the host and as much of the GPU: what is written into one is sent to the other"
+
+    def __init__(self, driver):
+        self._driver, self.host, self.device, self.room = driver, 0, 0, 0
+
+    def reserve(self, size):
+        "Have room for so many bytes; what was there is lost where there was less"
+        driver = self._driver
+        if size <= self.room:
+            return
+        if self.room:
+            self.room = 0
+            _checked(driver.cuMemFreeHost(self.host))
+            _checked(driver.cuMemFree(self.device))
+        room = size + size // 4
+        self.host = int(_checked(driver.cuMemHostAlloc(room, 0)))
+        self.device = int(_checked(driver.cuMemAlloc(room)))
+        self.room = room
+
+    def view(self, at, shape):
+        "An array of bytes in the host's memory"
+        import ctypes
+
+        size = int(np.prod(shape))
+        return np.frombuffer(
+            (ctypes.c_uint8 * size).from_address(self.host + at), np.uint8
+        ).reshape(shape)
+
+    def send(self, size, stream):
+        _checked(self._driver.cuMemcpyHtoDAsync(self.device, self.host, size, stream))
+
+
 class Producer:
     """Decodes and cuts on one GPU; for one thread at a time."""
 
     def __init__(self, ordinal: int = 0):
         from cuda.bindings import driver
 
-        self._driver, self._ordinal = driver, ordinal
+        self._driver = driver
         self._context, self._kernel = _context(ordinal)
         _checked(driver.cuCtxSetCurrent(self._context))
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
-        self._stream = _checked(driver.cuStreamCreate(flags))
+        _, first = _checked(driver.cuCtxGetStreamPriorityRange())  # before the network's kernels
+        self._stream = _checked(driver.cuStreamCreateWithPriority(flags, first))
         self._codec = Codec(ordinal, max(1, core_count() // PRODUCERS))
-        self._table, self._room, self._uploads = None, 0, []
+        self.exact = self._codec.exact
+        self._table, self._blocks, self._staged = _Block(driver), [], []
 
     def decode(self, data: Sequence[bytes]) -> List[Optional[Image]]:
         """Decode JPEGs; None for one that nvImageCodec refuses."""
         _checked(self._driver.cuCtxSetCurrent(self._context))
         return [_described(one) for one in self._codec.decode(data, int(self._stream))]
 
-    def upload(self, pixels: np.ndarray) -> Image:
-        """Send an image (H, W, 3) uint8 that the host has decoded; it stays until `write` has been called."""
-        driver, pixels = self._driver, np.ascontiguousarray(pixels)
-        _checked(driver.cuCtxSetCurrent(self._context))
-        address = _checked(driver.cuMemAlloc(pixels.nbytes))
-        self._uploads.append(address)
-        _checked(driver.cuMemcpyHtoD(address, pixels.ctypes.data, pixels.nbytes))
-        return Image(int(address), pixels.shape[1] * 3, pixels.shape[:2], None)
+    def stage(self, sizes: Sequence) -> Tuple[List[np.ndarray], List[Image]]:
+        """Return arrays (H, W, 3) uint8 on the host for images of these sizes, and where they will be on the GPU.
 
-    def empty(self, shape) -> Any:
-        """Begin an array of zeros, uint8, on the GPU."""
-        import jax
-
-        return _zeros(tuple(shape), jax.local_devices()[self._ordinal])()
+        They are to be filled before `write` is called, which sends them.
+        """
+        _checked(self._driver.cuCtxSetCurrent(self._context))
+        if len(self._staged) == len(self._blocks):
+            self._blocks.append(_Block(self._driver))
+        block, at, arrays, images = self._blocks[len(self._staged)], 0, [], []
+        sizes = [(int(height), int(width)) for height, width in sizes]
+        block.reserve(sum(3 * height * width for height, width in sizes))
+        for height, width in sizes:
+            arrays.append(block.view(at, (height, width, 3)))
+            images.append(Image(block.device + at, 3 * width, (height, width), None))
+            at += 3 * height * width
+        self._staged.append(at)
+        return arrays, images
 
     def write(
         self, images: Sequence[Image], rows: np.ndarray, out: Any, first: int, published: bool
     ):
         """Cut and resize images into `out` from image `first` on, and wait until that is done."""
-        driver, side = self._driver, out.shape[1]
+        driver, side, stream = self._driver, out.shape[1], self._stream
         rows["pixels"] = [image.address for image in images]
         rows["pitch"] = [image.pitch for image in images]
         _checked(driver.cuCtxSetCurrent(self._context))
-        if self._room < rows.nbytes:
-            if self._table is not None:
-                _checked(driver.cuMemFree(self._table))
-            self._table, self._room = _checked(driver.cuMemAlloc(rows.nbytes)), rows.nbytes
-        stream = self._stream
-        _checked(driver.cuMemcpyHtoDAsync(self._table, rows.ctypes.data, rows.nbytes, stream))
+        self._table.reserve(rows.nbytes)
+        self._table.view(0, (rows.nbytes,))[...] = rows.view(np.uint8)
+        self._table.send(rows.nbytes, stream)
+        for block, size in zip(self._blocks, self._staged):
+            if size:
+                block.send(size, stream)
+        self._staged = []
         out.block_until_ready()
         target = out.unsafe_buffer_pointer() + first * side * side * 3
-        values = (int(self._table), target, side, int(published))
+        values = (self._table.device, target, side, int(published))
         kinds = (_c("c_void_p"), _c("c_void_p"), _c("c_int"), _c("c_int"))
         grid, block = (-(-side // 32), -(-side // 8), len(rows)), (32, 8, 1)
         _checked(driver.cuLaunchKernel(self._kernel, *grid, *block, 0, stream, (values, kinds), 0))
         _checked(driver.cuStreamSynchronize(stream))
-        while self._uploads:
-            _checked(driver.cuMemFree(self._uploads.pop()))
+
+
+def empty(shape: Sequence[int], ordinal: int = 0) -> Any:
+    """Begin an array of zeros, uint8, on one of JAX's GPUs."""
+    import jax
+
+    return _zeros(tuple(shape), jax.local_devices()[ordinal])()
 
 
 def _c(name):
@@ -283,7 +329,7 @@ def problem() -> Optional[str]:
         file = io.BytesIO()
         pillow.fromarray(np.full((192, 256, 3), 128, np.uint8)).save(file, "JPEG")
         producer, rows = Producer(), np.zeros(1, ROW)
-        out = producer.empty((1, 8, 8, 3))
+        out = empty((1, 8, 8, 3))
         rows["height"], rows["width"], rows["scale"] = 192, 256, (24, 32)
         (image,) = producer.decode([file.getvalue()])
         if image is None:

@@ -1,7 +1,8 @@
 """The reader whose images are decoded on a GPU: threads read files, producers decode, cut and resize.
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
-JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named.
+JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. Where
+the GPU's pixels are those of the host exactly, the cores decode a share of all JPEGs, too (`Balance`).
 """
 
 import itertools
@@ -12,7 +13,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Tuple
 import numpy as np
 
 from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
-from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer
+from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, empty
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.threads import core_count, made_ahead
 from effnet_repro.data.transforms import validation_window
@@ -60,24 +61,56 @@ def _read(dataset, split, numbers):
     return found, np.array(sizes)
 
 
-def _on_gpu(producer, pool, where, found, sizes):
-    """The images of a producer for what `_read` found; what it refuses, `pool` decodes on the host.
+class Balance:
+    """Which share of the JPEGs the cores decode beside a GPU: as many as let both be done at the same time.
+
+    The pixels are the same, so nothing depends on the share but the time.
+    """
+
+    step = 1 / 64
+
+    def __init__(self, most: float = 0.5, share: float = 0.2):
+        self.most, self.share = most, min(share, most)
+
+    def count(self, images: int) -> int:
+        """Return how many of so many images the cores decode."""
+        return int(self.share * images)
+
+    def learn(self, cores_wait: bool):
+        """Take in whether the cores were done first."""
+        change = self.step if cores_wait else -self.step
+        self.share = min(max(self.share + change, 0.0), self.most)
+
+
+def _images(producer, cores, balance, where, found, sizes):
+    """The images of a producer for what `_read` found; `cores` decode a share, and what the producer refuses.
 
     `where` is the data set, the split and the numbers of the images.
     """
     dataset, split, numbers = where
-    jpegs = [i for i, one in enumerate(found) if isinstance(one, bytes)]
-    images = dict(zip(jpegs, producer.decode([found[i] for i in jpegs])) if jpegs else ())
 
-    def on_host(i):
+    def on_host(i, out):
         with located(dataset, split, numbers[i]):
-            return decode_image(found[i])
+            out[...] = decode_image(found[i]) if isinstance(found[i], bytes) else found[i]
 
-    fine = lambda i: images[i] is not None and tuple(images[i].size) == tuple(sizes[i])
-    refused = [i for i in jpegs if not fine(i)]
-    pixels = {i: one for i, one in enumerate(found) if not isinstance(one, bytes)}
-    pixels.update(zip(refused, pool.map(on_host, refused)))
-    images.update((i, producer.upload(one)) for i, one in pixels.items())
+    def begin(some):
+        arrays, images = producer.stage(sizes[some])
+        return dict(zip(some, images)), [cores.submit(on_host, *one) for one in zip(some, arrays)]
+
+    jpegs = [i for i, one in enumerate(found) if isinstance(one, bytes)]
+    shared = jpegs[: balance.count(len(jpegs))] if producer.exact else []
+    others = [i for i, one in enumerate(found) if not isinstance(one, bytes)]
+    images, begun = begin(shared + others)
+    mine = jpegs[len(shared) :]
+    decoded = producer.decode([found[i] for i in mine]) if mine else ()
+    if mine and producer.exact:
+        balance.learn(all(one.done() for one in begun))
+    fine = lambda i, one: one is not None and tuple(one.size) == tuple(sizes[i])
+    images.update((i, one) for i, one in zip(mine, decoded) if fine(i, one))
+    more, late = begin([i for i in mine if i not in images])
+    images.update(more)
+    for one in begun + late:
+        one.result()
     return [images[i] for i in range(len(found))]
 
 
@@ -90,49 +123,71 @@ class _Batch(NamedTuple):
     cuts: Callable  # From sizes (n, 2) to `_Cuts` and what else the consumer gets
 
 
-def _made(request, batches, make: Callable[[], Any]) -> Iterator[Tuple[Any, Any]]:
+class Maker(NamedTuple):
+    """What makes images: producers, which are kept for the next stream, and the arrays that they write into."""
+
+    producer: Callable[[], Any] = Producer
+    empty: Callable[[tuple], Any] = empty
+
+
+ON_GPU = Maker()
+_KEPT = {}  # Producers that no stream uses, by what made them
+
+
+def _made(request, batches, make: Maker) -> Iterator[Tuple[Any, Any]]:
     "Yield the arrays of batches, and what else their `cuts` return, made ahead"
     dataset, published = request.dataset, request.image_resize == "published"
-    producers = queue.SimpleQueue()
+    kept, producers, balance = _KEPT.setdefault(make.producer, []), queue.SimpleQueue(), Balance()
     for _ in range(PRODUCERS):
-        producers.put(None)  # begun by the first batch that needs it
+        producers.put(None)  # taken or begun by the first batch that needs it
 
-    def produce(batch, slices):
+    def produce(batch, out, slices):
         producer = producers.get()
         try:
-            producer = producer or make()
-            out = producer.empty(batch.shape)
+            if producer is None:
+                producer = kept.pop() if kept else make.producer()
             read = [one.result() for one in slices]
             found = [data for part, _ in read for data in part]
             sizes = np.concatenate([part for _, part in read])
             cuts, rest = batch.cuts(sizes)
             rows = cuts.rows()
-            for at in range(0, len(found), AT_ONCE):
-                part = slice(at, at + AT_ONCE)
+            for part in np.array_split(np.arange(len(found)), -(-len(found) // AT_ONCE)):
+                part = slice(part[0], part[-1] + 1)
                 where = dataset, batch.split, batch.numbers[part]
-                images = _on_gpu(producer, readers, where, found[part], sizes[part])
-                producer.write(images, rows[part], out, at, published)
+                images = _images(producer, cores, balance, where, found[part], sizes[part])
+                producer.write(images, rows[part], out, part.start, published)
             return out, rest
+        except BaseException:
+            producer = None  # the cores may still write into its memory
+            raise
         finally:
             producers.put(producer)
 
     with ThreadPoolExecutor(PRODUCERS) as pool, ThreadPoolExecutor(
         min(_READERS, core_count())
-    ) as readers:
+    ) as readers, ThreadPoolExecutor(max(1, core_count() - PRODUCERS - 1)) as cores:
 
         def begin(batch):
             parts = np.array_split(batch.numbers, -(-len(batch.numbers) // SLICE))
             slices = [readers.submit(_read, dataset, batch.split, part) for part in parts]
-            return pool.submit(produce, batch, slices)
+            return pool.submit(produce, batch, make.empty(batch.shape), slices)
 
-        for done in made_ahead(begin, batches, PRODUCERS + 1):
-            yield done.result()
+        try:
+            for done in made_ahead(begin, batches, PRODUCERS + 1):
+                yield done.result()
+        finally:
+            pool.shutdown()
+            while not producers.empty():
+                kept.append(producers.get())
+            kept[:] = [one for one in kept if one is not None]
 
 
-def training_stream(request: TrainRequest, make=Producer) -> Iterator[Tuple[Any, np.ndarray]]:
+def training_stream(
+    request: TrainRequest, make: Maker = ON_GPU
+) -> Iterator[Tuple[Any, np.ndarray]]:
     """Yield images (B, S, S, 3) uint8 on the GPU and labels (B,) int32 of one update after the other.
 
-    `make` makes a producer; tests give one without a GPU.
+    Tests give a `make` without a GPU.
     """
     wants_fast_dct(request.dataset, request.image_resize)
     size, local = request.image_size, request.order.local
@@ -154,7 +209,7 @@ def training_stream(request: TrainRequest, make=Producer) -> Iterator[Tuple[Any,
     return _made(request, map(batch, itertools.count(request.first_update)), make)
 
 
-def validation_stream(request: ValidationRequest, make=Producer):
+def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
     """Yield images (B, S, S, 3) uint8 on the GPU, labels (B,) int32 and mask (B,) float32; fillers are black.
 
     Small batches are made together and taken apart.

@@ -51,7 +51,8 @@ def repeat_raw(source, target, train, validation):
 
 def image_folder(source, target, images):
     "Unpack the training images of a data set into a folder a class, repeated until there are so many"
-    from effnet_repro.data import open_data, read_encoded
+    from effnet_repro.data import open_data
+    from effnet_repro.data.decode import read_encoded
 
     data = open_data(source, verbose=False)
     times = -(-images // data.train_count)

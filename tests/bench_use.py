@@ -334,6 +334,7 @@ def main():
     p.add_argument("--global-batches", type=int, nargs="+", default=[768, 3072])
     p.add_argument("--results", type=Path, default=ROOT / "results")
     a = p.parse_args()
+    os.environ.setdefault("KERAS_BACKEND", "jax")
     found = bench_gpu.gpus()
     if not found:
         print("bench-use: there is no GPU here (nvidia-smi does not answer): nothing to measure")

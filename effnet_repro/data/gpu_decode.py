@@ -279,7 +279,7 @@ class Producer:
                 block.send(size, stream)
         self._staged = []
         out.block_until_ready()
-        target = out.unsafe_buffer_pointer() + first * side * side * 3
+        target = int(out.unsafe_buffer_pointer()) + int(first) * side * side * 3
         values = (self._table.device, target, side, int(published))
         kinds = (_c("c_void_p"), _c("c_void_p"), _c("c_int"), _c("c_int"))
         grid, block = (-(-side // 32), -(-side // 8), len(rows)), (32, 8, 1)

@@ -152,7 +152,7 @@ def _made(request, batches, make: Maker) -> Iterator[Tuple[Any, Any]]:
             cuts, rest = batch.cuts(sizes)
             rows = cuts.rows()
             for part in np.array_split(np.arange(len(found)), -(-len(found) // AT_ONCE)):
-                part = slice(part[0], part[-1] + 1)
+                part = slice(int(part[0]), int(part[-1]) + 1)
                 where = dataset, batch.split, batch.numbers[part]
                 images = _images(producer, cores, balance, where, found[part], sizes[part])
                 producer.write(images, rows[part], out, part.start, published)

@@ -62,6 +62,19 @@ def test_the_largest_that_fits_and_divides(gpus, tmp_path, count, memory, micro)
     assert "micro_batch_size" in settled.settled and settle_run(settled, "bfloat16") is settled
 
 
+@pytest.mark.parametrize("words", [[], ["--precision", "16.32"], ["--precision", "float32"]])
+def test_the_command_gives_it_with_any_precision(gpus, tmp_path, monkeypatch, capsys, words):
+    from effnet_repro.cli import train, train_command
+
+    gpus(1, 70 * GIB)
+    monkeypatch.setattr(train, "chosen_backend", lambda args: "jax")
+    monkeypatch.setattr(train, "start_keras", lambda args: None)
+    words = [CASE, "--run-dir", str(tmp_path / "run"), "--budget", "case", "--dry-run", *words]
+    assert not train_command(words)
+    most = 384 if words[-1] == "float32" else 768
+    assert f"micro-batch: {most} images" in capsys.readouterr().out
+
+
 def test_what_was_asked_for_or_begun_stays(gpus, tmp_path):
     gpus(1, 79 * GIB)
     asked = resolve_training(CASE, tmp_path, "case", True, micro_batch_size=48)

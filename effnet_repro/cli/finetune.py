@@ -9,6 +9,7 @@ from effnet_repro.cli.options import (
     finish_run,
     machine_arguments,
     named_source,
+    precision_of,
     run_arguments,
     run_options,
     source_arguments,
@@ -120,7 +121,7 @@ def finetune_command(args):
             return finetune_on_ipus(args, source, trained)
         start_keras(args)
         plan = _plan_finetuning(args, source, trained)
-    plan = settled_on_device(plan, args.precision)
+    plan = settled_on_device(plan, precision_of(args))
     show_plan(plan)
     if args.dry_run:
         return 0

@@ -11,6 +11,7 @@ from effnet_repro.cli.options import (
     finish_run,
     machine_arguments,
     one_of,
+    precision_of,
     run_arguments,
     run_options,
     start_keras,
@@ -62,7 +63,7 @@ def train_command(args):
     plan = plan_training(args, run_dir)
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
-        plan = settled_on_device(plan, args.precision)
+        plan = settled_on_device(plan, precision_of(args))
     print(f"{plan.case.name}, budget {plan.budget}")
     show_plan(plan)
     if args.restore_path:

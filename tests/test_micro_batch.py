@@ -66,7 +66,7 @@ def test_the_largest_that_fits_and_divides(gpus, tmp_path, count, memory, micro)
 def test_the_command_gives_it_with_any_precision(gpus, tmp_path, monkeypatch, capsys, words):
     from effnet_repro.cli import train, train_command
 
-    gpus(1, 70 * GIB)
+    gpus(1, 16 * GIB)
     monkeypatch.setattr(train, "chosen_backend", lambda args: "jax")
     monkeypatch.setattr(train, "start_keras", lambda args: None)
     words = [CASE, "--run-dir", str(tmp_path / "run"), "--budget", "case", "--dry-run", *words]

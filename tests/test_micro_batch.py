@@ -62,7 +62,7 @@ def test_the_largest_that_fits_and_divides(gpus, tmp_path, count, memory, micro)
     assert "micro_batch_size" in settled.settled and settle_run(settled, "bfloat16") is settled
 
 
-@pytest.mark.parametrize("words", [[], ["--precision", "16.32"], ["--precision", "float32"]])
+@pytest.mark.parametrize("words", [[], ["--precision", "16.32"], ["--precision", "bfloat16"]])
 def test_the_command_gives_it_with_any_precision(gpus, tmp_path, monkeypatch, capsys, words):
     from effnet_repro.cli import train, train_command
 
@@ -71,7 +71,7 @@ def test_the_command_gives_it_with_any_precision(gpus, tmp_path, monkeypatch, ca
     monkeypatch.setattr(train, "start_keras", lambda args: None)
     words = [CASE, "--run-dir", str(tmp_path / "run"), "--budget", "case", "--dry-run", *words]
     assert not train_command(words)
-    most = 384 if words[-1] == "float32" else 768
+    most = 768 if words[-1] == "bfloat16" else 384  # auto is float32 here
     assert f"micro-batch: {most} images" in capsys.readouterr().out
 
 

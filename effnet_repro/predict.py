@@ -12,6 +12,7 @@ from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from effnet_repro.classes import has_names
+from effnet_repro.convert import Weights
 from effnet_repro.data.decode import has_fast_dct
 from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.data.files import SquaresJob, find_images, square_batches
@@ -48,8 +49,8 @@ class Reading:
     arch: Optional[str] = None  # timm's name of a PyTorch file, e.g. "tf_efficientnet_b0"
 
 
-def _read(source, reading):
-    "The weights of `source`, with a classifier"
+def read_classifier(source, reading: Reading = Reading()) -> Weights:
+    """Return the weights of `source`. Raises ValueError where it has no classifier, or other classes than `reading` names."""
     network = read_body(source, reading.weights, reading.arch)
     if not network.spec.num_classes:
         raise ValueError(
@@ -80,7 +81,7 @@ class Predictor:
         from effnet_repro.training import choose_precision, configure, predictor
 
         configure(backend)
-        network = _read(source, Reading(**reading))
+        network = read_classifier(source, Reading(**reading))
         self.spec, self.case, self.notes = network.spec, network.case, network.notes
         self.image_size = image_size or network.case.image_size
         if self.image_size < 32:

@@ -7,6 +7,7 @@ says what will run.
 from effnet_repro.cli.cases import cases_command
 from effnet_repro.cli.convert import convert_command
 from effnet_repro.cli.doctor import doctor_command
+from effnet_repro.cli.export import export_command
 from effnet_repro.cli.finetune import finetune_command
 from effnet_repro.cli.kit import COMMANDS, EXIT_STATUSES, Command, UsageError, main
 from effnet_repro.cli.options import BACKENDS
@@ -27,6 +28,7 @@ __all__ = [
     "cases_command",
     "convert_command",
     "doctor_command",
+    "export_command",
     "finetune_command",
     "main",
     "pack_command",

@@ -1,0 +1,107 @@
+"""`effnet-export`: a trained network as a file that another program runs."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+from effnet_repro.cli.fields import check_given
+from effnet_repro.cli.kit import UsageError, choice, program, whole_number
+from effnet_repro.cli.options import BACKENDS, chosen_backend
+
+_FORMATS = ("onnx", "saved_model", "litert", "stablehlo", "keras")
+
+
+def _export_arguments(parser):
+    parser.add_argument(
+        "source",
+        metavar="RUN_OR_FILE",
+        help="run folder, checkpoint, or a file of keras.applications or timm",
+    )
+    parser.add_argument("target", metavar="OUT", help="file to write; for saved_model a folder")
+    parser.add_argument(
+        "--format",
+        type=choice("format", _FORMATS),
+        metavar="NAME",
+        help=f"{', '.join(_FORMATS)}; default: see OUT's ending",
+    )
+    parser.add_argument(
+        "--batch-size",
+        type=whole_number,
+        metavar="N",
+        help="images at a time, where the other program needs to know; default: any number",
+    )
+    parser.add_argument(
+        "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
+    )
+    parser.add_argument(
+        "--weights",
+        type=choice("weights", ("auto", "last", "average")),
+        default="auto",
+        metavar="NAME",
+        help="of a run folder: last, average, auto (the average of a long run)",
+    )
+    parser.add_argument(
+        "--class-names", metavar="FILE", help="a name a line, by label; default: the file's own"
+    )
+    parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
+    parser.add_argument(
+        "--license", default="other", metavar="NAME", help="of the weights, for MODEL_CARD.md"
+    )
+    parser.add_argument(
+        "--backend",
+        type=choice("back end", BACKENDS),
+        metavar="NAME",
+        help="of Keras, for --format keras: tensorflow or jax",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
+
+
+@program(
+    "export",
+    _export_arguments,
+    """
+    effnet-export runs/b1 b1.onnx
+    effnet-export runs/b1 b1.tflite --batch-size 1
+    effnet-export runs/b1 b1 --format saved_model --weights last
+    effnet-export imagenet.safetensors b0.stablehlo --class-names labels.txt
+    """,
+)
+def export_command(args):
+    "Write a trained network as a file of another program, which opens and checks it."
+    check_given(micro_batch_size=args.batch_size, image_size=args.image_size)
+    options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
+    if args.class_names:
+        options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = chosen_backend(args)
+    if not args.debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    from effnet_repro.export import export
+    from effnet_repro.runs.environment import quiet_stderr
+
+    quiet = contextlib.nullcontext if args.debug else quiet_stderr
+    try:
+        with quiet():
+            done = export(
+                args.source,
+                args.target,
+                args.format,
+                overwrite=args.overwrite,
+                license=args.license,
+                weights=args.weights,
+                **options,
+            )
+    except FileExistsError as error:
+        raise UsageError(str(error).replace("Pass overwrite", "Pass --overwrite")) from None
+    spec, how = done.subject.spec, done.agreement
+    n = args.batch_size or "any number"
+    print(
+        f"{args.source} -> {args.target}: {spec.name}, {spec.num_classes} classes, {done.format}, images of "
+        f"{done.subject.image_size} px, {n} at a time"
+    )
+    images = f"{how.random} images of noise and {how.real} photographs"
+    print(f"  agrees with the network in {done.runtime}: within {how.difference:.1e} on {images}")
+    print(f"  card: {done.card}")
+    for note in done.subject.notes:
+        print(f"  {note}")

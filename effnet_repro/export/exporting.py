@@ -1,0 +1,105 @@
+"""`export`: a trained network as a file of another program, checked by that program before it is there."""
+
+from pathlib import Path
+from typing import NamedTuple, Optional, Tuple
+
+from effnet_repro.config import unknown_name
+from effnet_repro.export import keras_file, onnx_file, stablehlo_file
+from effnet_repro.export.agreement import Agreement, compare
+from effnet_repro.export.card import write_card
+from effnet_repro.export.place import check_target, new_place
+from effnet_repro.export.subject import Subject, read_subject
+from effnet_repro.export.tensorflow_files import litert, saved_model
+
+#: Format -> what writes it, opens it, and reads what it says of itself.
+WRITERS = {
+    "onnx": onnx_file,
+    "saved_model": saved_model,
+    "litert": litert,
+    "stablehlo": stablehlo_file,
+    "keras": keras_file,
+}
+FORMATS = tuple(WRITERS)
+SUFFIXES = {
+    ".onnx": "onnx",
+    ".tflite": "litert",
+    ".litert": "litert",
+    ".stablehlo": "stablehlo",
+    ".keras": "keras",
+    "": "saved_model",
+}
+
+
+class Exported(NamedTuple):
+    """What was written."""
+
+    path: Path
+    format: str  # One of FORMATS
+    runtime: str  # Name and version of the program that opened it
+    agreement: Agreement  # How near it is to the network
+    card: Path  # The model card
+    subject: Subject  # What was exported
+
+
+def export_format(target: Path, to: Optional[str] = None) -> str:
+    """Return the format of a file by its name, or `to` where that is given. Raises `ValueError` for other names."""
+    if to is not None and to not in WRITERS:
+        raise unknown_name("format", to, FORMATS)
+    by_name = SUFFIXES.get(target.suffix.lower())
+    if to is None and by_name is None:
+        endings = ", ".join(f"{suffix} ({kind})" for suffix, kind in SUFFIXES.items() if suffix)
+        raise ValueError(
+            f"The ending of {target.name} is none of a format's: {endings}; a name without an ending becomes a "
+            "SavedModel. Rename it, or pass the format."
+        )
+    if to == "keras" and target.suffix != ".keras":
+        raise ValueError(f"Keras reads its models from *.keras only. Received: {target.name}.")
+    return to or by_name
+
+
+def written(subject: Subject, target: Path, to: str) -> Tuple[Agreement, str]:
+    """Write a file of a format and compare it with the network; it is there only if it agrees.
+
+    Returns the agreement and the runtime that computed it.
+    """
+    writer = WRITERS[to]
+    runtime = writer.runtime()  # a missing program is told before the work
+    with new_place(target) as temporary:
+        writer.write(subject, temporary)
+        agreement = compare(subject, writer.opened(temporary), target.name)
+    return agreement, runtime
+
+
+def _megabytes(path):
+    files = path.rglob("*") if path.is_dir() else [path]
+    return round(sum(f.stat().st_size for f in files if f.is_file()) / 1e6, 2)
+
+
+def export(
+    source,  # A run folder, a checkpoint, or a file of another program: see `convert.read`
+    target,  # File to write; for a SavedModel a folder
+    to: Optional[str] = None,  # One of FORMATS; None = see the target's name
+    *,
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = as trained
+    batch: Optional[int] = None,  # Images at a time; None = any number
+    overwrite: bool = False,  # Whether `target` may exist
+    license: str = "other",  # Of the weights, for the model card
+    **reading,  # `predict.Reading`: weights, class_names, arch
+) -> Exported:
+    "Write a trained network as a file of another program, and a model card beside it"
+    target = Path(target)
+    kind = export_format(target, to)
+    check_target(target, kind == "saved_model", overwrite)
+    subject = read_subject(source, image_size=image_size, batch=batch, **reading)
+    agreement, runtime = written(subject, target, kind)
+    about = {"format": kind, "runtime": runtime, "difference": float(f"{agreement.difference:.1e}")}
+    card = write_card(subject, target, {**about, "MB": _megabytes(target)}, license)
+    return Exported(target, kind, runtime, agreement, card, subject)
+
+
+def read_metadata(path, to: Optional[str] = None) -> dict:
+    """Return what an exported file says of itself: class names, image size, preprocessing and more.
+
+    - `to`: its format, one of FORMATS; None = see its name.
+    """
+    return WRITERS[export_format(Path(path), to)].read_metadata(path)

@@ -50,7 +50,7 @@ class Reading:
 
 
 def read_classifier(source, reading: Reading = Reading()) -> Weights:
-    """Return the weights of `source`. Raises ValueError where it has no classifier, or other classes than `reading` names."""
+    """Return the weights of `source`. Raises ValueError where it has no classifier, or another number of classes."""
     network = read_body(source, reading.weights, reading.arch)
     if not network.spec.num_classes:
         raise ValueError(

@@ -14,7 +14,7 @@ from effnet_repro.config import override
 from effnet_repro.network import initial_weights
 from effnet_repro.scaling import ModelSpec
 
-PAGES = ("index", "06_your_classes", "41_finetune", "46_own_pictures", "90_cli")
+PAGES = ("index", "06_your_classes", "07_export", "41_finetune", "46_own_pictures", "90_cli")
 
 
 def commands(page):

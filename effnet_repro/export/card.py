@@ -86,7 +86,11 @@ def _table(rows):
 
 
 def _model_index(subject, data, results):
-    metric = lambda row: {"type": "accuracy", "value": row["top1"], "name": f"top-1 ({row['weights']})"}
+    metric = lambda row: {
+        "type": "accuracy",
+        "value": row["top1"],
+        "name": f"top-1 ({row['weights']})",
+    }
     return [
         {
             "name": subject.spec.name,
@@ -100,6 +104,26 @@ def _model_index(subject, data, results):
         }
     ]
 
+
+_WHAT = """\
+An EfficientNet-{network} that classifies images, written by effnet_repro {version}, a reproduction of
+*Making EfficientNet More Efficient* (arXiv:2106.03640). It sees {size} x {size} pixels and needs {macs:,.0f} million
+multiply-adds an image."""
+_CHECKED = """\
+Each file was opened by its own runtime and agreed with the network on noise and on photographs. `difference` is the
+largest of any logit, as a share of the largest logit."""
+_USE = """\
+Input `images`: uint8, (N, {size}, {size}, 3), red, green, blue, 0 to 255. Resize the short side to {short} pixels
+({resizing}) and take {crop}. Output `logits`: float32, (N, {n}); their softmax are probabilities. Class names and this
+rule are in the file's metadata."""
+_TERMS = """\
+The program is under the Apache License 2.0. Weights may be bound by the terms of the images that they were trained on:
+ask whoever owns these."""
+_LIMITS = """\
+The network knows its {n} classes only, and gives one of them to any image. A probability is not calibrated.
+Images unlike those it was trained on (other cameras, drawings, other sizes of the subject) lower its accuracy. What
+the data lacks or is unfair about, the network lacks or is unfair about. It was not checked for uses that decide about
+people."""
 
 _RECIPE = (
     "epochs max_steps global_batch_size optimizer learning_rate lr_schedule weight_decay weight_average_decay "
@@ -116,41 +140,43 @@ def _sections(subject, known, results, files) -> List[str]:
     "The card's paragraphs"
     config, case, spec = known["config"], subject.case, subject.spec
     data, size = _data_name(config), subject.image_size
-    macs = count(spec, size).macs / 1e9
+    macs = count(spec, size).macs / 1e6
     images = config.get("pictures") or {}
     amount = f", {images['train']:,} images" if images.get("train") else ""
-    of_data = f"It was trained on {data}{amount}." if data else "The file does not say on what it was trained."
-    scores = _table([{**r, "top1": f"{r['top1']:.2%}", "top5": f"{r['top5']:.2%}"} for r in results]) if results else ""
+    of_data = (
+        f"It was trained on {data}{amount}."
+        if data
+        else "The file does not say on what it was trained."
+    )
+    scores = (
+        _table([{**r, "top1": f"{r['top1']:.2%}", "top5": f"{r['top5']:.2%}"} for r in results])
+        if results
+        else ""
+    )
     n = len(subject.class_names)
     names = ", ".join(map(str, subject.class_names[:20])) + (", ..." if n > 20 else "")
     how = subject.metadata["preprocessing"]
+    use = _USE.format(size=size, n=n, short=how["short_side"], **how)
+    measured = "One run; `images` is how many were measured." if results else ""
     return [
         f"# {spec.name}, {n} classes",
-        f"An EfficientNet-{spec.size} that classifies images, from effnet_repro {__version__}: a reproduction of "
-        f"*Making EfficientNet More Efficient* (arXiv:2106.03640). It sees {size} x {size} pixels and needs "
-        f"{macs:.2f} G multiply-adds an image.",
+        _WHAT.format(size=size, network=spec.size, version=__version__, macs=macs),
         "## Files",
         _table(files),
-        "Each was opened by its own runtime and agreed with the network on noise and on photographs; `difference` is the "
-        "largest of any logit, as a share of the largest logit.",
+        _CHECKED,
         "## Use",
-        f"Input `images`: uint8, (N, {size}, {size}, 3), red, green, blue, 0 to 255. Resize the short side to "
-        f"{how['short_side']} pixels ({how['resizing']}) and take {how['crop']}. Output `logits`: float32, (N, {n}); their "
-        "softmax are probabilities. Class names and this rule are in the file's metadata.",
+        use,
         f"Classes: {names}",
         "## Data and recipe",
         f"{of_data} Case {case.name}, seed {config.get('seed', 'not known')}.",
         _recipe(case) if config else "",
         "## Results",
         scores or f"No validation of these weights at {size} pixels is known.",
-        " ".join(("One run; `images` is how many were measured." if results else "", *subject.notes)),
+        " ".join(filter(None, (measured, *subject.notes))),
         "## License",
-        "The program is under the Apache License 2.0. Weights may be bound by the terms of the images that they were trained "
-        "on: ask whoever owns these.",
+        _TERMS,
         "## Limits",
-        f"The network knows its {n} classes only, and gives one of them to any image. A probability is not calibrated. "
-        "Images unlike those it was trained on (other cameras, drawings, other sizes of the subject) lower its accuracy, and "
-        "what the data lacks or is unfair about, so is the network. It was not checked for uses that decide about people.",
+        _LIMITS.format(n=n),
     ]
 
 

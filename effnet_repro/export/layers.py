@@ -87,7 +87,9 @@ class LayerOps:
     """
 
     def __getattr__(self, word):
-        raise NotImplementedError(f"The network uses `{word}`, and exported files have no layer for it.")
+        raise NotImplementedError(
+            f"The network uses `{word}`, and exported files have no layer for it."
+        )
 
     def tensor(self, shape, handle) -> Tensor:
         return Tensor(self, shape, handle)

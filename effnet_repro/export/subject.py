@@ -101,9 +101,7 @@ class Subject:
 
         Its proxies are not folded here. TensorFlow computes it, or else JAX, or NumPy.
         """
-        ops = next(
-            make() for package, make in _COMPUTING if package is None or find_spec(package)
-        )
+        ops = next(make() for package, make in _COMPUTING if package is None or find_spec(package))
         arrays = {name: ops.asarray(value) for name, value in self.arrays.items()}
         return np.asarray(run(ops, self.spec, arrays, ops.cast(ops.asarray(images), "float32")))
 

@@ -1,6 +1,7 @@
 """Files of TensorFlow: a SavedModel, which is a folder, and a LiteRT file (.tflite)."""
 
 import json
+import warnings
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -80,12 +81,16 @@ def _litert():
 
         return interpreter.Interpreter, "LiteRT"
     tf = _tensorflow("Checking a LiteRT file")
+    if not hasattr(tf.lite, "Interpreter"):
+        raise ImportError("Checking a LiteRT file needs LiteRT: pip install ai-edge-litert.")
     return tf.lite.Interpreter, f"LiteRT of TensorFlow {tf.__version__}"
 
 
 def open_litert(path) -> Callable:
     """Return a function from images (N, S, S, 3) uint8 to logits, computed by LiteRT."""
-    interpreter = _litert()[0](model_path=str(path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # TensorFlow's copy says that it will move
+        interpreter = _litert()[0](model_path=str(path))
     (given,), (wanted,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def call(images):

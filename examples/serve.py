@@ -1,0 +1,65 @@
+"""A web service that names images.
+
+MODEL=b1.onnx uvicorn --app-dir examples serve:app
+curl --data-binary @photo.jpg http://127.0.0.1:8000/predict
+"""
+
+import io
+import json
+import os
+import sys
+
+import anyio
+import numpy as np
+import onnxruntime
+from PIL import Image
+from starlette.applications import Starlette
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+
+from effnet_repro.data.files import SquaresJob
+
+MOST_BYTES, MOST_PIXELS = 20_000_000, 40_000_000  # of an image
+Image.MAX_IMAGE_PIXELS = None  # ours is smaller, and an answer
+model = os.environ.get("MODEL") or sys.exit(
+    "serve: name a file of effnet-export: MODEL=b1.onnx ..."
+)
+session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+about = session.get_modelmeta().custom_metadata_map
+names = json.loads(about["class_names"])
+square = SquaresJob(int(about["image_size"]), json.loads(about["preprocessing"])["image_resize"])
+at_once = anyio.CapacityLimiter(os.cpu_count() or 1)  # images in memory as pixels
+
+
+def answer(data):
+    "The most likely classes of an image file, or what is wrong with it, and the status"
+    try:
+        width, height = Image.open(io.BytesIO(data)).size  # reads the file's head only
+    except Exception:
+        return {"error": "This is no image that can be read."}, 400
+    if width * height > MOST_PIXELS:
+        return {"error": f"{width} x {height} pixels are too many: {MOST_PIXELS:,} at most."}, 413
+    batch, (problem,) = square([data])
+    if problem:
+        return {"error": problem}, 400
+    logits = session.run(None, {"images": batch})[0][0].astype("float64")
+    p = np.exp(logits - logits.max()) / np.exp(logits - logits.max()).sum()
+    best = np.argsort(-p, kind="stable")[:5]
+    return [{"class": names[i], "probability": round(float(p[i]), 6)} for i in best], 200
+
+
+async def predict(request):
+    data = bytearray()
+    async for chunk in request.stream():
+        data += chunk if len(data) <= MOST_BYTES else b""
+    if len(data) > MOST_BYTES:
+        return JSONResponse({"error": f"The file is larger than {MOST_BYTES:,} bytes."}, 413)
+    found, status = await anyio.to_thread.run_sync(answer, bytes(data), limiter=at_once)
+    return JSONResponse(found, status)
+
+
+async def home(request):
+    return JSONResponse(dict(about))
+
+
+app = Starlette(routes=[Route("/", home), Route("/predict", predict, methods=["POST"])])

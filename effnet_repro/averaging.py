@@ -209,7 +209,11 @@ def load_weights(
     source, last = Path(source), newest_file(source)
     metadata, is_average = load_metadata(last), read_metadata(last).get("kind") == "average"
     if source != last:
-        long = case_from_dict(metadata["case"]).epochs >= LONG_RUN
+        case = case_from_dict(metadata["case"])
+        first = case.weight_average_decay ** max(
+            case.epochs - 1, 0
+        )  # share of the first epoch's weights
+        long = first <= DECAY ** (LONG_RUN - 1)
         is_average = weights == "average" or (weights == "auto" and long)
     own = latest(last.parent) if is_average and source == last else last
     arrays = load(own, without=("slots/", AVERAGE))[0]  # the average has no input norm

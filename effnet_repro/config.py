@@ -16,6 +16,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 from .case_files import read_sections
 from .divisors import mixing_group
 from .fields import UNCHANGED, describe, list_some, option, unknown_name
+from .small_sets import automatic_budget, small_run
 from .scaling import INPUT_NORMS, NORMS, SIZES, ModelSpec, size_name
 from .messages import say
 
@@ -122,11 +123,11 @@ class _Recipe(_Batches):
     "recipe"
 
     optimizer: str = option(
-        '"rmsprop" in TensorFlow 1\'s form, or "sgd" with momentum',
+        '"rmsprop" in TensorFlow 1\'s form, "sgd" with momentum, or Keras\' "adamw"',
         "rmsprop",
-        choices=("rmsprop", "sgd"),
+        choices=("rmsprop", "sgd", "adamw"),
         published="optimiser",
-        spellings={"RMSprop": "rmsprop", "SGD": "sgd"},
+        spellings={"RMSprop": "rmsprop", "SGD": "sgd", "AdamW": "adamw"},
     )
     base_learning_rate_exponent: float = option(
         "Learning rate = 2**exponent x global batch",
@@ -135,7 +136,7 @@ class _Recipe(_Batches):
         hint="Published: -14.",
         flags={"base_learning_rate": None},
     )
-    momentum: float = option("Of either optimizer", 0.9, range="[0, 1)")
+    momentum: float = option("Of any optimizer; AdamW's first beta", 0.9, range="[0, 1)")
     rmsprop_decay_exponent: float = option(
         "Decay = 1 - 2**exponent x global batch", -14, range="[-200, 200]", hint="Published: -14."
     )
@@ -161,7 +162,7 @@ class _Step(_Recipe):
         "Training steps of one rate; None: 104 on IPUs, else 1", None, range="[1, 1e6)", earlier=1
     )
     weight_decay: float = option(
-        "For kernels, biases and the proxy's own vectors", 1e-5, range="[0, 1e6)"
+        "For kernels, biases and proxy vectors; AdamW's is times the rate", 1e-5, range="[0, 1e6)"
     )
     loss_scale: float = option("Of 16-bit gradients; undone exactly", 128, range="[2^-40, 2^40)")
     weight_average_decay: float = option(
@@ -270,14 +271,8 @@ CHOICES = {name: f.choices for name, f in FIELDS.items() if f.choices}
 PUBLISHED_KEYS = {f.published: name for name, f in FIELDS.items() if f.published}
 EARLIER = {n: f.earlier for n, f in FIELDS.items() if f.earlier is not UNCHANGED}
 NETWORK_FIELDS = tuple(n for n, f in FIELDS.items() if f.weights)
-_FIXED = (
-    "name",
-    "precision",
-    "gradient_accumulation",
-    "num_replicas",
-    "num_stages",
-    "pipeline_splits",
-)
+_FIXED = ("name", "precision", "gradient_accumulation", "num_replicas", "num_stages")
+_FIXED += ("pipeline_splits",)
 RUN_FIELDS = tuple(
     n for n, f in FIELDS.items() if not f.weights and "IPU" not in f.group and n not in _FIXED
 )
@@ -411,14 +406,15 @@ def for_one_device(
 
 # %% ../nbs/00_config.ipynb #4447307e
 def budget_overrides(
-    budget: str = "auto",  # "case", "demo", "smoke" or "auto"
+    budget: str = "auto",  # "case", "small", "demo", "smoke" or "auto"
     data_given: bool = False,  # Whether the user pointed at a data set
     path=None,  # A file in the form of `config.yml`; None = the published one
+    images: Optional[int] = None,  # In the training set; None = not counted
 ) -> Tuple[str, dict]:  # The budget's name and what it changes, as fields of `Case`
     "Resolve a `budget` to the fields it overrides"
     budgets = read_yaml(path).get("budgets") or read_yaml()["budgets"]
     if budget == "auto":
-        budget = "case" if data_given else "demo"
+        budget = automatic_budget(data_given, images if "small" in budgets else None)
     if budget not in budgets:
         raise unknown_name("budget", budget, [*budgets, "auto"])
     return budget, dict(budgets[budget])
@@ -429,16 +425,19 @@ def resolve(
     budget: str = "auto",  # See `budget_overrides`
     data_given: bool = False,  # Whether the user pointed at a data set
     path=None,  # A file of cases and budgets in the form of `config.yml`; None = the published one
+    images: Optional[int] = None,  # In the training set; None = not counted
     **overrides,  # The user's own values; None means what the budget or the case says
 ) -> Tuple[Case, Dict[str, Any]]:  # What will run, and the published values that differ
     "Work out what will run: `case`, then budget, then the user's `overrides`, on one device"
     case = get_case(case, path) if isinstance(case, str) else case
-    name, changes = budget_overrides(budget, data_given, path)
+    name, changes = budget_overrides(budget, data_given, path, images)
     given = {k: v for k, v in overrides.items() if v is not None}
     merged = {**changes, **given}
     sizes = ("micro_batch_size", "global_batch_size", "mix_group_size")
-    named = {k: v for k, v in given.items() if k not in (*sizes, "num_replicas")}
+    named = {k: v for k, v in merged.items() if k not in (*sizes, "num_replicas")}
     override(case, **named)  # refuses unknown names
+    if name == "small":
+        merged = {**small_run(images, merged), **merged}
     batch = {k: merged.pop(k, None) for k in sizes}
     if "global_batch_size" in given and "micro_batch_size" not in given:
         batch["micro_batch_size"] = None  # the budget's need not divide the user's global batch
@@ -494,6 +493,5 @@ def differing_fields(
     only: Tuple[str, ...] = (),  # Fields to look at; empty = all
 ) -> Dict[str, tuple]:  # {field: (value in a, value in b)}
     "Compare two cases field by field"
-    return {
-        n: (getattr(a, n), getattr(b, n)) for n in only or FIELDS if getattr(a, n) != getattr(b, n)
-    }
+    both = {n: (getattr(a, n), getattr(b, n)) for n in only or FIELDS}
+    return {n: pair for n, pair in both.items() if pair[0] != pair[1]}

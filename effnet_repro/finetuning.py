@@ -10,7 +10,14 @@ import math
 from dataclasses import replace
 from typing import Sequence, Tuple
 
-from .config import Case, budget_overrides, for_one_device, override, unknown_name
+from effnet_repro.config import (
+    FIELDS,
+    Case,
+    budget_overrides,
+    for_one_device,
+    override,
+    unknown_name,
+)
 from .network import ModelSpec, segments
 from .recipe import trained_segments
 from .scaling import SIZE_TABLE
@@ -47,6 +54,8 @@ def finetune_case(
         raise unknown_name("protocol", protocol, PROTOCOLS)
     trained_segments([s.name for s in segments(ModelSpec.from_case(trained))], variable_filter)
     case = replace(trained, max_steps=None, epochs=2, variable_filter=tuple(variable_filter))
+    if trained.optimizer == "adamw":  # whose weight decay is not the published one's
+        case = replace(case, optimizer="rmsprop", weight_decay=FIELDS["weight_decay"].default)
     case = replace(case, lr_schedule="cosine", base_learning_rate_exponent=-11, warmup_epochs=5)
     case = replace(case, train_preprocessing="validation", image_size=image_size)
     case = replace(case, **PROTOCOLS[protocol])

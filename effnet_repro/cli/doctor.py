@@ -16,8 +16,9 @@ from importlib.metadata import PackageNotFoundError, version
 
 from effnet_repro import __version__
 from effnet_repro.cli.fields import config_arguments, field_arguments
-from effnet_repro.cli.kit import choice, one_line, program
+from effnet_repro.cli.kit import UsageError, choice, one_line, program
 from effnet_repro.cli.options import (
+    BUDGETS,
     data_arguments,
     data_dir_of,
     machine_arguments,
@@ -169,7 +170,7 @@ def _doctor_arguments(parser):
     data_arguments(parser)
     parser.add_argument(
         "--budget",
-        type=choice("budget", ("auto", "case", "demo", "smoke")),
+        type=choice("budget", BUDGETS),
         default="auto",
         metavar="NAME",
         help="as in effnet-train",
@@ -178,6 +179,16 @@ def _doctor_arguments(parser):
     parser.add_argument("--no-trial", action="store_true", help="model the cost only")
     parser.add_argument("--json", action="store_true", help="print JSON")
     field_arguments(parser)
+
+
+def _planned(args):
+    "What the named case comes to; None where the data cannot be read, which the report says"
+    try:
+        return plan_training(args)
+    except UsageError:
+        raise
+    except (OSError, ValueError):
+        return None
 
 
 @program(
@@ -191,7 +202,7 @@ def _doctor_arguments(parser):
 )
 def doctor_command(args):
     "Say what is installed, what data is found, and what a case would cost here; status 1 if something is wrong."
-    plan = plan_training(args) if args.case or args.config else None
+    plan = _planned(args) if args.case or args.config else None
     problems, report = [], {"versions": _installed(), "settings": _settings()}
     start_keras(args)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():

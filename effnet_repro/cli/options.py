@@ -23,6 +23,8 @@ BACKENDS = ("tensorflow", "jax")
 
 _PRECISIONS = ("auto", "float32", "bfloat16", "float16")
 
+BUDGETS = ("auto", "case", "small", "demo", "smoke")
+
 
 def data_arguments(parser, decodes=True):
     "Flags that name the data, and with `decodes` what makes pixels of it."
@@ -94,11 +96,11 @@ def run_arguments(parser):
     parser.add_argument("--run-dir", metavar="DIR", help="where everything is written")
     parser.add_argument(
         "--budget",
-        type=choice("budget", ("auto", "case", "demo", "smoke")),
+        type=choice("budget", BUDGETS),
         default="auto",
         metavar="NAME",
-        help="case: as published; demo: minutes on the sample set; smoke: two updates; auto: case "
-        "with a data set, else demo",
+        help="case: as published; small: a recipe for fewer than 50,000 training images; demo: minutes on "
+        "the sample set; smoke: two training steps; auto: demo without a data set, else small or case",
     )
     parser.add_argument(
         "--seed", type=whole_number, default=0, help="of weights, order, crops and masks"

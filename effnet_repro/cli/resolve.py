@@ -13,13 +13,19 @@ from effnet_repro.cli.options import data_dir_of, one_of
 from effnet_repro.config import (
     FIELDS,
     Case,
-    budget_overrides,
     case_to_dict,
     differing_fields,
     override,
     resolve,
 )
-from effnet_repro.runs import Resolved, resolve_training
+from effnet_repro.data import DataSet, open_data
+from effnet_repro.runs import (
+    Resolved,
+    choose_budget,
+    resolve_training,
+    stored_split,
+    training_folder,
+)
 
 LAYOUT_FIELDS = ("micro_batch_size", "global_batch_size", "gradient_accumulation", "num_replicas")
 LAYOUT_FIELDS += ("num_stages", "pipeline_splits")
@@ -97,6 +103,13 @@ def named_start(args) -> Case:
     return named_case(name, args.config_path)
 
 
+def open_data_of(args, run_dir) -> DataSet:
+    """Return the data that a command line names, for a run in this folder. What `open_data` raises."""
+    share = args.validation_split or stored_split(run_dir)
+    how = dict(on_corrupt=args.on_corrupt, decoder=args.decoder, validation_split=share)
+    return open_data(data_dir_of(args), args.data_format, verbose=False, **how)
+
+
 def plan_training(
     args,  # Parsed flags of effnet-train or effnet-doctor
     run_dir=None,  # Where the run is written; None = runs/<name of the case>
@@ -108,9 +121,14 @@ def plan_training(
     start, given = named_start(args), given_fields(args)
     data_given = data_dir_of(args) is not None
     where = dict(data_given=data_given, config_path=args.config_path)
+    whole = "variable_filter" not in given  # a part of a network is no training from scratch
+    counts = args.budget == "small" or (args.budget == "auto" and data_given and whole)
+    folder = training_folder(start, run_dir)
+    where["data"] = open_data_of(args, folder) if counts else None
+    images = where["data"].train_count if counts else None
     try:
-        budget = budget_overrides(args.budget, data_given, args.config_path)[0]
-        base = resolve(start, budget, data_given, args.config_path)[0]
+        budget = choose_budget(args.budget, folder, **where)
+        base = resolve(start, budget, data_given, args.config_path, images)[0]
         replicas = start.num_replicas if budget == "case" else 1
         batches = batch_fields(given, base.micro_batch_size, base.global_batch_size, replicas)
         own = {k: v for k, v in given.items() if k not in LAYOUT_FIELDS}

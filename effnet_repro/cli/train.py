@@ -64,7 +64,7 @@ def train_command(args):
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))
-    print(f"{plan.case.name}, budget {plan.budget}")
+    print(f"{plan.case.name}, {plan.resolved.why or f'budget {plan.budget}'}")
     show_plan(plan)
     if args.restore_path:
         load_metadata(args.restore_path)

@@ -6,7 +6,7 @@ when it comes and `transforms` how it is cut and resized. A batch: `request` say
 that to `tf_reader`, `numpy_reader` or `device`.
 """
 
-from effnet_repro.data.catalog import DataSet, open_data
+from effnet_repro.data.catalog import DataSet, open_data, say_found
 from effnet_repro.data.damage import find_damaged
 from effnet_repro.data.decode import picture_bytes
 from effnet_repro.data.decoders import choose_decoder
@@ -59,6 +59,7 @@ __all__ = [
     "resident_batches",
     "resize",
     "sample_set",
+    "say_found",
     "scan_tfrecord",
     "tensorflow_arrays",
     "training_batches",

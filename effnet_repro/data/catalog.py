@@ -199,7 +199,14 @@ def open_data(
     )
     data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data
     if verbose:
-        say(data.describe())
-        for place in data.damaged[:5]:
-            say(f"  left out: {place}")
+        say_found(data)
     return data
+
+
+def say_found(
+    data: DataSet,  # From `open_data`
+):
+    "Print what was found, and the first images that were left out"
+    say(data.describe())
+    for place in data.damaged[:5]:
+        say(f"  left out: {place}")

@@ -20,6 +20,17 @@ def ipus_per_replica(
     return 1 << (num_stages - 1).bit_length()
 
 
+def check_optimizer(
+    case: Case,  # To run on IPUs
+) -> None:
+    """Raise ValueError for an optimizer that the program for IPUs does not have."""
+    if case.optimizer == "adamw":
+        raise ValueError(
+            f"On IPUs the optimizer is rmsprop or sgd. Received: optimizer='adamw' ({case.name}). "
+            "Leave it out, or train on a CPU or GPU."
+        )
+
+
 def for_ipus(
     case: Case,  # A case in its published layout
     ipus: int = 16,  # IPUs to lay it out for, over all processes
@@ -29,6 +40,7 @@ def for_ipus(
     Replicas and accumulation change, stages and global batch stay. Raises ValueError where the stages do not divide
     the IPUs, where the accumulation does not suit the schedule, or where mixing groups do not divide a micro-batch.
     """
+    check_optimizer(case)
     each = ipus_per_replica(case.num_stages)
     if ipus % each or ipus < each:
         raise ValueError(
@@ -58,7 +70,12 @@ def resolve_for_ipus(
     an unknown name, and where `for_ipus` does.
     """
     case = get_case(case) if isinstance(case, str) else case
-    changes = budget_overrides(budget, data_given)[1]
+    name, changes = budget_overrides(budget, data_given)
+    if name == "small":
+        raise ValueError(
+            "The budget small trains with AdamW, which the program for IPUs does not have. Received: budget='small' "
+            f"({case.name}). Use the budget case, or train on a CPU or GPU."
+        )
     batch = ("global_batch_size", "micro_batch_size")
     changes = {k: v for k, v in changes.items() if k not in batch}
     merged = {**changes, **{k: v for k, v in overrides.items() if v is not None}}
@@ -80,6 +97,7 @@ def finetune_layout(
     Published: single IPUs, 16 replicas, a global batch of 512. Ours: the micro-batch is the largest divisor of a
     replica's images that the training's micro-batch allows. Raises ValueError where the IPUs do not divide the batch.
     """
+    check_optimizer(case)
     if case.global_batch_size % ipus:
         raise ValueError(
             f"The global batch must be a multiple of the IPUs. Received: global_batch_size="

@@ -15,12 +15,14 @@ from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
 from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
 from effnet_repro.runs.resolved import (
     Resolved,
+    choose_budget,
     folder_of,
     refuse_more,
     resolve_finetuning,
     resolve_training,
     settle_fields,
     trained_case,
+    training_folder,
 )
 from effnet_repro.runs.resume import (
     NETWORK_FIELDS,
@@ -69,6 +71,7 @@ __all__ = [
     "average_until",
     "begin_from",
     "check_init",
+    "choose_budget",
     "data_notes",
     "describe_epoch",
     "describe_machine",
@@ -103,6 +106,7 @@ __all__ = [
     "settle_fields",
     "stored_split",
     "trained_case",
+    "training_folder",
     "wait_for_folder",
     "write_json",
     "write_rows",

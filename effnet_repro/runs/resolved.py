@@ -1,6 +1,6 @@
 """What a run will do, worked out once: a command shows it, and `train` or `finetune` does just that."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional, Sequence, Tuple, Union
 
@@ -14,8 +14,10 @@ from effnet_repro.config import (
     resolve,
     say_earlier,
 )
+from effnet_repro.data import DataSet
 from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
-from effnet_repro.runs.resume import has_begun, settle_case
+from effnet_repro.runs.resume import has_begun, settle_case, stored_budget
+from effnet_repro.small_sets import explain_small
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Resolved:
     init: Optional[Path] = None  # Of a fine-tuning: the run folder or checkpoint to begin from
     named: Tuple[str, ...] = ()  # Fields that the user named
     begun: bool = False  # Whether there is a run in this folder to go on with
+    why: str = ""  # A line on what the number of images decided
+    data: Optional[DataSet] = field(default=None, repr=False, compare=False)  # Where it was opened
 
 
 def _named(overrides):
@@ -48,26 +52,48 @@ def settle_fields(
     return whole, tuple(differing_fields(case, whole))
 
 
+def training_folder(case: Case, run_dir=None) -> Path:
+    """Return where the run of a case is written: `run_dir`, or runs/<name of the case>."""
+    return Path(run_dir) if run_dir else Path("runs") / case.name
+
+
+def choose_budget(
+    budget: str,  # "case", "small", "demo", "smoke" or "auto"
+    run_dir: Path,  # Of the run
+    data_given: bool = False,  # Whether the user pointed at a data set
+    config_path=None,  # As in `resolve_training`
+    data: Optional[DataSet] = None,  # To train on
+) -> str:
+    """Return the name of the budget of a run: "auto" is what the run began with, else what suits the data."""
+    began_with = stored_budget(run_dir) if budget == "auto" else None
+    # A run of an earlier version keeps the rule that it began with.
+    images = None if data is None or began_with == "" else data.train_count
+    return budget_overrides(began_with or budget, data_given, config_path, images)[0]
+
+
 def resolve_training(
     case: Union[str, Case],  # A published name or a case
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
-    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `budget_overrides`
+    budget: str = "auto",  # "case", "small", "demo", "smoke" or "auto": see `budget_overrides`
     data_given: bool = False,  # Whether the user pointed at a data set
     config_path=None,  # File of cases and budgets in the form of config.yml; None = the published
+    data: Optional[DataSet] = None,  # To train on: `auto` and `small` look at its number of images
     **overrides,  # Fields of the case; None means what the case says
 ) -> Resolved:
     """Work out what `train` does with these arguments. ValueError where they contradict each other."""
     if not isinstance(case, (str, Case)):
         raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
     start = get_case(case, config_path) if isinstance(case, str) else case
-    name = budget_overrides(budget, data_given, config_path)[0]
-    changed, published = resolve(start, budget, data_given, config_path, **overrides)
-    run_dir = Path(run_dir) if run_dir else Path("runs") / changed.name
+    run_dir, images = training_folder(start, run_dir), None if data is None else data.train_count
+    scratch = data if overrides.get("variable_filter") is None else None
+    name = choose_budget(budget, run_dir, data_given, config_path, scratch)
+    changed, published = resolve(start, name, data_given, config_path, images, **overrides)
     settled, fields = settle_fields(changed, run_dir, overrides)
+    why = explain_small(images, settled, budget == "auto") if name == "small" else ""
     plain = lambda value: list(value) if isinstance(value, tuple) else value
-    notes = {"kind": "train", "budget": budget}
+    notes = {"kind": "train", "budget": name}
     notes["published"] = {n: plain(value) for n, value in published.items()}
-    own = dict(named=_named(overrides), begun=has_begun(run_dir))
+    own = dict(named=_named(overrides), begun=has_begun(run_dir), why=why, data=data)
     return Resolved(settled, start, name, run_dir, fields, notes, **own)
 
 

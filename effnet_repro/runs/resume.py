@@ -124,6 +124,12 @@ def stored_split(*places) -> Optional[float]:
     return None
 
 
+def stored_budget(run_dir) -> Optional[str]:
+    """Return the budget that a run began with: "" where an old run does not say, None where there is no run."""
+    metadata = _stored(run_dir)[1]
+    return None if metadata is None else metadata.get("budget", "")
+
+
 def refuse_other_run(
     path,  # The checkpoint
     metadata: dict,  # What it says

@@ -66,6 +66,7 @@ class Task:
             "num_classes": self.data.num_classes,
             "seed": self.options.seed,
             "precision": precision,
+            **{name: self.notes[name] for name in ("budget",) if name in self.notes},
             **data_notes(self.data),
         }
 

@@ -2,8 +2,8 @@
 
 from typing import Optional, Sequence, Union
 
-from effnet_repro.config import Case
-from effnet_repro.data import open_data
+from effnet_repro.config import Case, get_case
+from effnet_repro.data import open_data, say_found
 from effnet_repro.messages import say
 from effnet_repro.runs import (
     Options,
@@ -16,6 +16,7 @@ from effnet_repro.runs import (
     resolve_finetuning,
     resolve_training,
     stored_split,
+    training_folder,
 )
 from effnet_repro.scaling import mod32_warning
 from effnet_repro.training.compiled import keep_compiled
@@ -30,7 +31,7 @@ def train(
     data_dir=None,  # Folder of pictures; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
     *,
-    budget: str = "auto",  # "case", "demo", "smoke" or "auto": see `budget_overrides`
+    budget: str = "auto",  # "case", "small", "demo", "smoke" or "auto": see `budget_overrides`
     seed: int = 0,  # Of weights, order, crops, mixing and masks
     precision: str = "auto",  # Type to compute in: "float32", "bfloat16", "float16"
     backend: Optional[str] = None,  # "tensorflow" or "jax"; refused when Keras runs on the other
@@ -51,14 +52,19 @@ def train(
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     configure(backend)
     keep_compiled()
+    reading = data_format, on_corrupt, decoder, validation_split
     if isinstance(case, Resolved):
         refuse_more(run_dir, overrides)
         plan = case
+        data = plan.data or _open_training_set(data_dir, plan.run_dir, *reading)
     else:
-        given = data_dir is not None
-        plan = resolve_training(case, run_dir, budget, given, config_path, **overrides)
-    share = validation_split or stored_split(plan.run_dir)
-    data = open_data(data_dir, **_reading(data_format, on_corrupt, decoder, share))
+        start = get_case(case, config_path) if isinstance(case, str) else case
+        run_dir = training_folder(start, run_dir)
+        data, given = _open_training_set(data_dir, run_dir, *reading), data_dir is not None
+        plan = resolve_training(start, run_dir, budget, given, config_path, data, **overrides)
+        if plan.why:
+            say(plan.why)
+    say_found(data)
     arrays, notes = None, plan.notes
     if init is not None:
         arrays, data, source, _ = begin_from(init, weights, data, plan.case)
@@ -67,6 +73,13 @@ def train(
     options = Options(seed, validate_every, keep, progress)
     task = Task(case, data, plan.run_dir, arrays, options, notes)
     return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
+
+
+def _open_training_set(data_dir, run_dir, data_format, on_corrupt, decoder, validation_split):
+    "The data of a run, with the share for validation that it began with"
+    share = validation_split or stored_split(run_dir)
+    how = _reading(data_format, on_corrupt, decoder, share)
+    return open_data(data_dir, verbose=False, **how)
 
 
 def _reading(data_format, on_corrupt, decoder, validation_split):

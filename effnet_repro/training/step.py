@@ -261,7 +261,8 @@ def _mean_gradients(program, names, weights, sums):
     decays = decay_mask(params(program.spec))
     scale = program.loss_scale * case.gradient_accumulation
     mean = [g if scale == 1 else g * (1.0 / scale) for g in sums]
-    rates = [case.weight_decay if decays[n] else 0.0 for n in names]
+    decay = 0.0 if case.optimizer == "adamw" else case.weight_decay  # AdamW decays by itself
+    rates = [decay if decays[n] else 0.0 for n in names]
     return [add_weight_decay(g, weights[n], r) for g, n, r in zip(mean, names, rates)]
 
 # %% ../../nbs/38_training.ipynb #18b00102
@@ -363,7 +364,9 @@ class TrainingModel(keras.Model):
         for layer in network.layers[1:]:
             layer.trainable = layer.segment.name in program.trained
         self.built, self.supports_jit = True, xla_pays()
-        self.compile(make_optimizer(program.case))
+        decays = decay_mask(params(program.spec))
+        still = [v for n, v in weights_by_name(network).items() if not decays[n]]
+        self.compile(make_optimizer(program.case, still))
 
     def compile(self, *args, **kwargs):
         "Keras' `compile`; layers that are not trainable now stand still from here on"

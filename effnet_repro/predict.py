@@ -89,6 +89,7 @@ class Predictor:
         named = has_names(network.class_names)
         self.class_names = network.class_names if named else tuple(map(str, self._labels))
         self.precision = choose_precision(precision)
+        self._job = SquaresJob(self.image_size, self.case.image_resize, network.crop_pct)
         self._logits = predictor(self.spec, network.arrays, self.precision)
         self.seconds, self._timed = 0.0, 0
         if self.case.image_resize == "published" and not has_fast_dct():
@@ -96,6 +97,11 @@ class Predictor:
                 "JPEGs are decoded with the accurate DCT; training used the fast one. The same: "
                 "pip install simplejpeg.",
             )
+
+    @property
+    def crop_pct(self) -> Optional[float]:
+        """How images are cut, of weights of timm or keras.applications: see `data.files.timm_square`; else None."""
+        return self._job.crop_pct
 
     @property
     def _labels(self):
@@ -108,7 +114,7 @@ class Predictor:
 
     def see(self, image) -> np.ndarray:
         """Return what the network sees of an image, (S, S, 3) uint8. Raises ValueError where it cannot be read."""
-        (square,), (problem,) = SquaresJob(self.image_size, self.case.image_resize)([image])
+        (square,), (problem,) = self._job([image])
         if problem:
             raise ValueError(f"{image}: {problem}")
         return square
@@ -136,9 +142,8 @@ class Predictor:
         return self._predicted(images, top, max(batch, 1))
 
     def _predicted(self, images, top, batch):
-        how = self.image_size, self.case.image_resize, batch
         first, since = True, time.perf_counter()
-        for number, (squares, problems) in enumerate(square_batches(images, *how)):
+        for number, (squares, problems) in enumerate(square_batches(images, self._job, batch)):
             missing = batch - len(squares)  # one shape, one compilation
             squares = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
             p = self.probabilities(squares)

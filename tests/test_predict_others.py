@@ -1,12 +1,17 @@
 """Files of other programs predict, too, each with its own way of normalizing images."""
 
+import json
+
 import numpy as np
 import pytest
 from conversions import SMALL, logits, moved, write_timm
 from pictures import picture
+from PIL import Image
 from safetensors.numpy import save_file
 
 from effnet_repro import convert
+from effnet_repro.convert.settle import usual_crop
+from effnet_repro.data.files import timm_square
 from effnet_repro.network import initial_weights
 from effnet_repro.predict import Predictor, predict
 from effnet_repro.scaling import ModelSpec
@@ -34,10 +39,36 @@ def test_a_network_knows_how_its_images_are_made(timm, keras_file):
         Predictor(timm)
     network = Predictor(timm, arch="tf_efficientnet_b0")
     assert network.image_size == 224 and network.case.input_norm == "keras"
-    assert network.case.image_resize == "modern"
+    assert network.case.image_resize == "modern" and network.crop_pct == 0.875
     assert network.class_names == tuple(map(str, range(10)))
+    about = {"architecture": "tf_efficientnet_b0", "pretrained_cfg": {"crop_pct": 0.5}}
+    (timm.parent / "config.json").write_text(json.dumps(about))
+    try:
+        assert Predictor(timm).crop_pct == 0.5
+        convert.convert(timm, timm.parent / "ours.safetensors")
+        assert Predictor(timm.parent / "ours.safetensors").crop_pct == 0.5
+    finally:
+        (timm.parent / "config.json").unlink()
     network = Predictor(keras_file, image_size=64)
     assert (network.case.input_norm, network.image_size) == ("keras", 64)
+
+
+def test_a_square_is_that_of_timm():
+    "By hand: the short side of 40 becomes floor(64 / 0.875) = 73, the long one floor(73 x 60 / 40) = 109."
+    image = picture(60, 40)
+    square = timm_square(image, 64, 0.875)
+    larger = Image.fromarray(image).resize((73, 109), Image.Resampling.BICUBIC)
+    assert np.array_equal(square, np.asarray(larger)[22 : 22 + 64, 4 : 4 + 64])
+    assert [usual_crop(s) for s in (224, 240, 260, 300, 380, 456, 528, 600)] == [
+        0.875,
+        0.882,
+        0.89,
+        0.904,
+        0.922,
+        0.934,
+        0.943,
+        0.949,
+    ]
 
 
 def test_without_a_classifier_it_says_what_to_do(tmp_path):

@@ -20,7 +20,8 @@ def read_ours(path, weights, given):
     check_matches(arrays, params(spec))
     names = metadata.get("class_names") or class_names_of(spec.num_classes)
     notes = (f"Weights of {file.name}.", earlier_note(metadata["case"]))
-    return Weights(spec, arrays, case, tuple(names), tuple(filter(None, notes)))
+    crop_pct = metadata.get("crop_pct")
+    return Weights(spec, arrays, case, tuple(names), tuple(filter(None, notes)), crop_pct)
 
 
 def write_ours(path, weights):
@@ -34,6 +35,7 @@ def write_ours(path, weights):
         "epoch": 0,
         "seed": 0,
         "notes": list(weights.notes),
+        **({} if weights.crop_pct is None else {"crop_pct": weights.crop_pct}),
     }
     save(path, weights.arrays, metadata)
     return ()

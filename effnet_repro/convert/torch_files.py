@@ -120,7 +120,8 @@ def _beside(path):
     except ValueError:
         return {}
     about = said.get("pretrained_cfg", {})
-    about = {"mean": about.get("mean"), "std": about.get("std"), "arch": said.get("architecture")}
+    about = {n: about.get(n) for n in ("mean", "std", "crop_pct")}
+    about["arch"] = said.get("architecture")
     return {k: v for k, v in about.items() if v}
 
 
@@ -158,6 +159,7 @@ def find_torch(path, options):
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=said.get("class_names"), notes=notes)
+    about["crop_pct"] = said.get("crop_pct")
     if "block0.conv.weight" in state:
         return Found(state, torch_name, **about)
     if "conv_stem.weight" not in state:

@@ -17,6 +17,9 @@ class Weights(NamedTuple):
     case: Case  # What the checkpoint will say
     class_names: Tuple[str, ...]  # By label
     notes: Tuple[str, ...] = ()  # What was assumed, changed or left out, a sentence each
+    crop_pct: Optional[float] = (
+        None  # As timm says it: images were cut as in `data.files.timm_square`
+    )
 
 
 class Found(NamedTuple):
@@ -29,6 +32,9 @@ class Found(NamedTuple):
     trained: Dict[str, object] = {}  # When the file says no more of it: how the network was trained
     class_names: Optional[Sequence[str]] = None  # When the file says
     odd_size: bool = False  # Whether the case should get a size of 32 k + 1 pixels
+    crop_pct: Optional[float] = (
+        None  # When the file says: side of the square over that it is cut from
+    )
     notes: Tuple[str, ...] = ()
 
 

@@ -1,9 +1,10 @@
 """Images outside a data set, named by their paths: found, and made into squares as a validation makes them."""
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, List, Sequence, Tuple
+from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -37,12 +38,28 @@ def _images_below(folder):
     return found
 
 
+def timm_square(pixels: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
+    """Return the central square (S, S, 3) uint8 of an image (H, W, 3), as timm and torchvision make it.
+
+    The short side becomes floor(S / `crop_pct`), by Pillow's bicubic filter with antialiasing; then the square is cut.
+    """
+    from PIL import Image
+
+    height, width = pixels.shape[:2]
+    short, scaled = min(height, width), math.floor(image_size / crop_pct)
+    new = tuple(int(scaled * side / short) for side in (height, width))
+    image = Image.fromarray(pixels).resize(new[::-1], Image.Resampling.BICUBIC)
+    top, left = (round((side - image_size) / 2) for side in new)
+    return np.asarray(image.crop((left, top, left + image_size, top + image_size)))
+
+
 @dataclass(frozen=True)
 class SquaresJob:
     """Makes the central squares of some images, as in `team`, and says which could not be read."""
 
     image_size: int  # Side of the square, S, pixels
     image_resize: str  # "published" or "modern"
+    crop_pct: Optional[float] = None  # Then squares are those of `timm_square`
 
     def __call__(self, images: Sequence) -> Tuple[np.ndarray, List[str]]:
         """Return squares (n, S, S, 3) uint8 and for each image what is wrong with it: "" for nothing.
@@ -70,6 +87,8 @@ class SquaresJob:
             pixels = decode_image(picture_bytes(image)[0], fast)
         else:
             pixels = as_pixels(image)
+        if self.crop_pct is not None:
+            return timm_square(pixels, self.image_size, self.crop_pct)
         return validation_image(pixels, self.image_size, self.image_resize)
 
 
@@ -89,16 +108,17 @@ def as_pixels(image) -> np.ndarray:
 
 
 def square_batches(
-    images: Sequence, image_size: int, image_resize: str, batch: int
+    images: Sequence, job: SquaresJob, batch: int
 ) -> Iterator[Tuple[np.ndarray, List[str]]]:
-    """Yield the squares of images, `batch` at a time, as `SquaresJob` makes them; two batches are made ahead."""
-    check_resize(image_resize)
-    room = PIECE * image_size**2 * 3 if pays_processes(len(images)) else None
-    with Team(SquaresJob(image_size, image_resize), room) as team:
+    """Yield the squares of images, `batch` at a time, as the job makes them; two batches are made ahead."""
+    check_resize(job.image_resize)
+    side = job.image_size
+    room = PIECE * side**2 * 3 if pays_processes(len(images)) else None
+    with Team(job, room) as team:
 
         def begin(first):
             some = images[first : first + batch]
-            squares = np.empty((len(some), image_size, image_size, 3), np.uint8)
+            squares = np.empty((len(some), side, side, 3), np.uint8)
             pieces = range(0, len(some), PIECE)
             return squares, [
                 team.submit((some[i : i + PIECE],), into(squares[i : i + PIECE])) for i in pieces

@@ -82,9 +82,9 @@ def test_a_translated_command_runs(translated, title):
 def test_a_run_ends_with_commands_that_work(translated, run):
     title = next(row["title"] for row in COMMANDS if "effnet-train" in row["ours"])
     said = re.findall(r"^  effnet-(.+)$", translated[title][1], re.M)
-    assert [line.split()[0] for line in said] == ["finetune", "validate"]
-    for line, more in zip(said, (["--dry-run"], [])):
-        assert f"--data-dir {translated['']['DATA_DIR']}" in line
+    assert [line.split()[0] for line in said] == ["finetune", "validate", "predict"]
+    for line, more in zip(said, (["--dry-run"], [], [])):
+        assert translated[""]["DATA_DIR"] in line
         assert run(*shlex.split(line), *more)[0] == 0
 
 

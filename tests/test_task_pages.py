@@ -30,6 +30,11 @@ def commands(page):
     return found
 
 
+def next_lines(text):
+    "The commands that a command names at its end, as words"
+    return [shlex.split(line) for line in text.splitlines() if line.startswith("  effnet-")]
+
+
 @pytest.mark.parametrize("page", PAGES)
 def test_a_page_s_commands_are_understood(page):
     for name, *words in commands(page):
@@ -61,10 +66,18 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
     weights = convert.Weights(spec, initial_weights(spec), case, names)
     (tmp_path / "old-run" / "checkpoints").mkdir(parents=True)
     convert.write_ours(tmp_path / "old-run" / "checkpoints" / "epoch-0001.safetensors", weights)
+    again = []
     for name, *words in commands("06_your_classes"):
         more = ["--max-steps", 2, "--no-progress", "--weights", "last"] * (
             name == "effnet-finetune"
         )
         status, out, err = run(name.partition("-")[2], *words, *more)
         assert status == 0, (name, err)
+        again += next_lines(out) if name == "effnet-finetune" else []
     assert "photographs/cat/0.jpg" in out
+    assert [words[0] for words in again] == ["effnet-validate", "effnet-predict"]
+    for name, *words in again:  # a run says what comes next
+        assert run(name.partition("-")[2], *words)[0] == 0
+    status, out, err = run("pack", "packed", "--data-dir", "photographs")
+    ((name, *words),) = next_lines(out)
+    assert run(name.partition("-")[2], *words, "--budget", "case", "--dry-run")[0] == 0

@@ -6,6 +6,7 @@ says for an IPU.
 
 import contextlib
 import importlib.util
+import json
 import os
 import shlex
 import sys
@@ -15,6 +16,7 @@ from effnet_repro.cli.fields import config_arguments, named_case
 from effnet_repro.cli.kit import UsageError, choice, real_number, whole_number
 from effnet_repro.config import unknown_name
 from effnet_repro.data.decoders import DECODERS
+from effnet_repro.data.files import first_image
 from effnet_repro.ipu import has_graphcore_wheel
 from effnet_repro.runs import quiet_stderr, read_case
 
@@ -91,6 +93,12 @@ def machine_arguments(parser, more=()):
     )
 
 
+def weights_argument(parser, names, help):
+    "The flag for which weights of a run folder are meant; the first name is the default."
+    kind = choice("weights", names)
+    parser.add_argument("--weights", type=kind, default=names[0], metavar="NAME", help=help)
+
+
 def run_arguments(parser):
     "Flags of a run that are no fields of a case."
     parser.add_argument("--run-dir", metavar="DIR", help="where everything is written")
@@ -119,13 +127,8 @@ def run_arguments(parser):
     parser.add_argument(
         "--keep", type=whole_number, metavar="N", default=2, help="checkpoints to keep"
     )
-    parser.add_argument(
-        "--weights",
-        type=choice("weights", ("auto", "last", "average")),
-        default="auto",
-        metavar="NAME",
-        help="which of the run to begin from: last, average, auto (the average of a long run)",
-    )
+    begun_from = "which of the run to begin from: last, average, auto (the average of a long run)"
+    weights_argument(parser, ("auto", "last", "average"), begun_from)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
@@ -272,7 +275,11 @@ def start_keras(args):
 
 
 def finish_run(run, args):
-    """Print the commands that come next on the same data; return the exit status, 130 for a stopped run."""
+    """Print the commands that come next on the same data; return the exit status, 130 for a stopped run.
+
+    After a training these are a fine-tuning, a validation and, where the data are files of images, a prediction; after
+    a fine-tuning the last two.
+    """
     if not run.finished:
         print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
         return 130
@@ -285,5 +292,12 @@ def finish_run(run, args):
     }
     given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
     words = shlex.join([str(run.run_dir), *given])
-    print(f"written to {run.run_dir}; next:\n  effnet-finetune {words}\n  effnet-validate {words}")
+    about = json.loads((run.run_dir / "config.json").read_text(encoding="utf-8"))
+    said = [f"effnet-finetune {words}"] if about.get("kind", "train") == "train" else []
+    said.append(f"effnet-validate {words}")
+    files = about["data"]["format"] == "folder" and not has_graphcore_wheel()  # there without Keras
+    image = first_image(args.data_dir) if files else None
+    if image is not None:
+        said.append(f"effnet-predict {shlex.join([str(run.run_dir), image])}")
+    print("\n  ".join([f"written to {run.run_dir}; next:", *said]))
     return 0

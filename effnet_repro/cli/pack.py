@@ -1,11 +1,15 @@
 """`effnet-pack`: write a data set again in fewer bytes, so that reading it keeps up with a GPU."""
 
+import shlex
 import time
 
 from effnet_repro.cli.kit import UsageError, choice, program, whole_number
 from effnet_repro.cli.options import data_arguments, data_dir_of
 from effnet_repro.data import open_data
 from effnet_repro.data.packed import FORMS, IN_A_PART, Packing, pack
+
+#: What the line that comes next trains.
+SOME_CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
 
 
 def _pack_arguments(parser):
@@ -76,4 +80,5 @@ def pack_command(args):
         f"{images:,} images, {size / 2**30:,.2f} GiB (before: {before / 2**30:,.2f}), checked, in {seconds:,.0f} s"
         + (f"; {found} files were there already" if found else "")
     )
-    print(f"next:\n  effnet-train CASE --data-dir {args.target}")
+    where = shlex.quote(args.target)
+    print(f"next, or another case:\n  effnet-train {SOME_CASE} --data-dir {where}")

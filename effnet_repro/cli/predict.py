@@ -9,8 +9,13 @@ import time
 from pathlib import Path
 
 from effnet_repro.cli.fields import check_given
-from effnet_repro.cli.kit import UsageError, choice, format_arguments, program, whole_number
-from effnet_repro.cli.options import machine_arguments, precision_of, start_keras
+from effnet_repro.cli.kit import UsageError, format_arguments, program, whole_number
+from effnet_repro.cli.options import (
+    machine_arguments,
+    precision_of,
+    start_keras,
+    weights_argument,
+)
 from effnet_repro.data.files import find_images
 
 
@@ -29,13 +34,8 @@ def _predict_arguments(parser):
     parser.add_argument(
         "--top", type=whole_number, default=5, metavar="N", help="guesses for each image; default 5"
     )
-    parser.add_argument(
-        "--weights",
-        type=choice("weights", ("auto", "last", "average")),
-        default="auto",
-        metavar="NAME",
-        help="of a run folder: last, average, auto (the average of a long run)",
-    )
+    of_run = "of a run folder: last, average, auto (the average of a long run)"
+    weights_argument(parser, ("auto", "last", "average"), of_run)
     parser.add_argument(
         "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
     )

@@ -7,7 +7,6 @@ from pathlib import Path
 from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.ipus import ipu_arguments, print_poprun, runs_on_ipus
 from effnet_repro.cli.kit import (
-    choice,
     format_arguments,
     print_rows,
     program,
@@ -20,6 +19,7 @@ from effnet_repro.cli.options import (
     precision_of,
     source_arguments,
     start_keras,
+    weights_argument,
 )
 from effnet_repro.runs import read_rows
 
@@ -30,13 +30,8 @@ def _validate_arguments(parser):
     parser.add_argument(
         "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
     )
-    parser.add_argument(
-        "--weights",
-        type=choice("weights", ("all", "both", "last", "average")),
-        default="all",
-        metavar="NAME",
-        help="of a run folder: all (new ones only), or measured again: both (last and average), last, average",
-    )
+    again = "all (new ones only), or measured again: both (last and average), last, average"
+    weights_argument(parser, ("all", "both", "last", "average"), f"of a run folder: {again}")
     parser.add_argument(
         "--micro-batch-size",
         "--batch-size",

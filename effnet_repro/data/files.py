@@ -24,18 +24,21 @@ def find_images(places: Iterable) -> List[str]:
     """
     found = []
     for place in places:
-        inside = _images_below(place) if os.path.isdir(place) else []
+        inside = list(_images_below(place)) if os.path.isdir(place) else []
         found += inside or [os.fspath(place)]
     return found
 
 
+def first_image(folder) -> Optional[str]:
+    """Return the path of the first image in a folder or below; None where there is none. Reads no more than it must."""
+    return next(_images_below(folder), None)
+
+
 def _images_below(folder):
-    found = []
     for inner, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not left_by_tools(name))
         names = (n for n in sorted(files) if n.lower().endswith(IMAGE_SUFFIXES))
-        found += [os.path.join(inner, name) for name in names if not left_by_tools(name)]
-    return found
+        yield from (os.path.join(inner, name) for name in names if not left_by_tools(name))
 
 
 def timm_square(pixels: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:

@@ -45,7 +45,10 @@ def test_published_weights_through_keras(name):
         assert relative_error(fold(model).predict(pictures, verbose=0), logits) < 1e-4
 
 
-@pytest.mark.parametrize("size", [f"B{i}" for i in range(6)])
+@pytest.mark.parametrize(
+    "size",
+    ["B0", "B5", *(pytest.param(f"B{i}", marks=pytest.mark.long) for i in range(1, 5))],
+)
 def test_equals_keras_applications(size):
     """Same weights, same raw pictures, same logits; every array random, moving averages and input norm, too."""
     make = getattr(keras.applications, f"EfficientNet{size}")

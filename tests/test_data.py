@@ -95,7 +95,7 @@ def test_info_names_the_classes(tmp_path):
         (d.make_example({"image/encoded": b"x"}), "Record 1 of .* is not a picture"),
         (record(encoded=[b"x", b"y"]), "Record 1 of .* is not a picture"),
         (b"\x0a\x7fcut", "Record 1 of .* is not a picture"),
-        (record(**{"image/object/bbox/xmin": [0.1]}), "Record 1 of .* is not a picture"),
+        (record(**{"image/object/bbox/xmin": [0.1]}), "The boxes .* in record 1 of"),
     ],
 )
 def test_bad_records_are_refused(tmp_path, bad, message):

@@ -207,3 +207,23 @@ def test_the_command(source, tmp_path, capsys):
     assert cli.pack_command([*words, "--form", "raw"]) == 1
     assert "packed otherwise (form)" in capsys.readouterr().err
     assert os.path.exists(tmp_path / "p" / "info.json")
+
+
+@pytest.mark.parametrize(
+    "field, value", [("size", 2**30), ("offset", 10**15), ("offset", -1), ("label", -1)]
+)
+def test_an_index_with_impossible_numbers_is_refused(tmp_path, field, value):
+    write(tmp_path / "a", "train", [record(encode(picture(40, 50, i))) for i in range(2)])
+    packed.pack(
+        d.open_data(tmp_path / "a", verbose=False), tmp_path / "b", packed.Packing("raw"), 1
+    )
+    (path,) = (tmp_path / "b").glob("index-train-*")
+    index = np.load(path)
+    index[field][1] = value
+    np.save(path, index)
+    with pytest.raises(ValueError, match="index-train-.* does not fit pixels-train.*Pack again"):
+        d.open_data(tmp_path / "b")
+    header = path.read_bytes().replace(b"(2,)", b"(9,)")
+    path.write_bytes(header)
+    with pytest.raises(ValueError, match="index-train-.*is no index"):
+        d.open_data(tmp_path / "b")

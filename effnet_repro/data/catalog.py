@@ -13,10 +13,12 @@ import numpy as np
 from effnet_repro.config import unknown_name
 from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decoders import check_decoder
-from effnet_repro.data.layouts import OPENERS, Split, recognize
+from effnet_repro.data.layouts import OPENERS, recognize
+from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.messages import say
+from effnet_repro.outside import MOST_CLASSES, read_file
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class DataSet:
     files: Dict[str, int]  # Number of files of each split
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
-    damaged: Tuple[str, ...] = ()  # Pictures left out, and why: see `on_corrupt` of `open_data`
+    damaged: Tuple[str, ...] = ()  # What was left out, and why: see `on_corrupt` of `open_data`
+    damaged_kinds: Tuple[str, ...] = field(default=(), repr=False)  # The kind of each: see `places`
     validation_split: Optional[float] = None  # Share that names' hashes chose: see `split`
     decoder: str = field(default="auto", compare=False)  # What makes pixels: see `decoders`
     # What readers found out about the images, as long as this object lives; a copy begins anew.
@@ -59,7 +62,10 @@ class DataSet:
         place = "built-in sample set" if self.builtin else self.root
         drawn = self.validation_split
         drawn = "" if drawn is None else f"; {drawn:g} of them validate, chosen by their names"
-        left_out = f"; {len(self.damaged):,} damaged ones left out" if self.damaged else ""
+        kinds = count_kinds(self.damaged_kinds)
+        left_out = (
+            f"; {len(self.damaged):,} damaged ones left out ({kinds})" if self.damaged else ""
+        )
         return (
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
             f"training and {self.validation_count:,} validation pictures{drawn}{left_out}"
@@ -114,46 +120,81 @@ def _sum_up(dataset, name):
 _MOST_CLASSES = 100_000  # without an `info.json` that says otherwise
 
 
+def _whole(value, most):
+    "A whole number from 1 to `most`"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 1 <= value <= most:
+        raise ValueError(f"labels and num_classes are numbers from 1 to {most:,}")
+    if value != int(value):
+        raise ValueError(f"{value} is not a whole number")
+    return int(value)
+
+
 def _read_info(path):
     "Number and names of the classes in `info.json`: (None, {}) where there is none"
     if not path.exists():
         return None, {}
     try:
-        info = json.loads(path.read_text())
-        names = {int(c["label"]) - 1: str(c["text"]) for c in info.get("classes", ())}
-        number = None if info.get("num_classes") is None else int(info["num_classes"])
-        if min(names, default=0) < 0 or (number is not None and number < 1):
-            raise ValueError("labels and num_classes begin at 1")
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        info = json.loads(read_file(path).decode("utf-8-sig"))
+        if not isinstance(info, dict) or not isinstance(info.get("classes", []), list):
+            raise ValueError("it must be a JSON object, and `classes` a list")
+        number = info.get("num_classes")
+        number = None if number is None else _whole(number, MOST_CLASSES)
+        names = {}
+        for one in info.get("classes", ()):
+            label = _whole(one["label"], number or _MOST_CLASSES)
+            if not isinstance(one["text"], (str, int, float)):
+                raise ValueError(f"the text of label {label} is none")
+            if names.setdefault(label - 1, str(one["text"])) != str(one["text"]):
+                raise ValueError(f"label {label} has two names")
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else what[:200]
         raise ValueError(
-            f"{path} is not a description of classes ({type(error).__name__}: {error}). It needs "
+            f"{path} is not a description of classes ({what}). It needs "
             f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
         ) from None
     return number, names
 
 
-def _classes(root, splits, names):
-    "Number and names of the classes, from `info.json` if there is one; labels are checked"
+def _classes(listing, splits, names):
+    "Splits whose labels are checked, and number and names of the classes, by `info.json` if there is one"
+    root = listing.root
     number, told = _read_info(root / "info.json")
     names = {**names, **told}
-    highest = max(int(split.label.max(initial=-1)) for split in splits.values())
-    if highest < 0:
-        raise FileNotFoundError(
-            f"No pictures in {root}. Found: {', '.join(sorted(p.name for p in root.iterdir())[:6])}."
-        )
-    num_classes = number or max(highest, *names, 0) + 1
-    limit = f"the {num_classes} classes of {root}"
-    if number is None and num_classes > _MOST_CLASSES:
-        num_classes, limit = _MOST_CLASSES, f"{_MOST_CLASSES:,} (or give num_classes in info.json)"
+    most = number or _MOST_CLASSES
+    limit = (
+        f"the {number} classes of {root}"
+        if number
+        else f"{most:,} (or give num_classes in info.json)"
+    )
+    checked = {}
     for name, split in splits.items():
-        beyond = np.flatnonzero(split.label >= num_classes)
-        if len(beyond):
-            raise ValueError(
-                f"Labels must not exceed {limit}. Received: label "
-                f"{int(split.label[beyond[0]]) + 1} in {split.files[split.file[beyond[0]]]} "
-                f"({len(beyond)} pictures of the {name} split)."
+        beyond = np.flatnonzero(split.label >= most)
+        for i in beyond:
+            listing.damage(
+                "label",
+                f"Labels must not exceed {limit}. Received: label {int(split.label[i]) + 1} in "
+                f"{split.files[split.file[i]]} ({len(beyond)} pictures of the {name} split).",
             )
-    return num_classes, names
+        checked[name] = without(split, beyond) if len(beyond) else split
+    highest = max(int(split.label.max(initial=-1)) for split in checked.values())
+    if highest < 0:
+        there = ", ".join(sorted(p.name for p in root.iterdir())[:6])
+        gone = count_kinds([one.kind for one in listing.damaged])
+        raise FileNotFoundError(
+            f"No pictures in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}."
+        )
+    names = {label: name for label, name in names.items() if label < most}
+    return checked, number or max(highest, *names, 0) + 1, names
+
+
+def _check_open(data_dir, data_format, on_corrupt):
+    if data_format is not None and data_format not in OPENERS:
+        raise unknown_name("data_format", data_format, OPENERS)
+    if on_corrupt not in ("refuse", "skip"):
+        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
+        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
 
 
 def open_data(
@@ -161,19 +202,14 @@ def open_data(
     data_format: Optional[str] = None,  # "tfrecord", "folder", "cifar", "raw"; None = see the files
     cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
     *,
-    on_corrupt: str = "refuse",  # or "skip": look at every picture, and leave damaged ones out
+    on_corrupt: str = "refuse",  # or "skip": look at everything, and leave out what is damaged
     decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec": see `decoders`
     validation_split: Optional[float] = None,  # Share of class folders that validates: see `split`
     verbose: bool = True,  # Print what was found
 ) -> DataSet:
     "List the pictures in `data_dir` and say what was found"
-    if data_format is not None and data_format not in OPENERS:
-        raise unknown_name("data_format", data_format, OPENERS)
-    if on_corrupt not in ("refuse", "skip"):
-        raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
+    _check_open(data_dir, data_format, on_corrupt)
     check_decoder(decoder)
-    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
-        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
     root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(
@@ -181,9 +217,11 @@ def open_data(
             f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
         )
     kind, root = (data_format, root) if data_format else recognize(root)
-    splits, names = OPENERS[kind](root, cache_dir, say)
+    listing = Listing(root, cache_dir, say, on_corrupt == "skip")
+    splits, names = OPENERS[kind](listing)
     splits, validation_split = split_off(splits, root, kind, validation_split)
-    num_classes, names = _classes(root, splits, names)
+    splits, num_classes, names = _classes(listing, splits, names)
+    listing.tell_left()
     data = DataSet(
         format=kind,
         root=str(root),
@@ -194,6 +232,8 @@ def open_data(
         files={name: len(split.files) for name, split in splits.items()},
         builtin=data_dir is None,
         splits=splits,
+        damaged=tuple(one.text for one in listing.damaged),
+        damaged_kinds=tuple(one.kind for one in listing.damaged),
         validation_split=validation_split,
         decoder=decoder,
     )

@@ -16,7 +16,7 @@ import numpy as np
 
 from effnet_repro.data.cache import cache_folder, file_stamp
 from effnet_repro.data.decode import decode_image, located, read_encoded
-from effnet_repro.data.layouts import make_split
+from effnet_repro.data.places import without
 from effnet_repro.data.tfrecord import masked_crc, scan_tfrecord
 from effnet_repro.data.threads import core_count
 
@@ -72,9 +72,10 @@ def _wrong_checksums(places):
     found = {}
     for number, path in enumerate(places.files):
         inside = np.flatnonzero(places.file == number)
-        records = scan_tfrecord(path)
+        records = scan_tfrecord(path, damaged=lambda text: None)  # those are not in the list
+        around = np.searchsorted(records[:, 0], places.offset[inside], "right") - 1
         with open(path, "rb") as file:
-            for i, (at, length) in zip(inside, records):
+            for i, (at, length) in zip(inside, records[around]):
                 file.seek(at)
                 data, crc = file.read(int(length)), file.read(4)
                 if struct.pack("<I", masked_crc(data)) != crc:
@@ -83,33 +84,42 @@ def _wrong_checksums(places):
     return found
 
 
-def _without(places, gone):
-    "The split without some pictures"
-    stays = np.setdiff1d(np.arange(len(places.label)), gone)
-    boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in stays]
-    columns = (getattr(places, key)[stays] for key in ("file", "offset", "length", "label"))
-    sizes = {key: getattr(places, key) for key in ("original", "stored")}
-    sizes = {key: size[stays] for key, size in sizes.items() if len(size)}
-    return make_split(places.files, *columns, boxes, **sizes)
-
-
 def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):
     """Return the `DataSet` without its damaged images, which it names in `damaged`.
 
     Which ones these are, is kept in the cache folder; `say` is told when images must be decoded to find out.
     """
-    splits, damaged = {}, []
+    splits, damaged, kinds = {}, list(dataset.damaged), list(dataset.damaged_kinds)
     for name, places in dataset.splits.items():
-        kept = cache_folder(cache_dir) / "damaged" / f"{file_stamp(places.files)}.json"
-        try:
-            found = {int(i): str(text) for i, text in json.loads(kept.read_text()).items()}
-        except (OSError, ValueError, AttributeError):  # not there, or not whole: look again
+        kept = cache_folder(cache_dir) / "damaged" / f"{_stamp(places)}.json"
+        found = _kept(kept, len(places.label))
+        if found is None:
             say(f"data: decoding {len(places.label):,} {name} pictures, once")
             found = find_damaged(dataset, name)
             with contextlib.suppress(OSError):  # it is only a cache
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 kept.write_text(json.dumps(found))
-        splits[name] = _without(places, sorted(found)) if found else places
+        splits[name] = without(places, sorted(found)) if found else places
         damaged += [found[i] for i in sorted(found)]
+        kinds += ["image"] * len(found)
     counts = {f"{name}_count": len(split.label) for name, split in splits.items()}
-    return replace(dataset, splits=splits, damaged=tuple(damaged), **counts)
+    left = dict(damaged=tuple(damaged), damaged_kinds=tuple(kinds))
+    return replace(dataset, splits=splits, **left, **counts)
+
+
+_RULES = 2  # Raise it when what counts as damaged changes: what is kept was found by these rules
+
+
+def _stamp(places):
+    "Digits that stand for the files of a split, for which images are in it, and for the rules"
+    images = zlib.crc32(np.ascontiguousarray(places.offset)) ^ len(places.label)
+    return f"{file_stamp(places.files)}-{images:08x}-{_RULES}"
+
+
+def _kept(path, count):
+    "What was found earlier among `count` images; None where that is not there, or not whole"
+    try:
+        found = {int(i): str(text) for i, text in json.loads(path.read_text()).items()}
+    except Exception:  # whatever is wrong with it, it is only a cache
+        return None
+    return found if all(0 <= i < count for i in found) else None

@@ -13,7 +13,7 @@ from typing import Any, Dict, Iterator, NamedTuple, Optional, Sequence, Tuple
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
+from effnet_repro.data.decode import decode_for, located, read_encoded, read_image, wants_fast_dct
 from effnet_repro.data.rectangles import rectangle_batches
 from effnet_repro.data.request import TrainRequest
 from effnet_repro.data.threads import core_count
@@ -65,13 +65,17 @@ def lay_out(images: Sequence[np.ndarray]) -> Pixels:
 
 
 def _decode_all(dataset, fast):
+    how = "published" if fast else "modern"
+
     def image(number):
-        encoded, _ = read_encoded(dataset, "train", number, raw=True)
+        encoded, _, turn = read_image(dataset, "train", number, True, upright=not fast)
         with located(dataset, "train", number):
-            return decode_for(dataset, encoded, "published" if fast else "modern")
+            return decode_for(dataset, encoded, how), turn
 
     with ThreadPoolExecutor(core_count()) as pool:
-        found = lay_out(list(pool.map(image, range(dataset.train_count))))
+        images, turns = zip(*pool.map(image, range(dataset.train_count)))
+    dataset.kept["turns"] = np.array(turns)
+    found = lay_out(images)
     size = found.pixels.nbytes / 2**20
     say(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
     return found
@@ -239,7 +243,9 @@ def _resident(request, fast):
     for update in itertools.count(request.first_update):
         images, places = order.take(update, 0, order.local)
         sizes = kept.sizes[images]
-        parts, flips, labels = request.draw(images, places, sizes)
+        parts, flips, labels = request.draw(
+            images, places, sizes, request.dataset.kept["turns"][images]
+        )
         parts = parts if request.random else whole_images(sizes)
         yield _Batch(kept.pixels, kept.begin[images], sizes, parts, flips, labels)
 

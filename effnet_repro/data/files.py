@@ -3,18 +3,19 @@
 import math
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
-from effnet_repro.data.decode import decode_image, picture_bytes
-from effnet_repro.data.layouts import IMAGE_SUFFIXES, left_by_tools
+from effnet_repro.data.decode import decode_image, rgb_of
+from effnet_repro.data.folders import IMAGE_SUFFIXES, is_image_name
 from effnet_repro.data.numpy_reader import PIECE
+from effnet_repro.data.places import left_by_tools
 from effnet_repro.data.request import check_resize
 from effnet_repro.data.team import Team, into, pays_processes
 from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import validation_image
+from effnet_repro.outside import MOST_IMAGE_BYTES, read_file
 
 
 def find_images(places: Iterable) -> List[str]:
@@ -37,7 +38,7 @@ def first_image(folder) -> Optional[str]:
 def _images_below(folder):
     for inner, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not left_by_tools(name))
-        names = (n for n in sorted(files) if n.lower().endswith(IMAGE_SUFFIXES))
+        names = (n for n in sorted(files) if is_image_name(n))
         yield from (os.path.join(inner, name) for name in names if not left_by_tools(name))
 
 
@@ -84,10 +85,10 @@ class SquaresJob:
 
     def _square(self, image):
         if isinstance(image, (str, os.PathLike)):
-            image = Path(image).read_bytes()
+            image = read_file(image, MOST_IMAGE_BYTES)
         if isinstance(image, bytes):
             fast = self.image_resize == "published"
-            pixels = decode_image(picture_bytes(image)[0], fast)
+            pixels = decode_image(image, fast, upright=not fast)
         else:
             pixels = as_pixels(image)
         if self.crop_pct is not None:
@@ -100,7 +101,7 @@ def as_pixels(image) -> np.ndarray:
 
     Raises `ValueError` for other shapes and types: floats may mean 0..1 or 0..255.
     """
-    pixels = np.asarray(image.convert("RGB") if hasattr(image, "convert") else image)
+    pixels = rgb_of(image) if hasattr(image, "convert") else np.asarray(image)
     pixels = np.repeat(pixels[..., None], 3, 2) if pixels.ndim == 2 else pixels
     if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
         raise ValueError(

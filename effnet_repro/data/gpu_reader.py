@@ -12,7 +12,7 @@ from typing import Any, Callable, Iterator, NamedTuple, Tuple
 
 import numpy as np
 
-from effnet_repro.data.decode import decode_image, located, read_encoded, wants_fast_dct
+from effnet_repro.data.decode import decode_image, located, read_image, wants_fast_dct
 from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, empty
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.threads import core_count, made_ahead
@@ -48,17 +48,18 @@ def _central(sizes, request):
     return _Cuts(np.concatenate([0 * sizes, sizes], 1), new, corner, np.zeros(len(sizes), bool))
 
 
-def _read(dataset, split, numbers):
-    "JPEGs as bytes, anything else as pixels; and the sizes (n, 2)"
-    found, sizes = [], []
+def _read(dataset, split, numbers, upright):
+    "JPEGs as bytes, anything else as pixels; the sizes (n, 2); the orientations of the files"
+    found, sizes, turns = [], [], []
     for number in numbers:
-        data, size = read_encoded(dataset, split, number, raw=True)
+        data, size, turn = read_image(dataset, split, number, True, upright)
         if isinstance(data, bytes) and (data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0):
             with located(dataset, split, number):
                 data = decode_image(data)
         found.append(data)
         sizes.append(size)
-    return found, np.array(sizes)
+        turns.append(turn)
+    return found, np.array(sizes), turns
 
 
 class Balance:
@@ -120,7 +121,7 @@ class _Batch(NamedTuple):
     split: str
     numbers: np.ndarray  # Images, (n,)
     shape: tuple  # Of the array; images beyond n stay black
-    cuts: Callable  # From sizes (n, 2) to `_Cuts` and what else the consumer gets
+    cuts: Callable  # From sizes (n, 2) and orientations to `_Cuts` and what else the consumer gets
 
 
 class Maker(NamedTuple):
@@ -147,9 +148,9 @@ def _made(request, batches, make: Maker) -> Iterator[Tuple[Any, Any]]:
             if producer is None:
                 producer = kept.pop() if kept else make.producer()
             read = [one.result() for one in slices]
-            found = [data for part, _ in read for data in part]
-            sizes = np.concatenate([part for _, part in read])
-            cuts, rest = batch.cuts(sizes)
+            found, sizes, turns = ([x for part in read for x in part[k]] for k in range(3))
+            sizes = np.array(sizes)
+            cuts, rest = batch.cuts(sizes, turns)
             rows = cuts.rows()
             for part in np.array_split(np.arange(len(found)), -(-len(found) // AT_ONCE)):
                 part = slice(int(part[0]), int(part[-1]) + 1)
@@ -169,7 +170,8 @@ def _made(request, batches, make: Maker) -> Iterator[Tuple[Any, Any]]:
 
         def begin(batch):
             parts = np.array_split(batch.numbers, -(-len(batch.numbers) // SLICE))
-            slices = [readers.submit(_read, dataset, batch.split, part) for part in parts]
+            how = dataset, batch.split
+            slices = [readers.submit(_read, *how, part, request.upright) for part in parts]
             return pool.submit(produce, batch, make.empty(batch.shape), slices)
 
         try:
@@ -197,8 +199,8 @@ def training_stream(
         taken = [request.take(update, at, min(at + SLICE, local)) for at in begins]
         numbers, places = (np.concatenate(column) for column in zip(*taken))
 
-        def cuts(sizes):
-            parts, flips, labels = request.draw(numbers, places, sizes)
+        def cuts(sizes, turns):
+            parts, flips, labels = request.draw(numbers, places, sizes, turns)
             if not request.random:
                 return _central(sizes, request), labels
             new, corner = np.full((len(parts), 2), size), np.zeros((len(parts), 2))
@@ -222,7 +224,7 @@ def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
     def batch(group):
         real = group.reshape(-1)
         real = real[real >= 0]  # fillers come last
-        cuts = lambda sizes: (_central(sizes, request), None)
+        cuts = lambda sizes, turns: (_central(sizes, request), None)
         return _Batch("validation", real, (group.size, size, size, 3), cuts)
 
     made = _made(request, map(batch, groups), make)

@@ -59,7 +59,8 @@ class ValidationJob:
     def _square(self, number):
         if number < 0:
             return np.zeros((self.image_size, self.image_size, 3), np.uint8)
-        encoded, _ = read_encoded(self.dataset, self.split, number, raw=True)
+        upright = self.image_resize == "modern"
+        encoded, _ = read_encoded(self.dataset, self.split, number, True, upright)
         with located(self.dataset, self.split, number):
             pixels = decode_for(self.dataset, encoded, self.image_resize)
         return validation_image(pixels, self.image_size, self.image_resize)

@@ -5,6 +5,8 @@ original, so that training crops are drawn on it, with the same numbers, and the
 split) is written by one process, checked, and put in place whole: after an interruption, the same call checks what is
 there and goes on.
 
+A JPEG that is written anew keeps its orientation. Raw pixels are upright, whatever they are resized like later.
+
 Raw sets: `pixels-train-00000-of-00002.npy` is a flat array of 8-bit values, `index-train-00000-of-00002.npy` says
 where each image begins and what it shows (`INDEX`).
 """
@@ -20,7 +22,7 @@ from typing import Callable, Dict, Optional
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import decode_image, located, read_encoded
+from effnet_repro.data.decode import decode_image, located, read_image, turned_boxes
 from effnet_repro.data.layouts import INDEX
 from effnet_repro.data.order import epoch_order
 from effnet_repro.data.team import Team
@@ -106,19 +108,21 @@ class _Part:
         return [Path(self.folder) / (name + ending) for name in names]
 
     def _image(self, split, number):
-        "Number, the file or None, the pixels or None, and the original size"
-        data, size = read_encoded(self.dataset, split, number)
+        "Number, the file or None, the pixels or None, the original size, the size and the orientation"
+        upright = self.how.form == "raw"  # where nothing can say that it is not
+        data, size, turn = read_image(self.dataset, split, number, upright=upright)
         places = self.dataset.splits[split]
         original = tuple(places.original[number]) if len(places.original) else size
+        original = original[::-1] if upright and turn >= 5 and len(places.original) else original
         shrinks = self.how.short_side is not None and min(size) > self.how.short_side
         if self.how.form == "jpeg" and not shrinks and data[:2] == b"\xff\xd8":
             with located(self.dataset, split, number):
                 decode_image(data)  # a damaged one is not copied
-            return number, data, None, original, size
+            return number, data, None, original, size, turn
         with located(self.dataset, split, number):
             pixels = decode_image(data)
         pixels = _smaller(pixels, self.how.short_side) if shrinks else pixels
-        return number, None, pixels, original, pixels.shape[:2]
+        return number, None, pixels, original, pixels.shape[:2], turn
 
     def _boxes(self, split, number):
         places = self.dataset.splits[split]
@@ -127,10 +131,12 @@ class _Part:
     def _record(self, split, image):
         from PIL import Image
 
-        number, data, pixels, original, size = image
+        number, data, pixels, original, size, turn = image
         if data is None:
-            file = io.BytesIO()
-            Image.fromarray(pixels).save(file, "JPEG", quality=self.how.quality)
+            file, exif = io.BytesIO(), Image.Exif()
+            exif[0x112] = turn
+            kept = {"exif": exif} if turn > 1 else {}
+            Image.fromarray(pixels).save(file, "JPEG", quality=self.how.quality, **kept)
             data = file.getvalue()
         label = int(self.dataset.splits[split].label[number])
         boxes = self._boxes(split, number).T
@@ -160,14 +166,13 @@ class _Part:
         made, rows, boxes = pixels_path.with_name("." + pixels_path.name), [], []
         with made.open("wb") as file:
             file.write(bytes(128))  # the header follows, when the size is known
-            for number, data, pixels, original, size in images:
+            for number, data, pixels, original, size, turn in images:
                 pixels = np.ascontiguousarray(pixels)
+                own = turned_boxes(self._boxes(split, number), turn)
                 label = self.dataset.splits[split].label[number]
                 crc = zlib.crc32(pixels)
-                rows.append(
-                    (file.tell(), size, original, label, crc, len(self._boxes(split, number)))
-                )
-                boxes.extend(self._boxes(split, number))
+                rows.append((file.tell(), size, original, label, crc, len(own)))
+                boxes.extend(own)
                 file.write(pixels)
             end = file.tell()
             file.seek(0)

@@ -13,8 +13,9 @@ import numpy as np
 from effnet_repro.config import unknown_name
 from effnet_repro.data import layouts
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import read_encoded
+from effnet_repro.data.decode import read_image, turned_boxes
 from effnet_repro.data.order import BatchOrder, validation_ids
+from effnet_repro.data.places import Split
 from effnet_repro.data.transforms import ASPECTS, RESIZES, draw_crops, draw_flips
 
 _PREPROCESSING = ("train", "validation")
@@ -56,7 +57,7 @@ def batch_order(
     return order
 
 
-def announce(split: layouts.Split, numbers: np.ndarray) -> None:
+def announce(split: Split, numbers: np.ndarray) -> None:
     """Tell the operating system which images will be read soon, where it has a call for that."""
     if hasattr(os, "posix_fadvise"):
         for file in np.unique(split.file[numbers]):
@@ -97,15 +98,28 @@ class TrainRequest:
     area_min: float = 0.05  # Smallest crop, share of the area
     first_update: int = 0
 
-    def draw(self, numbers: np.ndarray, places: np.ndarray, sizes: np.ndarray):
+    @property
+    def upright(self) -> bool:
+        """Whether images are turned as their EXIF data ask: not in the published runs."""
+        return self.image_resize == "modern"
+
+    def draw(
+        self, numbers: np.ndarray, places: np.ndarray, sizes: np.ndarray, turns: Sequence[int]
+    ):
         """Return crops, flips and labels of some images; `sizes` are their heights and widths, (n, 2) pixels.
 
-        Crops of images that were made smaller are drawn on the originals.
+        `turns` are the orientations of their files, as in `ReadImage`. Crops of images that were made smaller are
+        drawn on the originals.
         """
         split, seed = self.dataset.splits["train"], self.order.seed
+        turns = np.asarray(turns) if self.upright else np.ones(len(numbers), int)
         boxes = [split.boxes[split.box_begin[i] : split.box_begin[i + 1]] for i in numbers]
+        boxes = [turned_boxes(b, t) if t > 1 and len(b) else b for b, t in zip(boxes, turns)]
         chance = dict(area_min=self.area_min, aspects=ASPECTS[self.image_resize])
-        drawn_on = split.original[numbers] if len(split.original) else sizes
+        drawn_on = sizes
+        if len(split.original):
+            drawn_on = split.original[numbers]
+            drawn_on = np.where((turns >= 5)[:, None], drawn_on[:, ::-1], drawn_on)
         crops = draw_crops(drawn_on, boxes, seed, places, **chance)
         if len(split.original):
             crops = scale_crops(crops, drawn_on, sizes)
@@ -125,9 +139,10 @@ class TrainRequest:
         return self.read_images(*self.take(update, begin, end))
 
     def read_images(self, numbers: np.ndarray, places: np.ndarray, raw: bool = False) -> Encoded:
-        """Read the images of these numbers, which have these places in the run; `raw` as in `read_encoded`."""
-        data, sizes = zip(*(read_encoded(self.dataset, "train", i, raw) for i in numbers))
-        return Encoded(numbers, data, *self.draw(numbers, places, np.array(sizes)))
+        """Read the images of these numbers, which have these places in the run; `raw` as in `read_image`."""
+        found = (read_image(self.dataset, "train", i, raw, self.upright) for i in numbers)
+        data, sizes, turns = zip(*found)
+        return Encoded(numbers, data, *self.draw(numbers, places, np.array(sizes), turns))
 
 
 @dataclass(frozen=True)
@@ -139,6 +154,11 @@ class ValidationRequest:
     batch: int  # Images in a batch of this process
     shard: Tuple[int, int] = (0, 1)  # (index, count) of this process
     image_resize: str = "published"  # or "modern"
+
+    @property
+    def upright(self) -> bool:
+        """As in `TrainRequest`."""
+        return self.image_resize == "modern"
 
     @property
     def ids(self) -> np.ndarray:

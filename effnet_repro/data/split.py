@@ -11,7 +11,8 @@ from typing import Dict, Optional, Tuple
 
 import numpy as np
 
-from effnet_repro.data.layouts import Split, make_split
+from effnet_repro.data.folders import is_alone
+from effnet_repro.data.places import Split, make_split
 from effnet_repro.messages import say
 
 DEFAULT_SHARE = 0.2  # Of a folder that holds nothing but class folders
@@ -56,12 +57,11 @@ def split_off(
         raise ValueError(
             f"`validation_split` must be in (0, 1). Received: validation_split={share}."
         )
-    alone = not any((root / name).is_dir() for name in ("train", "validation", "val"))
     if kind != "folder" or len(splits["validation"].label):
         if share is not None:
             say(f"data: {root} has its own validation images: validation_split is left aside")
         return splits, None
-    share = share or (DEFAULT_SHARE if alone else None)
+    share = share or (DEFAULT_SHARE if is_alone(root) else None)
     if share is None:
         return splits, None
     chosen = _validates(splits["train"], root, share)

@@ -146,7 +146,10 @@ def validation_stream(request: ValidationRequest):
 
     def read(ids):
         encoded = (
-            read_encoded(request.dataset, "validation", i)[0] if i >= 0 else b"" for i in ids
+            read_encoded(request.dataset, "validation", i, upright=request.upright)[0]
+            if i >= 0
+            else b""
+            for i in ids
         )
         return (np.array(list(encoded), object),)
 

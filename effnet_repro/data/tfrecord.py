@@ -8,7 +8,7 @@ import functools
 import mmap
 import os
 import struct
-from typing import Any, Dict, Sequence
+from typing import Any, Callable, Dict, Optional, Sequence
 
 import numpy as np
 
@@ -108,6 +108,9 @@ def write_tfrecords(
 def scan_tfrecord(
     path,  # A TFRecord file
     check_data: bool = False,  # Check the data's checksums, too: reads the whole file
+    damaged: Optional[
+        Callable[[str], None]
+    ] = None,  # Told of what cannot be read, which is left out; None = an error
 ) -> np.ndarray:  # (records, 2) int64: where each record's data begins, and its length in bytes
     "List the records of a file by hopping from length to length"
     places, at, size = [], 0, os.path.getsize(path)
@@ -115,19 +118,61 @@ def scan_tfrecord(
         return np.zeros((0, 2), np.int64)
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as view:
         while at < size:
-            here = f"record {len(places)} of {path} (byte {at})"
-            head = view[at : at + 12].ljust(12, b"\0")
-            length, crc = struct.unpack("<QI", head)
-            data = at + 12, at + 12 + length
-            _expect(at + 12 <= size, f"Truncated file: {here} ends in its length")
-            _expect(crc == masked_crc(head[:8]), f"Not a TFRecord file, or damaged: {here}")
-            _expect(data[1] + 4 <= size, f"Truncated file: {here} goes beyond byte {size}")
-            if check_data:
-                crc = struct.unpack_from("<I", view, data[1])[0]
-                _expect(crc == masked_crc(view[slice(*data)]), f"Damaged file: {here}")
-            places.append((data[0], length))
-            at = data[1] + 4
-    return np.array(places, np.int64)
+            try:
+                length = _length_at(view, at, f"record {len(places)} of {path} (byte {at})")
+                if check_data:
+                    _check_data(view, at, length, f"record {len(places)} of {path} (byte {at})")
+            except ValueError as error:
+                if damaged is None:
+                    raise
+                damaged(str(error))
+                at = _next_record(view, at + 1)
+            else:
+                places.append((at + 12, length))
+                at += length + 16
+    return np.array(places, np.int64).reshape(-1, 2)
+
+
+def _length_at(view, at, here):
+    "How many bytes the data of the record at a byte has; `ValueError` where there is no whole one"
+    size = len(view)
+    head = view[at : at + 12].ljust(12, b"\0")
+    length, crc = struct.unpack("<QI", head)
+    _expect(at + 12 <= size, f"Truncated file: {here} ends in its length")
+    _expect(crc == masked_crc(head[:8]), f"Not a TFRecord file, or damaged: {here}")
+    _expect(at + length + 16 <= size, f"Truncated file: {here} goes beyond byte {size}")
+    return length
+
+
+def _check_data(view, at, length, here):
+    (crc,) = struct.unpack_from("<I", view, at + 12 + length)
+    fine = crc == masked_crc(view[at + 12 : at + 12 + length])
+    _expect(fine, f"Damaged file: {here}")
+
+
+_SOUGHT = 2**26  # Bytes in which the record after a damaged one is looked for
+
+
+def _next_record(view, at):
+    "Where a record of less than 16 MiB begins, from byte `at` on; the end of the file where there is none"
+    end = min(len(view), at + _SOUGHT)
+    while True:
+        zeros = view.find(bytes(5), at + 3, end)  # the upper bytes of its length
+        if zeros < 0:
+            return len(view)
+        at = zeros - 3
+        try:
+            _length_at(view, at, "")
+            return at
+        except ValueError:
+            at += 1
+
+
+def is_tfrecord(path) -> bool:
+    """Return whether a file begins as a TFRecord file does: with a length and its checksum."""
+    with open(path, "rb") as file:
+        head = file.read(12)
+    return len(head) == 12 and struct.unpack("<I", head[8:])[0] == masked_crc(head[:8])
 
 
 def _expect(fine, problem):
@@ -143,8 +188,10 @@ def _varint(data, at):
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value & 0xFFFFFFFFFFFFFFFF, at
         shift += 7
+        if shift > 63:
+            raise IndexError("a number of more than ten bytes")
 
 
 def message_fields(data, at: int, end: int):
@@ -216,7 +263,7 @@ def parse_example(
     "Read a tf.train.Example"
     try:
         return {key: read_feature(data, *place) for key, place in feature_places(data)}
-    except (IndexError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, IndexError, KeyError, TypeError, ValueError) as error:
         raise ValueError("The record is not a tf.train.Example.") from error
 
 

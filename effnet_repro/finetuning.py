@@ -29,8 +29,10 @@ PROTOCOLS = {
         optimizer="sgd", momentum=0.0, warmup_epochs=0, mixup_alpha=0.0, cutmix_lambda=None
     ),
     "transfer": dict(
-        optimizer="sgd",
+        optimizer="adamw",
         momentum=0.9,
+        weight_decay=0.05,
+        base_learning_rate_exponent=-12.5,
         epochs=20,
         warmup_epochs=1,
         mixup_alpha=0.0,
@@ -38,6 +40,7 @@ PROTOCOLS = {
         drop_path_rate=0.0,
         train_preprocessing="train",
         crop_area_min=0.35,
+        image_resize="modern",
     ),
 }
 

@@ -5,7 +5,8 @@ their part of the classifier. Which segments train then, and at which rate, is a
 fine-tuning: `finetuning.PROTOCOLS["transfer"]`.
 """
 
-from dataclasses import dataclass, replace
+import math
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Sequence, Tuple
 
@@ -13,15 +14,17 @@ import numpy as np
 
 from effnet_repro.classes import has_names
 from effnet_repro.convert import Weights, format_of, read
-from effnet_repro.finetuning import finetune_budget, finetune_case
+from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case
 from effnet_repro.network import drop_statistics, initial_value, params
 from effnet_repro.runs.resolved import Resolved, folder_of, settle_fields
 from effnet_repro.scaling import ModelSpec
+from effnet_repro.small_sets import average_decay, small_batch
 
 _CLASSIFIER = "all/Top/logits/dense/"
-#: Training images for one of a training step, and the smallest and largest step, where nobody says it.
-IMAGES_A_STEP, LEAST_STEP, MOST_STEP = 8, 8, 256
-MOST_AT_A_TIME = 32  # Of these; more are accumulated
+#: Training steps of a run, as far as these numbers of epochs allow it.
+STEPS, LEAST_EPOCHS, MOST_EPOCHS = 200, 20, 100
+MOST_AT_A_TIME = 32  # Images of a step; more are accumulated
+RATE_BATCH = 16  # Images of a step that the protocol's rate was measured with
 
 
 class NewHead(NamedTuple):
@@ -83,15 +86,32 @@ def describe_head(start: NewHead, class_names: Sequence[str]) -> str:
 
 
 def transfer_batches(train_count: int, given: dict) -> Dict[str, int]:
-    """Return batch fields for a run on so many training images, where `given` has none.
-
-    An eighth of the images is a training step, as a power of two from 8 to 256; a set of fewer than 8 is one step.
-    """
+    """Return batch fields for a run on so many images, where `given` has none: see `small_sets.small_batch`."""
     if given.get("global_batch_size") or given.get("micro_batch_size"):
         return {}
-    wanted = min(max(train_count // IMAGES_A_STEP, LEAST_STEP), MOST_STEP, max(train_count, 1))
-    whole = 2 ** (wanted.bit_length() - 1)
+    whole = small_batch(max(train_count, 1))
     return {"global_batch_size": whole, "micro_batch_size": min(whole, MOST_AT_A_TIME)}
+
+
+def transfer_length(train_count: int, whole: int, given: dict) -> Dict[str, float]:
+    """Return length, warm-up, rate and averaging of a run of protocol "transfer", where `given` has none.
+
+    - `train_count`: images to train on.
+    - `whole`: images of a training step.
+
+    There are 20 epochs, or up to 100 until there are 200 training steps. A twentieth is warm-up, the average looks back
+    a tenth. The rate grows with the square root of the step, as AdamW's does.
+    """
+    a_epoch = max(1, train_count // whole)
+    epochs = given.get("epochs") or min(max(-(-STEPS // a_epoch), LEAST_EPOCHS), MOST_EPOCHS)
+    usual = PROTOCOLS["transfer"]["base_learning_rate_exponent"]
+    exponent = usual - math.log2(whole / RATE_BATCH) / 2
+    return {
+        "epochs": epochs,
+        "warmup_epochs": epochs / 20,
+        "base_learning_rate_exponent": round(exponent, 4),
+        "weight_average_decay": average_decay(epochs),
+    }
 
 
 def run_folder(source, data) -> Path:
@@ -111,7 +131,7 @@ def run_folder(source, data) -> Path:
 class Transfer(Resolved):
     """A run on other classes before it begins."""
 
-    body: Optional[Weights] = None  # What it begins from
+    body: Optional[Weights] = field(default=None, repr=False, compare=False)  # What it begins from
 
 
 def resolve_transfer(
@@ -132,9 +152,13 @@ def resolve_transfer(
     own.update(transfer_batches(data.train_count, own))
     parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
     trained, protocol = body.case, protocol or "transfer"
+    if protocol == "transfer":
+        whole = own.get("global_batch_size") or own["micro_batch_size"]
+        own = {**transfer_length(data.train_count, whole, own), **own}
     case = finetune_case(trained, image_size or trained.image_size, protocol, parts, **own)
     run_dir = Path(run_dir) if run_dir else run_folder(source, data)
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     notes["new_head"] = True
-    return Transfer(case, trained, name, run_dir, fields, notes, Path(source), body=body)
+    more = dict(named=tuple(n for n, v in overrides.items() if v is not None), data=data, body=body)
+    return Transfer(case, trained, name, run_dir, fields, notes, Path(source), **more)

@@ -37,7 +37,7 @@ os.environ["KERAS_BACKEND"] = "jax"
 os.environ["EFFNET_KERNELS"] = "0"  # kernels are of one network, not of several at once
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from effnet_repro.config import CHOICES, for_one_device, get_case, override  # noqa: E402
+from effnet_repro.config import for_one_device, get_case, override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.data.decode import decode_image, read_encoded  # noqa: E402
 from effnet_repro.data.device import Cuts, lay_out  # noqa: E402
@@ -52,6 +52,7 @@ from effnet_repro.network import initial_weights, run, segments  # noqa: E402
 from effnet_repro.recipe import learning_rate, trained_segments  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 from effnet_repro.scaling import ModelSpec  # noqa: E402
+from effnet_repro.transfer import transfer_length  # noqa: E402
 
 KEY = ("case", "images_a_class", "start", "rate_exponent", "body_rate")
 BODIES = {  # What people have: this project's weights, and those of keras.applications and timm
@@ -64,7 +65,7 @@ STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 SMALL = ("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40", "r1_k3_s1_i40_o48")
 # What a small set needs, whichever weights a run begins from.
 RECIPE = dict(
-    optimizer="adamw" if "adamw" in CHOICES["optimizer"] else "rmsprop",
+    optimizer="adamw",
     lr_schedule="cosine",
     drop_path_rate=0.0,
     mixup_alpha=0.0,
@@ -72,7 +73,7 @@ RECIPE = dict(
     crop_area_min=0.35,
     image_resize="modern",
     device_loop=1,
-    weight_decay=0.05 if "adamw" in CHOICES["optimizer"] else 1e-5,
+    weight_decay=0.05,
 )
 OLD_EXPONENT = -16.0  # A rate of 2**-9 at a batch of 128
 
@@ -354,8 +355,9 @@ class Bench:
 
     def measure(self, count, arms, found):
         "Add the scores of some arms, as many at a time as a learner has networks"
-        epoch = max(1, NEW_CLASSES * count // BATCH)
-        steps = self.args.steps or max(200, 20 * epoch)
+        images = NEW_CLASSES * count
+        steps = transfer_length(images, BATCH, {})["epochs"] * max(1, images // BATCH)
+        steps = self.args.steps or int(steps)
         for own in self._together(arms):
             for i in range(0, len(own), 3):
                 some = (own[i : i + 3] * 3)[:3]  # filled up, so that one program serves all
@@ -419,7 +421,7 @@ def parse(words):
     parser.add_argument("--image-size", type=int, default=128)
     parser.add_argument("--old-epochs", type=float, default=40)
     parser.add_argument("--old-batch", type=int, default=OLD_BATCH)
-    parser.add_argument("--steps", type=int, help="default: 20 epochs, and 200 at least")
+    parser.add_argument("--steps", type=int, help="default: those of a transfer run")
     parser.add_argument("--scratch", type=int, default=3, help="times as many steps from scratch")
     parser.add_argument("--limit", type=float, default=math.inf, help="seconds; then it ends")
     parser.add_argument("--results", default=str(ROOT / "results"))

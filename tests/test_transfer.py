@@ -17,6 +17,7 @@ from effnet_repro.predict import predict
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training import finetune, train, validate
 
+RATE = transfer.PROTOCOLS["transfer"]["base_learning_rate_exponent"]
 CLASSIFIER = "all/Top/logits/dense/"
 OLD, NEW = ("cat", "dog", "owl"), ("bee", "cat")
 
@@ -103,9 +104,8 @@ def test_a_body_without_a_classifier(tmp_path):
     "count, given, batch",
     [
         (5, {}, (4, 4)),
-        (40, {}, (8, 8)),
-        (200, {}, (16, 16)),
-        (3000, {}, (256, 32)),
+        (40, {}, (16, 16)),
+        (3000, {}, (32, 32)),
         (10**6, {}, (256, 32)),
         (200, {"global_batch_size": 12}, None),
         (200, {"micro_batch_size": 12}, None),
@@ -114,6 +114,22 @@ def test_a_body_without_a_classifier(tmp_path):
 def test_the_size_of_a_step(count, given, batch):
     found = transfer.transfer_batches(count, given)
     assert tuple(found.values()) == (batch or ())
+
+
+@pytest.mark.parametrize(
+    "count, whole, given, epochs, exponent",
+    [
+        (5, 4, {}, 100, -11.5),
+        (160, 16, {}, 20, -12.5),
+        (100, 16, {}, 34, -12.5),
+        (10**6, 256, {}, 20, -14.5),
+        (160, 16, {"epochs": 2}, 2, -12.5),
+    ],
+)
+def test_the_length_of_a_run(count, whole, given, epochs, exponent):
+    found = transfer.transfer_length(count, whole, given)
+    assert (found["epochs"], found["warmup_epochs"]) == (epochs, epochs / 20)
+    assert found["base_learning_rate_exponent"] == RATE + exponent + 12.5
 
 
 # ---------------------------------------------------------------- runs
@@ -137,8 +153,8 @@ def test_the_body_stays_and_the_head_learns(old, tuned):
         if name not in top:
             np.testing.assert_array_equal(value, before[name])
     assert all((after[n] != transfer.new_head_for(network(), NEW).arrays[n]).any() for n in top)
-    assert (tuned.case.global_batch_size, tuned.case.image_size) == (8, TINY.image_size)
-    assert tuned.case.variable_filter == ("Top",) and tuned.case.optimizer == "sgd"
+    assert (tuned.case.global_batch_size, tuned.case.image_size) == (16, TINY.image_size)
+    assert tuned.case.variable_filter == ("Top",) and tuned.case.optimizer == "adamw"
 
 
 def test_the_run_knows_its_classes_and_goes_on(old, tuned, data_dir, capsys):
@@ -197,8 +213,8 @@ def test_the_command(run, refused, old, data_dir, tmp_path):
     assert status == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
     assert "Top" in rows["variable_filter"] and "new classifier" in rows["global_batch_size"]
-    assert rows["global_batch_size"].split()[1] == "8" and "sgd" in rows["optimizer"]
-    assert rows["epochs"].split()[1] == "20"
+    assert rows["global_batch_size"].split()[1] == "16" and "adamw" in rows["optimizer"]
+    assert rows["epochs"].split()[1] == "100"
     file = tmp_path / "theirs.safetensors"
     from effnet_repro.convert.torch_files import write_torch
 

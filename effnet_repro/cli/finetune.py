@@ -80,8 +80,8 @@ def _plan_transfer(args):
         checked_source(args, init_path=args.init_path)
     start_keras(args)
     share = args.validation_split or stored_split(args.run_dir)
-    how = dict(on_corrupt=args.on_corrupt, verbose=False, validation_split=share)
-    data = open_data(data_dir_of(args), args.data_format, **how)
+    how = dict(on_corrupt=args.on_corrupt, decoder=args.decoder, validation_split=share)
+    data = open_data(data_dir_of(args), args.data_format, verbose=False, **how)
     body = read_body(source, args.weights, args.arch)
     try:
         batches = transfer_batches(data.train_count, given)

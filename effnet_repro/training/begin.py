@@ -123,17 +123,18 @@ def finetune(
         refuse_more(run_dir, overrides)
         plan = init
     elif new_head:
-        share = validation_split or stored_split(run_dir)
-        data = open_data(data_dir, verbose=False, **_reading(*reading, share))
+        data = _open_training_set(data_dir, run_dir, *reading, validation_split)
         body = read_body(init, weights, arch)
         plan = resolve_transfer(body, init, data, run_dir, protocol=protocol, **how, **overrides)
     else:
         how.update(protocol=protocol or "published", data_given=data_dir is not None)
         plan = resolve_finetuning(init, run_dir, **how, **overrides)
-    of_init = None if isinstance(plan, Transfer) else plan.init
-    share = validation_split or stored_split(plan.run_dir, of_init)
-    data = open_data(data_dir, **_reading(*reading, share))
-    begin = _with_new_head if isinstance(plan, Transfer) else _with_old_head
+    begin, data = _with_new_head, plan.data
+    if not isinstance(plan, Transfer):
+        share = validation_split or stored_split(plan.run_dir, plan.init)
+        begin = _with_old_head
+        data = open_data(data_dir, verbose=False, **_reading(*reading, share))
+    say_found(data)
     source, arrays, data = begin(plan, weights, data, seed)
     case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)
     say(

@@ -26,7 +26,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from effnet_repro import data as d  # noqa: E402
-from effnet_repro.data import decode, decoders, device, gpu_decode, transforms  # noqa: E402
+from effnet_repro.data import decode, decoders, device, gpu_decode, gpu_reader, transforms  # noqa: E402
 from effnet_repro.data.threads import core_count  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
 from tests.bench_sets import repeat_records  # noqa: E402
@@ -80,6 +80,15 @@ def by_stream(make, batch, seconds):
         getattr(stream, "close", lambda: None)()
 
 
+def idle(make, args):
+    "The stream of a GPU whose cores decode nothing"
+    gpu_reader.Balance.count, count = lambda self, images: 0, gpu_reader.Balance.count
+    try:
+        yield from make(args)
+    finally:
+        gpu_reader.Balance.count = count
+
+
 def streams(data, sizes, batch):
     "(name, size, batch, stream) of each reader that can be used here"
     able = lambda name: (
@@ -96,6 +105,14 @@ def streams(data, sizes, batch):
             else:
                 make = lambda a, r=reader: d.training_batches(*a, batch, reader=r)
             yield f"{name}: training", size, batch, make, args
+            if name == "nvimagecodec":
+                yield (
+                    f"{name}, cores idle: training",
+                    size,
+                    batch,
+                    functools.partial(idle, make),
+                    args,
+                )
     if able("nvimagecodec"):
         for each in (64, 256):
             make = lambda a, e=each: d.validation_batches(*a, e, reader="nvimagecodec")
@@ -191,10 +208,11 @@ def kernel_differences(count=96, side=160, seed=0):
             rows["flip"], rows["corner"] = mirrored, corner
             rows["scale"] = (part[:, 2:] / new).astype("float32")
             out = gpu_decode.empty((count, side, side, 3))
-            arrays, sent = producer.stage(sizes)
-            for array, image in zip(arrays, images):
-                array[...] = image
-            producer.write(sent, rows, out, 0, how == "published")
+            stage = gpu_decode.Stage()
+            stage.begin(2**20)  # less than they need
+            begins = [stage.place(image.reshape(-1, 3)) for image in images]
+            sent = stage.images(begins, sizes)
+            producer.write(sent, rows, out, 0, how == "published", stage)
             theirs = [on_host(*one, random, side, how) for one in zip(images, rectangles, flips)]
             off = np.abs(np.asarray(out).astype(int) - np.stack(theirs))
             yield how, "training" if random else "validation", int((off > 0).sum()), int(off.max())
@@ -207,18 +225,23 @@ def main(words=None):
     p.add_argument("--batch", type=int, default=768)
     p.add_argument("--records", type=int, default=20000)
     p.add_argument("--seconds", type=float, default=6, help="of each rate")
-    p.add_argument("--only", default="", help="regular expression over the names of rates")
+    p.add_argument(
+        "--only",
+        default="",
+        help="regular expression over the names of rates; pixels = the differences",
+    )
     p.add_argument("--results", type=Path, default=ROOT / "results")
     a = p.parse_args(words)
     command = ["python", "tests/bench_feed.py", *(sys.argv[1:] if words is None else words)]
     about = origin(device_name(), command, NO_SEED, 3)
     small = d.open_data(a.images, verbose=False)
-    for row in agreement(small):
-        print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-        write_rows(a.results / "decoders.csv", [row], ("device", "decoder"), about)
-    if gpu_decode.problem() is None:
-        for found in kernel_differences():
-            print("kernel:", *found, flush=True)
+    if re.search(a.only, "pixels"):
+        for row in agreement(small):
+            print(", ".join(f"{k} {v}" for k, v in row.items()), flush=True)
+            write_rows(a.results / "decoders.csv", [row], ("device", "decoder"), about)
+        if gpu_decode.problem() is None:
+            for found in kernel_differences():
+                print("kernel:", *found, flush=True)
     with tempfile.TemporaryDirectory() as folder:
         repeat_records(a.images, Path(folder) / "set", a.records, a.records // 2)
         data = d.open_data(Path(folder) / "set", verbose=False)

@@ -12,7 +12,7 @@ message.
 --images    a small set of original photographs (TFRecords); its records are repeated until they no longer fit, as they
             are and packed; PyTorch reads them, too (torch_feed.py)
 --gpus      of one process; more than one are compared with one, at the same global batch
---only      regular expression over the names of the rows ("start" = the first starts)
+--only      regular expression over the names of the rows ("start" = the first starts; "torch alone" = only read)
 """
 
 import argparse
@@ -240,7 +240,7 @@ def measure(a, device):
             if one.name == "photographs" and one.case == a.case and re.search(a.only, "validation"):
                 found = validated(work / f"run{i}", work / "photographs", log)
                 write("photographs, validation", one.case, {**shown, "gpus": 1, **found})
-        if a.images and re.search(a.only, "PyTorch"):
+        if a.images and (re.search(a.only, "PyTorch") or re.search(a.only, "torch alone")):
             torch_rows(a, work, log, write)
 
 
@@ -248,8 +248,10 @@ def torch_rows(a, work, log, write):
     "PyTorch on the same photographs"
     bench_sets.image_folder(a.images, work / "folder", a.records)
     size = get_case(a.case).image_size
-    for name in ("cores", "gpu"):
-        for network in ("", "efficientnet_b0"):
+    for name in ("gpu", "cores"):
+        for network in ("efficientnet_b0", ""):
+            if not re.search(a.only, "PyTorch" if network else "torch alone"):
+                continue
             words = [
                 sys.executable,
                 str(ROOT / "tests" / "torch_feed.py"),

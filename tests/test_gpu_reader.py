@@ -36,13 +36,7 @@ class HostProducer:
     def _image(self, pixels):
         return gpu_decode.Image(0, pixels.shape[1] * 3, pixels.shape[:2], pixels)
 
-    def stage(self, sizes):
-        self._alone()
-        HostProducer.sent += len(sizes)
-        arrays = [np.full((*size, 3), 77, np.uint8) for size in sizes]
-        return arrays, [HostProducer._image(self, one) for one in arrays]
-
-    def write(self, images, rows, out, first, published):
+    def write(self, images, rows, out, first, published, stage=None):
         self._alone()
         for i, (image, row) in enumerate(zip(images, rows)):
             out[first + i] = cut(image.owner, row, out.shape[1], published)
@@ -55,8 +49,28 @@ class ExactProducer(HostProducer):
     exact = True
 
 
+class HostStage:
+    "Keeps what is placed"
+
+    def begin(self, room):
+        self.placed = np.zeros(0, np.uint8)
+        self.lock = threading.Lock()
+
+    def place(self, pixels):
+        with self.lock:
+            at = len(self.placed)
+            self.placed = np.concatenate([self.placed, pixels.reshape(-1)])
+        return at
+
+    def images(self, begins, sizes):
+        HostProducer.sent += len(sizes)
+        ends = [at + 3 * h * w for at, (h, w) in zip(begins, sizes)]
+        parts = [self.placed[a:b].reshape(*s, 3) for a, b, s in zip(begins, ends, sizes)]
+        return [gpu_decode.Image(0, 3 * one.shape[1], one.shape[:2], one) for one in parts]
+
+
 def maker(producer=HostProducer):
-    return gpu_reader.Maker(producer, lambda shape: np.zeros(shape, np.uint8))
+    return gpu_reader.Maker(producer, HostStage, lambda shape: np.zeros(shape, np.uint8))
 
 
 def taps(at, corner, scale, size, half):
@@ -104,6 +118,9 @@ def mixed(tmp_path_factory):
 def test_the_same_training_batches(mixed, how, random, producer, monkeypatch):
     monkeypatch.setattr(gpu_reader, "SLICE", 5)
     monkeypatch.setattr(gpu_reader, "AT_ONCE", 4)
+    monkeypatch.setattr(gpu_reader, "spare_cores", lambda: 2)
+    monkeypatch.setattr(gpu_reader, "PIECE", 1)
+    monkeypatch.setattr(gpu_reader.Balance, "count", lambda self, images: 2)
     HostProducer.refused = HostProducer.sent = 0
     args = requested(mixed, 24, 6, how, random)
     theirs = numpy_reader.training_stream(args)
@@ -112,7 +129,9 @@ def test_the_same_training_batches(mixed, how, random, producer, monkeypatch):
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, e)
     ours.close()
-    assert HostProducer.sent > HostProducer.refused > 0  # refused ones, and those that are no JPEG
+    # refused ones, those that are no JPEG, and two of each batch
+    shared = 2 * 9 if producer.exact else 0
+    assert HostProducer.sent - shared > HostProducer.refused > 0
 
 
 @pytest.mark.parametrize("how", ["published", "modern"])
@@ -155,6 +174,17 @@ def test_an_image_of_another_size_than_its_header_is_decoded_again(mixed):
     args = requested(mixed, 24, 6)
     ours, theirs = (gpu_reader.training_stream(args, make) for make in (maker(Odd), maker()))
     np.testing.assert_array_equal(next(ours)[0], next(theirs)[0])
+
+
+def test_the_cores_take_as_much_as_they_can_do_in_time():
+    balance = gpu_reader.Balance()
+    first = balance.count(768)
+    for _ in range(100):
+        balance.learn(True)
+    assert first < balance.count(768) == int(balance.most * 768)
+    for _ in range(100):
+        balance.learn(False)
+    assert 0 < balance.count(768) < first  # it goes on trying
 
 
 def test_a_producer_that_does_not_work_is_told(mixed):

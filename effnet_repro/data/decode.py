@@ -255,7 +255,8 @@ def decode_for(dataset, data: bytes, image_resize: str) -> np.ndarray:
     """
     if isinstance(data, np.ndarray):
         return data
-    return decode_image(data, image_resize == "published", dataset.decoder != "pillow")
+    fast = image_resize == "published" and dataset.decoder != "nvimagecodec"
+    return decode_image(data, fast, dataset.decoder != "pillow")
 
 
 def picture_bytes(

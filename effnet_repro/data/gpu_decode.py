@@ -7,15 +7,17 @@ are not fused, so that the same decoded pixels give the same bytes.
 
 The batch is an array of JAX that nobody else has seen yet: it is made of zeros (`empty`), and the kernel writes into
 its memory before it is handed out. What the GPU decodes does not pass through the host. What the cores decode beside it
-is written into pinned memory (`Producer.stage`) and sent in one piece.
+is written into pinned memory (`Stage`) and sent in one piece.
 """
 
 import contextlib
+import ctypes
 import functools
 import io
 import os
+import threading
 import warnings
-from typing import Any, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, List, NamedTuple, Optional, Sequence
 
 import numpy as np
 
@@ -191,37 +193,65 @@ class Codec:
         return self._decoder.decode(list(data), params=self._how, cuda_stream=stream)
 
 
-class _Block:
-    "Pinned memory of the host and as much of the GPU: what is written into one is sent to the other"
+class Stage:
+    """Pixels that the cores decoded, on their way to a GPU: pinned memory of the host, and as much of the GPU."""
 
-    def __init__(self, driver):
-        self._driver, self.host, self.device, self.room = driver, 0, 0, 0
+    def __init__(self, ordinal: int = 0):
+        from cuda.bindings import driver
 
-    def reserve(self, size):
-        "Have room for so many bytes; what was there is lost where there was less"
-        driver = self._driver
-        if size <= self.room:
-            return
-        if self.room:
-            self.room = 0
-            _checked(driver.cuMemFreeHost(self.host))
-            _checked(driver.cuMemFree(self.device))
-        room = size + size // 4
-        self.host = int(_checked(driver.cuMemHostAlloc(room, 0)))
-        self.device = int(_checked(driver.cuMemAlloc(room)))
-        self.room = room
+        self._driver, self._context = driver, _context(ordinal)[0]
+        self._host, self._device, self._room, self._lock = 0, 0, 0, threading.Lock()
+        self._bytes, self._used, self._late = np.zeros(0, np.uint8), 0, []
 
-    def view(self, at, shape):
-        "An array of bytes in the host's memory"
-        import ctypes
+    def begin(self, room: int):
+        """Forget what was placed, and have room for so many bytes; what does not fit is placed all the same."""
+        self._used, self._late = 0, []
+        if room > self._room:
+            self._grow(room)
 
-        size = int(np.prod(shape))
-        return np.frombuffer(
-            (ctypes.c_uint8 * size).from_address(self.host + at), np.uint8
-        ).reshape(shape)
+    def _grow(self, room):
+        "Have room for so many bytes; what was placed is lost"
+        driver, room = self._driver, -(-int(1.2 * room) // 2**23) * 2**23
+        _checked(driver.cuCtxSetCurrent(self._context))
+        if self._room:
+            self._room, self._bytes = 0, np.zeros(0, np.uint8)
+            _checked(driver.cuMemFreeHost(self._host))
+            _checked(driver.cuMemFree(self._device))
+        self._host = int(_checked(driver.cuMemHostAlloc(room, 0)))
+        self._device = int(_checked(driver.cuMemAlloc(room)))
+        pinned = (ctypes.c_uint8 * room).from_address(self._host)
+        self._room, self._bytes = room, np.frombuffer(pinned, np.uint8)
 
-    def send(self, size, stream):
-        _checked(self._driver.cuMemcpyHtoDAsync(self.device, self.host, size, stream))
+    def place(self, pixels: np.ndarray) -> int:
+        """Copy pixels (P, 3) uint8 to the next free place, in any thread; return which byte that is."""
+        flat = pixels.reshape(-1)
+        with self._lock:
+            at, end = self._used, self._used + flat.size
+            self._used = end
+        if end > self._room:
+            self._late.append((at, flat.copy()))
+        else:
+            self._bytes[at:end] = flat
+        return at
+
+    def images(self, begins: Sequence[int], sizes: Sequence) -> List[Image]:
+        """Return where images of these sizes will be on the GPU; all are placed, and `Producer.write` sends them."""
+        if self._late:
+            end = min(at for at, _ in self._late)
+            there = self._bytes[:end].copy()
+            self._grow(self._used)
+            self._bytes[:end] = there
+            for at, flat in self._late:
+                self._bytes[at : at + flat.size] = flat
+            self._late = []
+        places = zip((self._device + int(at) for at in begins), sizes)
+        return [Image(at, 3 * int(size[1]), tuple(map(int, size)), None) for at, size in places]
+
+    def send(self, stream):
+        """Begin the way of all that was placed to the GPU."""
+        if self._used:
+            copy = self._driver.cuMemcpyHtoDAsync
+            _checked(copy(self._device, self._host, self._used, stream))
 
 
 class Producer:
@@ -238,50 +268,40 @@ class Producer:
         self._stream = _checked(driver.cuStreamCreateWithPriority(flags, first))
         self._codec = Codec(ordinal, max(1, core_count() // PRODUCERS))
         self.exact = self._codec.exact
-        self._table, self._blocks, self._staged = _Block(driver), [], []
+        self._table = Stage(ordinal)
 
     def decode(self, data: Sequence[bytes]) -> List[Optional[Image]]:
         """Decode JPEGs; None for one that nvImageCodec refuses."""
         _checked(self._driver.cuCtxSetCurrent(self._context))
         return [_described(one) for one in self._codec.decode(data, int(self._stream))]
 
-    def stage(self, sizes: Sequence) -> Tuple[List[np.ndarray], List[Image]]:
-        """Return arrays (H, W, 3) uint8 on the host for images of these sizes, and where they will be on the GPU.
-
-        They are to be filled before `write` is called, which sends them.
-        """
-        _checked(self._driver.cuCtxSetCurrent(self._context))
-        if len(self._staged) == len(self._blocks):
-            self._blocks.append(_Block(self._driver))
-        block, at, arrays, images = self._blocks[len(self._staged)], 0, [], []
-        sizes = [(int(height), int(width)) for height, width in sizes]
-        block.reserve(sum(3 * height * width for height, width in sizes))
-        for height, width in sizes:
-            arrays.append(block.view(at, (height, width, 3)))
-            images.append(Image(block.device + at, 3 * width, (height, width), None))
-            at += 3 * height * width
-        self._staged.append(at)
-        return arrays, images
-
     def write(
-        self, images: Sequence[Image], rows: np.ndarray, out: Any, first: int, published: bool
+        self,
+        images: Sequence[Image],
+        rows: np.ndarray,
+        out: Any,
+        first: int,
+        published: bool,
+        stage: Optional[Stage] = None,
     ):
-        """Cut and resize images into `out` from image `first` on, and wait until that is done."""
+        """Cut and resize images into `out` from image `first` on, and wait until that is done.
+
+        What lies on a `stage` is sent before.
+        """
         driver, side, stream = self._driver, out.shape[1], self._stream
         rows["pixels"] = [image.address for image in images]
         rows["pitch"] = [image.pitch for image in images]
         _checked(driver.cuCtxSetCurrent(self._context))
-        self._table.reserve(rows.nbytes)
-        self._table.view(0, (rows.nbytes,))[...] = rows.view(np.uint8)
-        self._table.send(rows.nbytes, stream)
-        for block, size in zip(self._blocks, self._staged):
-            if size:
-                block.send(size, stream)
-        self._staged = []
+        self._table.begin(rows.nbytes)
+        self._table.place(rows.view(np.uint8))
+        (table,) = self._table.images([0], [(1, 1)])
+        for one in (self._table, stage):
+            if one is not None:
+                one.send(stream)
         out.block_until_ready()
         target = int(out.unsafe_buffer_pointer()) + int(first) * side * side * 3
-        values = (self._table.device, target, side, int(published))
-        kinds = (_c("c_void_p"), _c("c_void_p"), _c("c_int"), _c("c_int"))
+        values = (table.address, target, side, int(published))
+        kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
         grid, block = (-(-side // 32), -(-side // 8), len(rows)), (32, 8, 1)
         _checked(driver.cuLaunchKernel(self._kernel, *grid, *block, 0, stream, (values, kinds), 0))
         _checked(driver.cuStreamSynchronize(stream))
@@ -292,12 +312,6 @@ def empty(shape: Sequence[int], ordinal: int = 0) -> Any:
     import jax
 
     return _zeros(tuple(shape), jax.local_devices()[ordinal])()
-
-
-def _c(name):
-    import ctypes
-
-    return getattr(ctypes, name)
 
 
 def _described(image):

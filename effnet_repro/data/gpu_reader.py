@@ -1,26 +1,36 @@
-"""The reader whose images are decoded on a GPU: threads read files, producers decode, cut and resize.
+"""The reader whose images are decoded on a GPU: processes read files, producers decode, cut and resize.
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
 JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. Where
-the GPU's pixels are those of the host exactly, the cores decode a share of all JPEGs, too (`Balance`).
+the GPU's pixels are those of the host exactly, the cores decode a share of all images, too (`Balance`).
+
+Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
+in other processes: with reading in threads, the one interpreter lock let 9,600 images/s through.
 """
 
+import contextlib
 import itertools
 import queue
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Callable, Iterator, NamedTuple, Tuple
+from dataclasses import dataclass, replace
+from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
 
 import numpy as np
 
+from effnet_repro.data.catalog import one_split
 from effnet_repro.data.decode import decode_image, located, read_image, wants_fast_dct
-from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, empty
+from effnet_repro.data.device import whole_images
+from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty
+from effnet_repro.data.rectangles import PIECE, ROOM, RectanglesJob
 from effnet_repro.data.request import TrainRequest, ValidationRequest
+from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import core_count, made_ahead
 from effnet_repro.data.transforms import validation_window
 
-SLICE = 64  # Images that a thread reads at a time
+SLICE = 64  # Images that are read at a time
 AT_ONCE = 512  # Most images that a producer decodes at a time: they all lie in the GPU's memory
-_READERS = 8  # Threads, at most: while one reads, others wait for the disk
+READERS = 3  # Processes that read
+_THREADS = 8  # The same as threads, where processes do not pay
 
 
 class _Cuts(NamedTuple):
@@ -45,7 +55,13 @@ def _central(sizes, request):
     "The cuts of validation: the central square of whole images"
     windows = [validation_window(*s, request.image_size, request.image_resize) for s in sizes]
     new, corner = np.array(windows).swapaxes(0, 1)
-    return _Cuts(np.concatenate([0 * sizes, sizes], 1), new, corner, np.zeros(len(sizes), bool))
+    return _Cuts(whole_images(sizes), new, corner, np.zeros(len(sizes), bool))
+
+
+def _squares(parts, flips, side):
+    "The cuts of training: a rectangle of each image becomes the square"
+    new, corner = np.full((len(parts), 2), side), np.zeros((len(parts), 2))
+    return _Cuts(parts, new, corner, flips)
 
 
 def _read(dataset, split, numbers, upright):
@@ -62,126 +78,226 @@ def _read(dataset, split, numbers, upright):
     return found, np.array(sizes), turns
 
 
+@dataclass(frozen=True)
+class ReadJob:
+    """Reads some images, JPEGs as they are, and draws what is done to them, as in `team`."""
+
+    request: Union[TrainRequest, ValidationRequest]
+    split: str
+
+    def __call__(self, numbers: np.ndarray, places: np.ndarray):
+        """Return the bytes of all, one behind the other; and lengths, which are JPEGs, sizes, cuts and labels."""
+        request = self.request
+        found, sizes, turns = _read(request.dataset, self.split, numbers, request.upright)
+        labels = np.zeros(0, np.int32)
+        if self.split == "train":
+            parts, flips, labels = request.draw(numbers, places, sizes, turns)
+        if self.split == "train" and request.random:
+            cuts = _squares(parts, flips, request.image_size)
+        else:
+            cuts = _central(sizes, request)
+        jpegs = [isinstance(data, bytes) for data in found]
+        parts = [np.frombuffer(d, np.uint8) if j else d.reshape(-1) for d, j in zip(found, jpegs)]
+        lengths = [part.size for part in parts]
+        return np.concatenate(parts), (lengths, jpegs, sizes, tuple(cuts), labels)
+
+
+class _Read(NamedTuple):
+    "Images of a batch that are to be decoded on the GPU"
+
+    numbers: np.ndarray  # (n,)
+    data: list  # A JPEG as an array of bytes, or pixels (H, W, 3)
+    jpegs: list  # Which are JPEGs
+    sizes: np.ndarray  # (n, 2)
+
+    @classmethod
+    def of(cls, numbers, results):
+        "From what `ReadJob` returned, piece by piece; and the cuts and labels of all"
+        found, every, columns = [], [], []
+        for flat, (lengths, jpegs, sizes, cuts, labels) in results:
+            some = np.split(flat, np.cumsum(lengths)[:-1])
+            found += [one if j else one.reshape(*s, 3) for one, j, s in zip(some, jpegs, sizes)]
+            every += jpegs
+            columns.append((sizes, labels, *cuts))
+        sizes, labels, *cuts = (np.concatenate(column) for column in zip(*columns))
+        return cls(numbers, found, every, sizes), _Cuts(*cuts), labels
+
+    def part(self, at):
+        return _Read(*(column[at] for column in self))
+
+
 class Balance:
-    """Which share of the JPEGs the cores decode beside a GPU: as many as let both be done at the same time.
+    """Which share of the images the cores make beside a GPU: as many as let both be done at the same time.
 
     The pixels are the same, so nothing depends on the share but the time.
     """
 
-    step = 1 / 64
+    step, most = 1 / 64, 0.35
 
-    def __init__(self, most: float = 0.5, share: float = 0.2):
-        self.most, self.share = most, min(share, most)
+    def __init__(self, share: float = 0.1):
+        self.share = share
 
     def count(self, images: int) -> int:
-        """Return how many of so many images the cores decode."""
+        """Return how many of so many images the cores make."""
         return int(self.share * images)
 
     def learn(self, cores_wait: bool):
         """Take in whether the cores were done first."""
         change = self.step if cores_wait else -self.step
-        self.share = min(max(self.share + change, 0.0), self.most)
+        self.share = min(max(self.share + change, self.step), self.most)
 
 
-def _images(producer, cores, balance, where, found, sizes):
-    """The images of a producer for what `_read` found; `cores` decode a share, and what the producer refuses.
-
-    `where` is the data set, the split and the numbers of the images.
-    """
-    dataset, split, numbers = where
-
-    def on_host(i, out):
-        with located(dataset, split, numbers[i]):
-            out[...] = decode_image(found[i]) if isinstance(found[i], bytes) else found[i]
-
-    def begin(some):
-        arrays, images = producer.stage(sizes[some])
-        return dict(zip(some, images)), [cores.submit(on_host, *one) for one in zip(some, arrays)]
-
-    jpegs = [i for i, one in enumerate(found) if isinstance(one, bytes)]
-    shared = jpegs[: balance.count(len(jpegs))] if producer.exact else []
-    others = [i for i, one in enumerate(found) if not isinstance(one, bytes)]
-    images, begun = begin(shared + others)
-    mine = jpegs[len(shared) :]
-    decoded = producer.decode([found[i] for i in mine]) if mine else ()
-    if mine and producer.exact:
-        balance.learn(all(one.done() for one in begun))
-    fine = lambda i, one: one is not None and tuple(one.size) == tuple(sizes[i])
-    images.update((i, one) for i, one in zip(mine, decoded) if fine(i, one))
-    more, late = begin([i for i in mine if i not in images])
-    images.update(more)
-    for one in begun + late:
-        one.result()
-    return [images[i] for i in range(len(found))]
-
-
-class _Batch(NamedTuple):
-    "What is asked of a producer"
-
-    split: str
-    numbers: np.ndarray  # Images, (n,)
-    shape: tuple  # Of the array; images beyond n stay black
-    cuts: Callable  # From sizes (n, 2) and orientations to `_Cuts` and what else the consumer gets
+def spare_cores() -> int:
+    """Return how many cores may decode beside a GPU: the others read, feed it, and run the training loop."""
+    return max(0, core_count() - 6)
 
 
 class Maker(NamedTuple):
-    """What makes images: producers, which are kept for the next stream, and the arrays that they write into."""
+    """What makes images: producers and stages, which are kept for the next stream, and arrays to write into."""
 
     producer: Callable[[], Any] = Producer
+    stage: Callable[[], Any] = Stage
     empty: Callable[[tuple], Any] = empty
 
 
 ON_GPU = Maker()
-_KEPT = {}  # Producers that no stream uses, by what made them
+_KEPT = {}  # Lists of producers and of stages that no stream uses, by what made them
 
 
-def _made(request, batches, make: Maker) -> Iterator[Tuple[Any, Any]]:
-    "Yield the arrays of batches, and what else their `cuts` return, made ahead"
-    dataset, published = request.dataset, request.image_resize == "published"
-    kept, producers, balance = _KEPT.setdefault(make.producer, []), queue.SimpleQueue(), Balance()
-    for _ in range(PRODUCERS):
-        producers.put(None)  # taken or begun by the first batch that needs it
+def _kept(make):
+    "Take one of what is kept, or make it"
+    kept = _KEPT.setdefault(make, [])
+    return kept.pop() if kept else make()
 
-    def produce(batch, out, slices):
-        producer = producers.get()
+
+class _Batch(NamedTuple):
+    "What is asked for"
+
+    numbers: np.ndarray  # Images, (n,)
+    places: np.ndarray  # In the run, (n,)
+    shape: tuple  # Of the array; images beyond n stay black
+
+
+class _Stream:
+    "Makes the arrays of batches in threads, ahead of who takes them"
+
+    def __init__(self, request, split, make):
+        small = replace(request, dataset=one_split(request.dataset, split))
+        self.request, self.split, self.make = small, split, make
+        self.published = request.image_resize == "published"
+        self.producers, self.balance, self.room = queue.SimpleQueue(), Balance(), 2**18
+        first = _kept(make.producer)
+        for one in (first, *[None] * (PRODUCERS - 1)):  # the others are made when they are needed
+            self.producers.put(one)
+        self.pools, self.cores = contextlib.ExitStack(), None
+        self.pools.callback(self._keep)
         try:
-            if producer is None:
-                producer = kept.pop() if kept else make.producer()
-            read = [one.result() for one in slices]
-            found, sizes, turns = ([x for part in read for x in part[k]] for k in range(3))
-            sizes = np.array(sizes)
-            cuts, rest = batch.cuts(sizes, turns)
-            rows = cuts.rows()
-            for part in np.array_split(np.arange(len(found)), -(-len(found) // AT_ONCE)):
-                part = slice(int(part[0]), int(part[-1]) + 1)
-                where = dataset, batch.split, batch.numbers[part]
-                images = _images(producer, cores, balance, where, found[part], sizes[part])
-                producer.write(images, rows[part], out, part.start, published)
-            return out, rest
+            self._open(first)
         except BaseException:
-            producer = None  # the cores may still write into its memory
+            self.pools.close()
+            raise
+
+    def _open(self, first):
+        pays = pays_processes(len(self.request.dataset.splits[self.split].label))
+        room, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
+        team = lambda *args: self.pools.enter_context(Team(*args))
+        self.readers = team(ReadJob(self.request, self.split), room, count)
+        if first.exact and spare_cores() and self.split == "train":
+            self.cores = team(RectanglesJob(self.request), room, spare_cores())
+        pool = lambda count: self.pools.enter_context(ThreadPoolExecutor(count))
+        self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.pools.close()
+
+    def _keep(self):
+        while not self.producers.empty():
+            one = self.producers.get()
+            if one is not None:
+                _KEPT[self.make.producer].append(one)
+
+    def begin(self, batch):
+        "Hand out the work of a batch; the future gives its array and labels"
+        numbers, places = batch.numbers, batch.places
+        shared = self.balance.count(len(numbers)) if self.cores else 0
+        own, stage, pieces = len(numbers) - shared, None, []
+        parts = np.array_split(np.arange(own), -(-own // SLICE))
+        slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
+        if shared:
+            stage = _kept(self.make.stage)
+            stage.begin(self.room * shared)
+            for at in range(own, len(numbers), PIECE):
+                piece = slice(at, at + PIECE)
+                pieces.append(self.cores.submit((numbers[piece], places[piece]), stage.place))
+        out = self.make.empty(batch.shape)
+        return self.producing.submit(self._produce, numbers[:own], out, slices, stage, pieces)
+
+    def _produce(self, numbers, out, slices, stage, pieces):
+        producer = self.producers.get()
+        try:
+            producer = producer or _kept(self.make.producer)
+            read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
+            rows, own = cuts.rows(), len(numbers)
+            for part in np.array_split(np.arange(own), -(-own // AT_ONCE)):
+                part = slice(int(part[0]), int(part[-1]) + 1)
+                images, sent = self._decoded(producer, read.part(part))
+                producer.write(images, rows[part], out, part.start, self.published, sent)
+                self._give_back(sent)
+            if pieces:
+                self.balance.learn(all(one.done() for one in pieces))
+                more = self._from_cores(producer, out, own, stage, pieces)
+                labels = np.concatenate([labels, more])
+            return out, labels
+        except BaseException:
+            producer = None  # what it was about to do is unknown
             raise
         finally:
-            producers.put(producer)
+            self.producers.put(producer)
 
-    with ThreadPoolExecutor(PRODUCERS) as pool, ThreadPoolExecutor(
-        min(_READERS, core_count())
-    ) as readers, ThreadPoolExecutor(max(1, core_count() - PRODUCERS - 1)) as cores:
+    def _decoded(self, producer, read):
+        "The images of a producer for what was read; and a stage with those that it refuses, or None"
+        jpegs, sizes = np.flatnonzero(read.jpegs), read.sizes
+        decoded = producer.decode([read.data[i] for i in jpegs]) if len(jpegs) else ()
+        fine = lambda i, one: one is not None and tuple(one.size) == tuple(sizes[i])
+        images = {i: one for i, one in zip(jpegs, decoded) if fine(i, one)}
+        every = range(len(read.data))
+        late = [i for i in every if i not in images]
+        if not late:
+            return [images[i] for i in every], None
 
-        def begin(batch):
-            parts = np.array_split(batch.numbers, -(-len(batch.numbers) // SLICE))
-            how = dataset, batch.split
-            slices = [readers.submit(_read, *how, part, request.upright) for part in parts]
-            return pool.submit(produce, batch, make.empty(batch.shape), slices)
+        def on_host(i):
+            if not read.jpegs[i]:
+                return read.data[i]
+            with located(self.request.dataset, self.split, read.numbers[i]):
+                return decode_image(read.data[i].tobytes())
 
-        try:
-            for done in made_ahead(begin, batches, PRODUCERS + 1):
-                yield done.result()
-        finally:
-            pool.shutdown()
-            while not producers.empty():
-                kept.append(producers.get())
-            kept[:] = [one for one in kept if one is not None]
+        stage = _kept(self.make.stage)
+        stage.begin(int(3 * sizes[late].prod(1).sum()))
+        begins = [stage.place(pixels.reshape(-1, 3)) for pixels in self.rescuing.map(on_host, late)]
+        images.update(zip(late, stage.images(begins, sizes[late])))
+        return [images[i] for i in every], stage
+
+    def _from_cores(self, producer, out, first, stage, pieces):
+        "Write what the cores made into `out`; the labels"
+        begins, rest = zip(*(one.result() for one in pieces))
+        sizes, flips, labels = map(np.concatenate, zip(*rest))
+        counts = [3 * size.prod(1) for size, _, _ in rest]
+        begins = np.concatenate([at + np.cumsum(n) - n for at, n in zip(begins, counts)])
+        self.room = max(self.room, int(1.1 * 3 * sizes.prod(1).sum() / len(sizes)))
+        cuts = _central(sizes, self.request)
+        if self.request.random:
+            cuts = _squares(whole_images(sizes), flips, self.request.image_size)
+        images = stage.images(begins, sizes)
+        producer.write(images, cuts.rows(), out, first, self.published, stage)
+        self._give_back(stage)
+        return labels
+
+    def _give_back(self, stage):
+        if stage is not None:
+            _KEPT[self.make.stage].append(stage)
 
 
 def training_stream(
@@ -198,17 +314,12 @@ def training_stream(
         begins = range(0, local, SLICE)
         taken = [request.take(update, at, min(at + SLICE, local)) for at in begins]
         numbers, places = (np.concatenate(column) for column in zip(*taken))
+        return _Batch(numbers, places, (local, size, size, 3))
 
-        def cuts(sizes, turns):
-            parts, flips, labels = request.draw(numbers, places, sizes, turns)
-            if not request.random:
-                return _central(sizes, request), labels
-            new, corner = np.full((len(parts), 2), size), np.zeros((len(parts), 2))
-            return _Cuts(parts, new, corner, flips), labels
-
-        return _Batch("train", numbers, (local, size, size, 3), cuts)
-
-    return _made(request, map(batch, itertools.count(request.first_update)), make)
+    with _Stream(request, "train", make) as stream:
+        batches = map(batch, itertools.count(request.first_update))
+        for done in made_ahead(stream.begin, batches, PRODUCERS + 1):
+            yield done.result()
 
 
 def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
@@ -224,10 +335,14 @@ def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
     def batch(group):
         real = group.reshape(-1)
         real = real[real >= 0]  # fillers come last
-        cuts = lambda sizes, turns: (_central(sizes, request), None)
-        return _Batch("validation", real, (group.size, size, size, 3), cuts)
+        return _Batch(real, real, (group.size, size, size, 3))
 
-    made = _made(request, map(batch, groups), make)
-    for group, (images, _) in zip(groups, made):
-        for i, some in enumerate(group):
-            yield (images[i * each : (i + 1) * each], *request.known(some))
+    with _Stream(request, "validation", make) as stream:
+        made = made_ahead(stream.begin, map(batch, groups), PRODUCERS + 1)
+        for group, done in zip(groups, made):
+            images, _ = done.result()
+            if len(group) == 1:
+                yield (images, *request.known(group[0]))
+                continue
+            for i, some in enumerate(group):
+                yield (images[i * each : (i + 1) * each], *request.known(some))

@@ -19,7 +19,7 @@ from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import made_ahead
 
 PIECE = 8  # Images of a batch that a thread or a process decodes at a time
-_ROOM = 2**24  # Bytes of a piece, mostly; only what is used takes memory
+ROOM = 2**24  # Bytes of a piece, mostly; only what is used takes memory
 
 
 class Rectangles(NamedTuple):
@@ -101,7 +101,7 @@ def rectangle_batches(request: TrainRequest) -> Iterator[Rectangles]:
     """Yield the rectangles of one update after the other, without end, two updates ahead."""
     local = request.order.local
     job = RectanglesJob(replace(request, dataset=one_split(request.dataset, "train")))
-    room = _ROOM if pays_processes(request.dataset.train_count) else None
+    room = ROOM if pays_processes(request.dataset.train_count) else None
     begins = range(0, local, PIECE)
     most = 0  # pixels of a batch, so far
     with Team(job, room) as team, ThreadPoolExecutor(1) as assembler:

@@ -30,7 +30,8 @@ class HostProducer:
         refuses = [len(one) % 5 == 0 for one in data]
         HostProducer.refused += sum(refuses)
         return [
-            None if no else self._image(decode.decode_image(one)) for no, one in zip(refuses, data)
+            None if no else self._image(decode.decode_image(one.tobytes()))
+            for no, one in zip(refuses, data)
         ]
 
     def _image(self, pixels):

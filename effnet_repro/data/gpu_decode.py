@@ -23,6 +23,7 @@ import numpy as np
 
 from effnet_repro.data.threads import core_count
 
+KEPT_BYTES = 2**31  # Of a GPU's memory that decoded images leave, and the next ones take
 PRODUCERS = 3  # While one waits for its kernel or draws crops, the others' images are decoded
 
 ROW = np.dtype(
@@ -114,6 +115,12 @@ def _context(ordinal):
     device = _checked(driver.cuDeviceGet(ordinal))
     context = _checked(driver.cuDevicePrimaryCtxRetain(device))
     _checked(driver.cuCtxSetCurrent(context))
+    with contextlib.suppress(
+        AttributeError, TypeError, RuntimeError
+    ):  # images come and go: keep their memory
+        memory = _checked(driver.cuDeviceGetDefaultMemPool(device))
+        most = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
+        _checked(driver.cuMemPoolSetAttribute(memory, most, driver.cuuint64_t(KEPT_BYTES)))
     kind = driver.CUdevice_attribute
     names = (
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",

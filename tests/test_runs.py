@@ -1,7 +1,11 @@
 """What a run writes down: scores, rows, records of validations, and averages."""
 
+import subprocess
+import sys
+
 import numpy as np
 import pytest
+from tiny import PYTHON
 
 from effnet_repro.ops import get_ops
 from effnet_repro.recipe import count_correct
@@ -34,3 +38,23 @@ def test_the_first_of_the_largest_logits_decides(backend):
     ops = get_ops(backend)  # a loss that is not a number ends a training step before anyone counts
     correct = count_correct(ops, ops.asarray(logits[whole]), ops.asarray(labels[whole]))
     assert float(correct) == (rank < 1).sum()
+
+
+EVENTS = """
+import sys
+from pathlib import Path
+from effnet_repro.runs.watch import Events
+events = Events(Path(sys.argv[1]))
+events.write({"epoch": 1, "update": 3, "loss": 0.5})
+assert "tensorflow" not in sys.modules
+"""
+
+
+def test_events_are_written_without_tensorflow(tmp_path):
+    "Under JAX, TensorBoard would import TensorFlow at the first epoch's end, for its file system"
+    env = {**PYTHON, "KERAS_BACKEND": "jax"}
+    words = [sys.executable, "-c", EVENTS, str(tmp_path)]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    (file,) = tmp_path.glob("events.*")
+    assert b"loss" in file.read_bytes()

@@ -1,7 +1,9 @@
 """What is seen of a run while it trains: the progress bar, TensorBoard's events, the figure and a line an epoch."""
 
 import contextlib
+import sys
 from pathlib import Path
+from types import ModuleType
 
 from effnet_repro.messages import say
 from effnet_repro.runs.metrics import save_curves
@@ -53,6 +55,8 @@ class Events:
 
     def write(self, row: dict):
         """Write the numbers of a row of metrics.csv."""
+        if "tensorflow" not in sys.modules:  # with this name TensorBoard leaves TensorFlow alone
+            sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
         try:
             from tensorboard.summary import Writer
         except ImportError:

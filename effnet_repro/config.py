@@ -257,6 +257,10 @@ class Case(_OnIPUs):
         return self.global_batch_size // size, size
 
     @property
+    def mixes(self) -> bool:  # Whether images of a training step are mixed
+        return bool(self.mixup_alpha or self.cutmix_lambda)
+
+    @property
     def proxy_norm(self) -> bool:  # Whether the activations are proxy-normalized
         return self.norm.endswith("_PN")
 
@@ -271,8 +275,7 @@ CHOICES = {name: f.choices for name, f in FIELDS.items() if f.choices}
 PUBLISHED_KEYS = {f.published: name for name, f in FIELDS.items() if f.published}
 EARLIER = {n: f.earlier for n, f in FIELDS.items() if f.earlier is not UNCHANGED}
 NETWORK_FIELDS = tuple(n for n, f in FIELDS.items() if f.weights)
-_FIXED = ("name", "precision", "gradient_accumulation", "num_replicas", "num_stages")
-_FIXED += ("pipeline_splits",)
+_FIXED = "name precision gradient_accumulation num_replicas num_stages pipeline_splits".split()
 RUN_FIELDS = tuple(
     n for n, f in FIELDS.items() if not f.weights and "IPU" not in f.group and n not in _FIXED
 )

@@ -77,7 +77,7 @@ class Draws:
         """Return name -> array for one micro-batch, numbered over all replicas, without what the case switches off."""
         case = self.case
         drawn = draw_masks(self.spec, case.micro_batch_size, self.seed, update, micro_batch)
-        if case.mixup_alpha or case.cutmix_lambda:
+        if case.mixes:
             here = case.micro_batch_size // case.mix_groups[1]  # groups of a micro-batch
             for name, v in self._mixing_of(update).items():
                 drawn[name] = (v if here == 1 else v.reshape(-1, here, *v.shape[1:]))[micro_batch]

@@ -47,7 +47,7 @@ def share_out(
     devices: int,  # There are
 ) -> int:  # Devices that take part
     """Return over how many devices a training step can be shared out, whole mixing groups to each."""
-    parts = case.mix_groups[0] if case.mixup_alpha or case.cutmix_lambda else case.global_batch_size
+    parts = case.mix_groups[0] if case.mixes else case.global_batch_size
     return max(n for n in range(1, devices + 1) if parts % n == 0)
 
 

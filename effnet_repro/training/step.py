@@ -36,10 +36,6 @@ class Program(NamedTuple):
     seed: int
 
     @property
-    def mixes(self) -> bool:
-        return bool(self.case.mixup_alpha or self.case.cutmix_lambda)
-
-    @property
     def own_groups(self) -> int:  # Size of the groups that are mixed within a micro-batch, or 0
         size = self.case.mix_groups[1]
         return 0 if self.case.micro_batch_size % size else size
@@ -65,7 +61,7 @@ def micro_loss(
     "Compute the training loss of one micro-batch"
     case, spec = program.case, program.spec
     soft = draws["targets"] if "targets" in draws else ops.one_hot(labels, spec.num_classes)
-    if program.mixes and "targets" not in draws:
+    if case.mixes and "targets" not in draws:
         images, soft = mix(ops, images, soft, **draws, group_size=program.own_groups)
     x = ops.cast(images, program.precision)
     for segment in segments(spec):
@@ -90,14 +86,14 @@ def micro_batches(
     case, ops, batch = program.case, current_ops(), dict(batch)
     drawn = {n: batch.pop(n) for n in DRAWS if n in batch}
     k, m, size = case.gradient_accumulation // devices, case.micro_batch_size, case.mix_groups[1]
-    if program.mixes and not program.own_groups:
+    if case.mixes and not program.own_groups:
         images = ops.reshape(batch["images"], (k * m, *ops.shape(batch["images"])[1:]))
         targets = ops.one_hot(batch["labels"], program.spec.num_classes)
         images, targets = mix(ops, images, targets, **drawn, group_size=size)
         batch["images"], drawn = ops.cast(images, program.precision), {"targets": targets}
     cut = lambda x, n: ops.reshape(x, (k, n, *ops.shape(x)[1:]))
     batch.update({name: cut(batch[name], m) for name in ("images", "labels")})
-    if program.mixes:
+    if case.mixes:
         batch.update({n: cut(x, m if n == "targets" else m // size) for n, x in drawn.items()})
     return batch
 
@@ -192,12 +188,12 @@ def use_devices(
     import jax
 
     k, have = case.gradient_accumulation, jax.local_device_count()
-    groups = case.mix_groups[0] if case.mixup_alpha or case.cutmix_lambda else k
+    groups = case.mix_groups[0] if case.mixes else k
     n = max(d for d in range(1, have + 1) if k % d == 0 and groups % d == 0)
     if have > 1:
-        way_out = (
-            "" if n == have else ": more join in when they divide the number (micro_batch_size)"
-        )
+        odd = [f"its {k} micro-batches (micro_batch_size)"] * bool(k % have)
+        odd += [f"its {groups} groups of mixed images (mix_group_size)"] * bool(groups % have)
+        way_out = f": {have} do not divide {' and '.join(odd)}" if odd else ""
         say(f"devices: {n} of {have} share the {k} micro-batches of an update{way_out}")
     if n == 1:
         return contextlib.nullcontext()
@@ -235,7 +231,7 @@ def _shared_gradients(program, names, weights, batch):
         *sums, moving = _jax_gradients(program, names, weights, batch, first)
         return (*jax.lax.psum(sums, axis), jax.lax.pmean(moving, axis))
 
-    batch = {n: v for n, v in batch.items() if program.mixes or n not in DRAWS}
+    batch = {n: v for n, v in batch.items() if program.case.mixes or n not in DRAWS}
     how = jax.tree.map(lambda v: share if v.ndim else whole, batch)
     how.update(pixels=whole) if "pixels" in batch else None
     run = jax.shard_map(part, mesh=mesh, in_specs=(whole, how), out_specs=whole, check_vma=False)

@@ -72,6 +72,39 @@ def run(devices, path):
     return json.loads(done.stdout.splitlines()[-1]), np.load(path)
 
 
+def join():
+    "What two devices have made becomes one batch, and the message about devices that stay out"
+    import jax
+    import jax.numpy as jnp
+    import keras
+
+    from effnet_repro.training import stream, use_devices
+
+    with use_devices(case_of(8)):
+        parts = [jax.device_put(jnp.full((2, 3, 3, 3), i), jax.local_devices()[i]) for i in (0, 1)]
+        whole = stream.joined(parts)
+        layout = keras.distribution.distribution().get_data_layout(whole.shape).backend_layout
+        places = [int(one.data.mean()) for one in whole.addressable_shards]
+        print(json.dumps([whole.shape, places, whole.sharding == layout, stream.joined(3)]))
+    with use_devices(override(case_of(32), mix_group_size=64)):
+        pass
+
+
+def test_parts_of_a_batch_are_joined_where_they_are():
+    env = {**PYTHON, "KERAS_BACKEND": "jax"}
+    env["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
+    words = [sys.executable, "-c", "import test_devices; test_devices.join()"]
+    done = subprocess.run(words, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    both, found, alone = done.stdout.splitlines()
+    assert both == "devices: 2 of 2 share the 8 micro-batches of an update"
+    assert json.loads(found) == [[4, 3, 3, 3], [0, 1], True, 3]
+    assert alone.startswith(
+        "devices: 1 of 2 share the 2 micro-batches of an update: 2 do not divide"
+    )
+    assert "1 groups of mixed images (mix_group_size)" in alone
+
+
 @pytest.mark.long
 def test_four_devices_send_sums_alone_and_train_as_one(tmp_path):
     said, four = run(4, tmp_path / "four.npz")

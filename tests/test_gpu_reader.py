@@ -19,8 +19,8 @@ class HostProducer:
     refused = sent = 0
     exact = False
 
-    def __init__(self):
-        self.thread = None
+    def __init__(self, gpu):
+        self.thread, self.gpu = None, gpu
 
     def _alone(self):
         assert self.thread in (None, threading.get_ident())  # no two threads at once
@@ -53,6 +53,9 @@ class ExactProducer(HostProducer):
 class HostStage:
     "Keeps what is placed"
 
+    def __init__(self, gpu):
+        self.gpu = gpu
+
     def begin(self, room):
         self.placed = np.zeros(0, np.uint8)
         self.lock = threading.Lock()
@@ -71,7 +74,7 @@ class HostStage:
 
 
 def maker(producer=HostProducer):
-    return gpu_reader.Maker(producer, HostStage, lambda shape: np.zeros(shape, np.uint8))
+    return gpu_reader.Maker(producer, HostStage, lambda shape, gpu: np.zeros(shape, np.uint8))
 
 
 def taps(at, corner, scale, size, half):
@@ -97,9 +100,9 @@ def cut(pixels, row, side, published):
     return np.clip(np.rint(value), 0, 255).astype(np.uint8)
 
 
-def requested(data, size, batch, how="published", random=True, first=3):
+def requested(data, size, batch, how="published", random=True, first=3, gpus=(0,)):
     order = request.batch_order(data, batch, 5, (0, 1))
-    return request.TrainRequest(data, order, size, how, random, 0.05, first)
+    return request.TrainRequest(data, order, size, how, random, 0.05, first, gpus)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +180,24 @@ def test_an_image_of_another_size_than_its_header_is_decoded_again(mixed):
     np.testing.assert_array_equal(next(ours)[0], next(theirs)[0])
 
 
+def test_each_gpu_makes_its_own_part_of_a_batch(mixed, monkeypatch):
+    made = []
+
+    class Told(ExactProducer):
+        def write(self, images, rows, out, *more):
+            made.append((self.gpu, len(out)))
+            super().write(images, rows, out, *more)
+
+    monkeypatch.setattr(gpu_reader, "spare_cores", lambda: 4)
+    ours = gpu_reader.training_stream(requested(mixed, 24, 6, gpus=(1, 3)), maker(Told))
+    theirs = gpu_reader.training_stream(requested(mixed, 24, 6), maker())
+    for (parts, labels), (images, theirs_too) in islice(zip(ours, theirs), 3):
+        np.testing.assert_array_equal(np.concatenate(parts), images)
+        np.testing.assert_array_equal(labels, theirs_too)
+    ours.close()
+    assert set(made) == {(1, 3), (3, 3)}
+
+
 def test_the_cores_take_as_much_as_they_can_do_in_time():
     balance = gpu_reader.Balance()
     first = balance.count(768)
@@ -189,7 +210,7 @@ def test_the_cores_take_as_much_as_they_can_do_in_time():
 
 
 def test_a_producer_that_does_not_work_is_told(mixed):
-    def make():
+    def make(gpu):
         raise RuntimeError("no GPU")
 
     with pytest.raises(RuntimeError, match="no GPU"):

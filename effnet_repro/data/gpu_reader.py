@@ -20,7 +20,7 @@ import numpy as np
 from effnet_repro.data.catalog import one_split
 from effnet_repro.data.decode import decode_image, located, read_image, wants_fast_dct
 from effnet_repro.data.device import whole_images
-from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty
+from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty, keep, kept
 from effnet_repro.data.rectangles import PIECE, ROOM, RectanglesJob
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.team import Team, pays_processes
@@ -153,21 +153,14 @@ def spare_cores() -> int:
 
 
 class Maker(NamedTuple):
-    """What makes images: producers and stages, which are kept for the next stream, and arrays to write into."""
+    """What makes images on a GPU, given its number: producers and stages, which are kept, and arrays to write into."""
 
-    producer: Callable[[], Any] = Producer
-    stage: Callable[[], Any] = Stage
-    empty: Callable[[tuple], Any] = empty
+    producer: Callable[[int], Any] = Producer
+    stage: Callable[[int], Any] = Stage
+    empty: Callable[[tuple, int], Any] = empty
 
 
 ON_GPU = Maker()
-_KEPT = {}  # Lists of producers and of stages that no stream uses, by what made them
-
-
-def _kept(make):
-    "Take one of what is kept, or make it"
-    kept = _KEPT.setdefault(make, [])
-    return kept.pop() if kept else make()
 
 
 class _Batch(NamedTuple):
@@ -181,12 +174,12 @@ class _Batch(NamedTuple):
 class _Stream:
     "Makes the arrays of batches in threads, ahead of who takes them"
 
-    def __init__(self, request, split, make):
+    def __init__(self, request, split, make, gpu=0, gpus=1):
         small = replace(request, dataset=one_split(request.dataset, split))
-        self.request, self.split, self.make = small, split, make
+        self.request, self.split, self.make, self.gpu, self.gpus = small, split, make, gpu, gpus
         self.published = request.image_resize == "published"
         self.producers, self.balance, self.room = queue.SimpleQueue(), Balance(), 2**18
-        first = _kept(make.producer)
+        first = kept(make.producer, gpu)
         for one in (first, *[None] * (PRODUCERS - 1)):  # the others are made when they are needed
             self.producers.put(one)
         self.pools, self.cores = contextlib.ExitStack(), None
@@ -202,8 +195,9 @@ class _Stream:
         room, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
         team = lambda *args: self.pools.enter_context(Team(*args))
         self.readers = team(ReadJob(self.request, self.split), room, count)
-        if first.exact and spare_cores() and self.split == "train":
-            self.cores = team(RectanglesJob(self.request), room, spare_cores())
+        spare = spare_cores() // self.gpus
+        if first.exact and spare and self.split == "train":
+            self.cores = team(RectanglesJob(self.request), room, spare)
         pool = lambda count: self.pools.enter_context(ThreadPoolExecutor(count))
         self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
 
@@ -217,7 +211,7 @@ class _Stream:
         while not self.producers.empty():
             one = self.producers.get()
             if one is not None:
-                _KEPT[self.make.producer].append(one)
+                keep(self.make.producer, self.gpu, one)
 
     def begin(self, batch):
         "Hand out the work of a batch; the future gives its array and labels"
@@ -227,18 +221,18 @@ class _Stream:
         parts = np.array_split(np.arange(own), -(-own // SLICE))
         slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
         if shared:
-            stage = _kept(self.make.stage)
+            stage = kept(self.make.stage, self.gpu)
             stage.begin(self.room * shared)
             for at in range(own, len(numbers), PIECE):
                 piece = slice(at, at + PIECE)
                 pieces.append(self.cores.submit((numbers[piece], places[piece]), stage.place))
-        out = self.make.empty(batch.shape)
+        out = self.make.empty(batch.shape, self.gpu)
         return self.producing.submit(self._produce, numbers[:own], out, slices, stage, pieces)
 
     def _produce(self, numbers, out, slices, stage, pieces):
         producer = self.producers.get()
         try:
-            producer = producer or _kept(self.make.producer)
+            producer = producer or kept(self.make.producer, self.gpu)
             read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
             rows, own = cuts.rows(), len(numbers)
             for part in np.array_split(np.arange(own), -(-own // AT_ONCE)):
@@ -274,7 +268,7 @@ class _Stream:
             with located(self.request.dataset, self.split, read.numbers[i]):
                 return decode_image(read.data[i].tobytes())
 
-        stage = _kept(self.make.stage)
+        stage = kept(self.make.stage, self.gpu)
         stage.begin(int(3 * sizes[late].prod(1).sum()))
         begins = [stage.place(pixels.reshape(-1, 3)) for pixels in self.rescuing.map(on_host, late)]
         images.update(zip(late, stage.images(begins, sizes[late])))
@@ -297,7 +291,7 @@ class _Stream:
 
     def _give_back(self, stage):
         if stage is not None:
-            _KEPT[self.make.stage].append(stage)
+            keep(self.make.stage, self.gpu, stage)
 
 
 def training_stream(
@@ -305,18 +299,34 @@ def training_stream(
 ) -> Iterator[Tuple[Any, np.ndarray]]:
     """Yield images (B, S, S, 3) uint8 on the GPU and labels (B,) int32 of one update after the other.
 
-    Tests give a `make` without a GPU.
+    With several GPUs the images are a list: each GPU has made its part of the batch, in their order. Tests give a
+    `make` without a GPU.
     """
     wants_fast_dct(request.dataset, request.image_resize)
-    size, local = request.image_size, request.order.local
+    if len(request.gpus) == 1:
+        yield from _part(request, make, 0)
+        return
+    with contextlib.ExitStack() as streams:
+        parts = [_part(request, make, i) for i in range(len(request.gpus))]
+        for one in parts:
+            streams.callback(one.close)
+        for some in zip(*parts):
+            images, labels = zip(*some)
+            yield list(images), np.concatenate(labels)
+
+
+def _part(request, make, index):
+    "The images that one of the request's GPUs makes of each update, and their labels"
+    size, local, gpus = request.image_size, request.order.local, len(request.gpus)
+    first, last = (local * i // gpus for i in (index, index + 1))
 
     def batch(update):
-        begins = range(0, local, SLICE)
-        taken = [request.take(update, at, min(at + SLICE, local)) for at in begins]
+        begins = range(first, last, SLICE)
+        taken = [request.take(update, at, min(at + SLICE, last)) for at in begins]
         numbers, places = (np.concatenate(column) for column in zip(*taken))
-        return _Batch(numbers, places, (local, size, size, 3))
+        return _Batch(numbers, places, (last - first, size, size, 3))
 
-    with _Stream(request, "train", make) as stream:
+    with _Stream(request, "train", make, request.gpus[index], gpus) as stream:
         batches = map(batch, itertools.count(request.first_update))
         for done in made_ahead(stream.begin, batches, PRODUCERS + 1):
             yield done.result()

@@ -44,6 +44,7 @@ def training_batches(
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
     image_resize: str = "published",  # Or "modern": see `resize`
     reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
+    gpus: Tuple[int, ...] = (0,),  # Of the reader "nvimagecodec"; with several, a list of arrays
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     """Stream shuffled training batches"""
     if reader not in _ALL:
@@ -52,7 +53,8 @@ def training_batches(
     check_resize(image_resize)
     order = batch_order(dataset, global_batch_size, seed, shard)
     random = preprocessing == "train"
-    request = TrainRequest(dataset, order, image_size, image_resize, random, area_min, first_update)
+    rest = random, area_min, first_update, tuple(gpus)
+    request = TrainRequest(dataset, order, image_size, image_resize, *rest)
     return _ALL[reader].training_stream(request)
 
 

@@ -97,6 +97,7 @@ class TrainRequest:
     random: bool = True  # Crops and flips; False = the validation crop
     area_min: float = 0.05  # Smallest crop, share of the area
     first_update: int = 0
+    gpus: Tuple[int, ...] = (0,)  # That make the images where GPUs decode, each its part of a batch
 
     @property
     def upright(self) -> bool:

@@ -30,7 +30,7 @@ def _controls(case, update, updates_per_epoch, seed):
     fixed = {"update": np.int32(update), "learning_rate": rate}
     if case.body_rate != 1:
         fixed["body_rate"] = np.float32(case.body_rate)
-    if not (case.mixup_alpha or case.cutmix_lambda):
+    if not case.mixes:
         return fixed
     draws = draw_mixing(
         mixup_alpha=case.mixup_alpha,
@@ -72,9 +72,32 @@ def _arrays(args, how):
         reader = "jax"  # the GPU resizes
     if reader == "tensorflow":
         stream = tensorflow_arrays(training_batches, *args, **how)
+    elif reader == "nvimagecodec":
+        stream = training_batches(*args, reader=reader, gpus=range(_sharing()), **how)
     else:
         stream = training_batches(*args, reader=reader, **how)
-    return ({"images": images, "labels": labels} for images, labels in stream)
+    return ({"images": joined(images), "labels": labels} for images, labels in stream)
+
+
+def _sharing():
+    "How many devices share a training step"
+    distribution = keras.distribution.distribution()
+    return 1 if distribution is None else distribution.device_mesh.devices.size
+
+
+def joined(images):
+    """Return the images of a training step as one array, if they are a list: parts, made on one device after the other.
+
+    No part leaves its device.
+    """
+    if not isinstance(images, list):
+        return images
+    import jax
+
+    shape = (sum(map(len, images)), *images[0].shape[1:])
+    layout = keras.distribution.distribution().get_data_layout(shape).backend_layout
+    parts = [jax.device_put(one, device) for one, device in zip(images, jax.local_devices())]
+    return jax.make_array_from_single_device_arrays(shape, layout, parts)
 
 
 def _resident(pixels, stream):

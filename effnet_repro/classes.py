@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Callable, Optional, Sequence
 
 import numpy as np
 
@@ -82,7 +82,19 @@ def match_classes(source, metadata: dict, data):
     return replace(data, class_names=tuple(names), splits=splits)
 
 
-def match_run(run_dir, data):
-    """Return `data` with its labels in the order of the run that goes on in `run_dir`, if there is one."""
-    found, _ = find_checkpoints(Path(run_dir) / "checkpoints")  # the run says which are damaged
-    return match_classes(found[-1], read_metadata(found[-1]), data) if found else data
+def match_run(run_dir, data, lead: Callable = lambda work: work()):
+    """Return `data` with its labels in the order of the run that goes on in `run_dir`, if there is one.
+
+    `lead` returns what a function without arguments returns; of several processes only one may read the folder.
+    """
+
+    def newest():
+        found, _ = find_checkpoints(Path(run_dir) / "checkpoints")  # the run says which are damaged
+        return (
+            (found[-1], {"class_names": read_metadata(found[-1]).get("class_names")})
+            if found
+            else None
+        )
+
+    there = lead(newest)
+    return data if there is None else match_classes(*there, data)

@@ -12,8 +12,18 @@ import sys
 LOG = logging.getLogger("effnet_repro")
 
 
+_MUTED = []
+
+
+def mute(quiet: bool = True) -> None:
+    """Let `say` say nothing: of processes that work together, one speaks."""
+    _MUTED[:] = [True] if quiet else []
+
+
 def say(text: str, file=None) -> None:
     """Tell a step of the work: print it on `file` (None is standard output), or log it where `LOG` has handlers."""
+    if _MUTED:
+        return
     if LOG.handlers:
         LOG.info(text)
     else:

@@ -34,7 +34,7 @@ LAYERS = [
     "pipeline keras_layers finetuning",
     "efficientnet",
     "runs",
-    "results gpu_plan",
+    "results gpu_plan distributed",
     "convert",
     "transfer",
     "training ipu planner",

@@ -3,6 +3,9 @@
 import sys
 
 from effnet_repro.cli import main
+from effnet_repro.cli.processes import leave
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    leave(status)
+    sys.exit(status)

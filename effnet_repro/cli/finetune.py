@@ -15,6 +15,7 @@ from effnet_repro.cli.options import (
     source_arguments,
     start_keras,
 )
+from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import (
     LAYOUT_FIELDS,
     batch_fields,
@@ -25,6 +26,7 @@ from effnet_repro.cli.resolve import (
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
 from effnet_repro.convert import format_of
 from effnet_repro.data import open_data
+from effnet_repro.distributed import here, is_child
 from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning, stored_split
 from effnet_repro.transfer import read_body, resolve_transfer, transfer_batches
 
@@ -108,19 +110,25 @@ def _plan_transfer(args):
 def finetune_command(args):
     "Train the last layers of a trained network a little more: at another resolution, or for other classes."
     options = run_options(args)
+    if check_distributed(args) and not args.dry_run:
+        if not is_child():
+            return launch(args, "finetune")
+        start_keras(args)
+    lead = here().lead
     if args.new_head:
-        plan = _plan_transfer(args)
+        plan = lead_plan(lambda: _plan_transfer(args))
     else:
         if args.arch:
             raise UsageError("--arch is for files of PyTorch. They need --new-head.")
-        source, trained = checked_source(args, init_path=args.init_path)
+        source, trained = lead(lambda: checked_source(args, init_path=args.init_path))
         if args.print_poprun:
             return print_poprun(args, "finetune", trained, source)
         if runs_on_ipus(args):
+            check_distributed(args, on_ipus=True)
             args.protocol = args.protocol or "published"
             return finetune_on_ipus(args, source, trained)
         start_keras(args)
-        plan = _plan_finetuning(args, source, trained)
+        plan = lead_plan(lambda: _plan_finetuning(args, source, trained))
     plan = settled_on_device(plan, precision_of(args))
     show_plan(plan)
     if args.dry_run:

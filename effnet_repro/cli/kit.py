@@ -13,6 +13,7 @@ import traceback
 from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 from effnet_repro.config import unknown_name
+from effnet_repro.distributed import here
 
 
 class UsageError(ValueError):
@@ -23,6 +24,7 @@ EXIT_STATUSES = {
     0: "done",
     1: "it failed while running; the line on stderr says why and what to do",
     2: "the command line cannot be run as it stands: unknown flag, case or value",
+    75: "--distributed: a process was lost, or told to stop by SIGTERM after saving; start the same command again",
     130: "stopped by Ctrl-C or SIGTERM after saving; the same command goes on",
 }
 
@@ -119,6 +121,9 @@ def run_program(command, argv):
         if "--debug" in argv:
             traceback.print_exc()
         status = 130 if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, UsageError) else 1
+        status = getattr(e, "exit_status", status)
+        if getattr(e, "told", False) and here().index:  # another process says it
+            return status
         line = "interrupted" if status == 130 else one_line(e)
         line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""

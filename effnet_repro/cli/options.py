@@ -14,9 +14,11 @@ import sys
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.fields import config_arguments, named_case
 from effnet_repro.cli.kit import UsageError, choice, real_number, whole_number
+from effnet_repro.cli.processes import distributed_arguments, join_by_flags
 from effnet_repro.config import unknown_name
 from effnet_repro.data.decoders import DECODERS
 from effnet_repro.data.files import first_image
+from effnet_repro.distributed import has_joined, here, is_child
 from effnet_repro.ipu import has_graphcore_wheel
 from effnet_repro.runs import quiet_stderr, read_case
 
@@ -127,8 +129,15 @@ def run_arguments(parser):
     parser.add_argument(
         "--keep", type=whole_number, metavar="N", default=2, help="checkpoints to keep"
     )
+    parser.add_argument(
+        "--checkpoint-every",
+        type=real_number,
+        metavar="MINUTES",
+        help="save within an epoch, too; default: at its end only",
+    )
     begun_from = "which of the run to begin from: last, average, auto (the average of a long run)"
     weights_argument(parser, ("auto", "last", "average"), begun_from)
+    distributed_arguments(parser)
     parser.add_argument("--no-progress", action="store_true", help="no progress bar")
     parser.add_argument("--dry-run", action="store_true", help="print what would run, and stop")
 
@@ -197,6 +206,8 @@ def run_options(args):
         raise UsageError(
             "--keep must be at least 1: the newest checkpoint is what a run goes on from."
         )
+    if args.checkpoint_every is not None and args.checkpoint_every <= 0:
+        raise UsageError("--checkpoint-every must be minutes above 0.")
     if args.validate_every < 0 or args.seed < 0:
         raise UsageError("--validate-every and --seed must be at least 0.")
     return {
@@ -210,6 +221,8 @@ def run_options(args):
         "validate_every": None if args.no_validation else args.validate_every,
         "weights": args.weights,
         "keep": args.keep,
+        "checkpoint_every": args.checkpoint_every,
+        "distributed": args.distributed,
         "progress": not args.no_progress and sys.stderr.isatty(),
     }
 
@@ -270,6 +283,8 @@ def start_keras(args):
     with quiet(), _hidden("sklearn", "pandas", "matplotlib", "matplotlib.pyplot"):
         from effnet_repro.training import configure, device_name
     configure()
+    if getattr(args, "distributed", False) and is_child() and not has_joined():
+        join_by_flags(args)
     with quiet():
         device_name()
 
@@ -280,6 +295,8 @@ def finish_run(run, args):
     After a training these are a fine-tuning, a validation and, where the data are files of images, a prediction; after
     a fine-tuning the last two.
     """
+    if here().index:  # the first process says it
+        return 0 if run.finished else 130
     if not run.finished:
         print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
         return 130

@@ -16,8 +16,10 @@ from effnet_repro.cli.options import (
     run_options,
     start_keras,
 )
+from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import named_start, plan_training, settled_on_device, show_plan
 from effnet_repro.config import CHOICES, case_from_dict
+from effnet_repro.distributed import here, is_child
 from effnet_repro.scaling import mod32_warning
 
 
@@ -48,6 +50,7 @@ def _train_arguments(parser):
     effnet-train B0-G16-LN_PN-Half_16IPU_2x8
     effnet-train B0-G16-LN_PN-Half_16IPU_2x8 --dry-run
     effnet-train B1-G16-LN_PN-Half_16IPU_4x4 --data-dir /data/imagenet --run-dir runs/b1 --micro-batch-size 64
+    effnet-train B0-G16-LN_PN-Half_16IPU_2x8 --data-dir /data/imagenet --distributed
     effnet-train --config-path config.yml --config B0-G1-GN-Native_16IPU_2x8 --no-validation
     """,
 )
@@ -59,17 +62,22 @@ def train_command(args):
         case, args.ipus, _ = ipu_case(args, start)
         return print_poprun(args, "train", case)
     if runs_on_ipus(args):
+        check_distributed(args, on_ipus=True)
         return train_on_ipus(args, start, run_dir)
-    plan = plan_training(args, run_dir)
+    if check_distributed(args) and not args.dry_run:
+        if not is_child():
+            return launch(args, "train")
+        start_keras(args)
+    plan = lead_plan(lambda: plan_training(args, run_dir))
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))
     print(f"{plan.case.name}, {plan.resolved.why or f'budget {plan.budget}'}")
     show_plan(plan)
     if args.restore_path:
-        load_metadata(args.restore_path)
+        here().lead(lambda: load_metadata(args.restore_path))
     if args.init_path:
-        trained = case_from_dict(load_metadata(args.init_path)["case"])
+        trained = case_from_dict(here().lead(lambda: load_metadata(args.init_path))["case"])
         warning = mod32_warning(trained.image_size, plan.case.image_size)
         print("" if not warning else f"warning: {warning}", end="\n" if warning else "", flush=True)
     if args.dry_run:

@@ -5,9 +5,11 @@ another run, and writes checkpoints, averages and rows through a `Recorder`. Not
 """
 
 import contextlib
+import signal
+import time
 from collections import deque
 from dataclasses import replace
-from typing import Dict, Optional
+from typing import Any, Callable, Dict, Optional
 
 import numpy as np
 
@@ -25,7 +27,7 @@ from effnet_repro.runs.tables import write_json
 from effnet_repro.runs.task import Task
 from effnet_repro.runs.watch import Events, ProgressBar, show_epoch
 
-#: Steps after which several processes agree whether to stop; a single one looks after every step.
+#: Steps after which several processes agree whether to stop, where that is a message of its own.
 AGREE_EVERY = 16
 
 
@@ -36,7 +38,7 @@ def execute(task: Task, runtime: Runtime) -> Run:
     run or a checkpoint that does not fit, RuntimeError where another process uses the folder, FloatingPointError where
     the loss is no longer finite.
     """
-    data = runtime.settle(match_run(task.run_dir, task.data), task.run_dir)
+    data = runtime.settle(match_run(task.run_dir, task.data, runtime.lead), task.run_dir)
     task = replace(task, data=data)
     first = runtime.process[0] == 0
     if not data.validation_count and task.options.validate_every is not None:
@@ -50,7 +52,10 @@ def execute(task: Task, runtime: Runtime) -> Run:
             stack.enter_context(lock_folder(task.run_dir))
         facts, skipped = task.facts(runtime.precision), len(task.data.damaged)
         recorder = Recorder(task.run_dir, course, facts, skipped, runtime.process)
-        stop = stack.enter_context(StopSignals())
+        leave = (
+            (signal.SIGTERM,) if runtime.shares else ()
+        )  # which a runtime of several processes sees
+        stop = stack.enter_context(StopSignals(leave=leave))
         stack.callback(runtime.close)
         return _Loop(task, runtime, recorder, stop).run()
 
@@ -63,6 +68,7 @@ class _Loop:
         self.events = Events(recorder.run_dir / "events")
         self.unread = deque()  # (the step before, result of `advance`), the oldest first
         self.bar: Optional[ProgressBar] = None
+        self.saved_at = time.monotonic()
 
     def run(self) -> Run:
         """Do all of it."""
@@ -70,7 +76,7 @@ class _Loop:
         try:
             self._begin()
             self._train()
-            scores, finished = self._final_scores(), True
+            scores, finished = self._led(self._final_scores) or {}, True
         except Stopped:
             self._stop_here()
             finished = False
@@ -85,7 +91,7 @@ class _Loop:
     def _begin(self):
         "Go on from the newest checkpoint, if there is one, and describe what is still to be done"
         recorder, runtime, task = self.recorder, self.runtime, self.task
-        found = recorder.find()
+        found = runtime.lead(recorder.find)
         if found is None:
             runtime.begin(task.data, 0, task.weights)
         else:
@@ -98,10 +104,9 @@ class _Loop:
             runtime.say_cost()
         if self._asked_to_stop():
             raise Stopped
-        if recorder.writes:
-            row = recorder.complete_row(self._measure)
-            if recorder.last_scores is not None:
-                show_epoch(recorder, row, self.events)
+        row = self._led(lambda: recorder.complete_row(self._measure))
+        if recorder.writes and recorder.last_scores is not None:
+            show_epoch(recorder, row, self.events)
 
     def _restore(self, path, arrays, metadata):
         "Give the runtime what a checkpoint holds"
@@ -119,16 +124,19 @@ class _Loop:
     def _train(self):
         "Do the steps that are left"
         recorder = self.recorder
-        last, alone = recorder.course.last_step, self.runtime.process[1] == 1
+        last = recorder.course.last_step
+        always = self.runtime.process[1] == 1 or self.runtime.shares
         self.bar = ProgressBar(last, recorder.step, self.task.options.progress and recorder.writes)
         try:
             while recorder.step < last:
                 before = recorder.step // AGREE_EVERY
                 self._advance()
-                agree = alone or recorder.step // AGREE_EVERY != before
+                agree = always or recorder.step // AGREE_EVERY != before
                 if recorder.ends_epoch():
                     self._end_epoch()
                     agree = True
+                elif always and recorder.writes and self._is_due():
+                    self._save()
                 if agree and self._asked_to_stop():
                     raise Stopped
         finally:
@@ -157,14 +165,22 @@ class _Loop:
 
     def _asked_to_stop(self) -> bool:
         "Whether any process was asked to stop; then all do, after the same step"
-        asked = self.stop.stop_requested
-        if self.runtime.process[1] == 1:
-            return asked
-        return any(part[0] for part in self.runtime.gather(np.float32([asked])))
+        return self.runtime.stops(self.recorder.step, self.stop.stop_requested)
+
+    def _is_due(self) -> bool:
+        "Whether the newest checkpoint is older than the user wants"
+        minutes = self.task.options.checkpoint_every
+        return minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+
+    def _save(self):
+        "Save within an epoch"
+        self._read()
+        self.recorder.save(self.runtime.state())
+        self.saved_at = time.monotonic()
 
     def _share_sums(self):
-        "A process knows the loss of its own images only: tell all of all"
-        if self.runtime.process[1] > 1:
+        "Where a process knows the loss of its own images only: tell all of all"
+        if self.runtime.process[1] > 1 and not self.runtime.shares:
             meter = self.recorder.meter
             meter.share(self.runtime.gather(meter.sums))
 
@@ -175,10 +191,11 @@ class _Loop:
         recorder = self.recorder
         self._read()
         self._share_sums()
+        row = self._led(lambda: recorder.end_epoch(self.runtime.state(), self._measure))
+        self.saved_at = time.monotonic()
         if not recorder.writes:
             recorder.meter.reset()
             return
-        row = recorder.end_epoch(self.runtime.state(), self._measure)
         show_epoch(recorder, row, self.events)
 
     def _stop_here(self):
@@ -194,15 +211,32 @@ class _Loop:
         with contextlib.suppress(OSError):  # the terminal is gone
             say(f"stopped after update {recorder.step}{where}")
 
+    def _led(self, work: Callable[[], Any]) -> Any:
+        "Let the first process write down something; where it measures meanwhile, the others measure with it"
+        runtime = self.runtime
+        if self.recorder.writes:
+            result = work()
+            if runtime.shares:
+                runtime.lead(lambda: None)  # done
+            return result
+        while runtime.shares:
+            order = runtime.lead(lambda: None)
+            if order is None:
+                break
+            runtime.scores(*order)
+        return None
+
     def _measure(self, arrays: Optional[Dict[str, np.ndarray]] = None) -> Scores:
         "Measure the runtime's weights, with `arrays` in place of its own; a stop comes between two batches"
         alone = self.runtime.process[1] == 1  # several processes stop together, after a step
+        if self.runtime.shares:
+            self.runtime.lead(lambda: (arrays,))
         return self.runtime.scores(arrays, self.stop.check if alone else lambda: None)
 
     def _final_scores(self) -> Dict[str, Scores]:
         "Validate the last weights, if that was not just done, and the averaged ones; write both down"
         recorder, average = self.recorder, self.recorder.average
-        if self.task.options.validate_every is None or not recorder.writes:
+        if self.task.options.validate_every is None:
             return {}
         scores = {"last": recorder.last_scores or self._measure()}
         if average.count:

@@ -1,7 +1,7 @@
 """What a run asks of whatever computes it: Keras, a pipeline on IPUs, or a test's few lines of NumPy."""
 
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import numpy as np
 
@@ -20,6 +20,9 @@ class Runtime:
     precision: str = ""  # Type that is computed in, such as "bfloat16" or "16.16"
     process: Tuple[int, int] = (0, 1)  # (index, count) of the processes that train together
     ahead: int = 0  # Results that may stay unread while the device goes on
+    shares: bool = (
+        False  # Whether several processes measure together, and each knows the loss of all images
+    )
 
     def settle(self, data: DataSet, run_dir: Path) -> DataSet:
         """Return the data set as it will be read; what the run in `run_dir` was begun with may decide."""
@@ -61,6 +64,16 @@ class Runtime:
     def gather(self, values: np.ndarray) -> List[np.ndarray]:
         """Return the `values` of every process, in every process; all call it at the same steps."""
         return [values]
+
+    def lead(self, work: Callable[[], Any]) -> Any:
+        """Return what `work` returns; where the first process reads for all, what it returns there."""
+        return work()
+
+    def stops(self, step: int, asked: bool) -> bool:
+        """Return whether a run ends after training step `step`, because this or another process was asked to stop."""
+        if self.process[1] == 1:
+            return asked
+        return any(part[0] for part in self.gather(np.float32([asked])))
 
     def environment(self) -> dict:
         """Return what environment.json holds; see `environment.describe_machine`."""

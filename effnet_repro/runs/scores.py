@@ -28,6 +28,7 @@ def score(
     classes: int,  # Outputs of the network
     image_size: int,  # Side of the pictures, pixels
     where: str = "the data",  # Named in the error when there are no pictures
+    processes=None,  # `Processes` that each measure a part of the images; None = this one alone
 ) -> Scores:
     "Measure logits against labels"
     total, confusion, started, timed = np.zeros(4), np.zeros((classes, classes), int), None, 0
@@ -46,14 +47,16 @@ def score(
         np.add.at(confusion, (labels, logits.argmax(1)), mask.astype(int))
         timed += 0 if started is None else int(mask.sum())
         started = started or time.perf_counter()
-    seconds = time.perf_counter() - (started or time.perf_counter())
+    seconds, several = time.perf_counter() - (started or time.perf_counter()), 1
+    if processes is not None and processes.count > 1:
+        several, total, confusion = processes.count, processes.add(total), processes.add(confusion)
     n = int(total[3])
     if n == 0:
         raise ValueError(
             f"There are no validation pictures in {where}. It needs validation-* files, or a folder "
             "validation/ or val/ of class folders."
         )
-    speed = timed / seconds if timed else float("nan")
+    speed = several * timed / seconds if timed else float("nan")
     return Scores(*(float(t) for t in total[:3] / n), n, image_size, speed, confusion)
 
 

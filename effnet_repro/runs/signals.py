@@ -16,13 +16,16 @@ class StopSignals:
     "Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current update; the second stops at once"
 
     def __init__(
-        self, follow=None
-    ):  # An object; its `stop_requested` is set to True. None = this one
+        self,
+        follow=None,  # An object; its `stop_requested` is set to True. None = this one
+        leave=(),  # Signals that somebody else looks after
+    ):
+        self.leave = leave
         self.follow, self.old, self.stop_requested = self if follow is None else follow, {}, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
-            for number in _stop_signals():
+            for number in set(_stop_signals()) - set(self.leave):
                 self.old[number] = signal.signal(number, self._ask)
         return self
 

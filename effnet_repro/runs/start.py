@@ -1,7 +1,7 @@
 """Weights that another run left, to begin from: read, and refused where they do not fit."""
 
 from pathlib import Path
-from typing import Dict, NamedTuple, Optional
+from typing import Callable, Dict, NamedTuple, Optional
 
 import numpy as np
 
@@ -28,9 +28,12 @@ def begin_from(
     weights: str,  # "last", "average", or "auto" = the average after a long run
     data: DataSet,  # To train on
     case: Optional[Case] = None,  # To train; None = the one that the weights were trained with
+    lead: Callable = lambda work: (
+        work()
+    ),  # Returns what a function does, where one process reads for all
 ) -> Start:
     """Read weights to begin from. Raises ValueError where network, classes or their number are others."""
-    arrays, metadata, source = load_weights(init, weights)
+    arrays, metadata, source = lead(lambda: load_weights(init, weights))
     arrays, trained = drop_statistics(arrays, say), case_from_dict(metadata["case"])
     data = match_classes(source, metadata, data)
     check_init(source, metadata, data, case or trained)

@@ -1,5 +1,6 @@
 """What is to be trained, for how long, and what the files of a run say of it."""
 
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,8 +23,16 @@ class Options:
     validate_every: Optional[int] = 1  # Epochs; 0 = only at the end, None = never
     keep: int = 2  # Checkpoints, >= 1
     progress: bool = True  # Whether to draw a progress bar
+    checkpoint_every: Optional[float] = None  # Minutes; None = at the end of each epoch only
 
     def __post_init__(self):
+        minutes = self.checkpoint_every
+        if minutes is not None and not (
+            isinstance(minutes, (int, float)) and 0 < minutes < math.inf
+        ):
+            raise ValueError(
+                f"`checkpoint_every` must be minutes above 0, or None. Received: checkpoint_every={minutes!r}."
+            )
         for name, lowest in (("seed", 0), ("keep", 1), ("validate_every", 0)):
             value = getattr(self, name)
             if name == "validate_every" and value is None:

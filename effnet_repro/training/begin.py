@@ -1,9 +1,11 @@
 """Train a case, or fine-tune a trained network, for its own classes or for others: what a user calls."""
 
+from dataclasses import replace
 from typing import Optional, Sequence, Union
 
 from effnet_repro.config import Case, get_case
 from effnet_repro.data import open_data, say_found
+from effnet_repro.distributed import ALONE, join_others, told
 from effnet_repro.messages import say
 from effnet_repro.runs import (
     Options,
@@ -47,37 +49,45 @@ def train(
     keep: int = 2,  # Checkpoints to keep, >= 1; the average needs none of them
     progress: bool = True,  # Whether to draw a progress bar
     config_path=None,  # File of cases and budgets in the form of config.yml; None = the published
+    distributed: bool = False,  # Whether other processes take part: see `53_processes`
+    checkpoint_every: Optional[float] = None,  # Minutes; None = at the end of each epoch only
     **overrides,  # Fields of the case, e.g. epochs=3, image_size=64; None means what the case says
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
     configure(backend)
+    processes = join_others() if distributed else ALONE
     keep_compiled()
-    reading = data_format, on_corrupt, decoder, validation_split
-    if isinstance(case, Resolved):
-        refuse_more(run_dir, overrides)
-        plan = case
-        data = plan.data or _open_training_set(data_dir, plan.run_dir, *reading)
-    else:
-        start = get_case(case, config_path) if isinstance(case, str) else case
-        run_dir = training_folder(start, run_dir)
-        data, given = _open_training_set(data_dir, run_dir, *reading), data_dir is not None
-        plan = resolve_training(start, run_dir, budget, given, config_path, data, **overrides)
-        if plan.why:
-            say(plan.why)
-    say_found(data)
-    arrays, notes = None, plan.notes
-    if init is not None:
-        arrays, data, source, _ = begin_from(init, weights, data, plan.case)
-        notes = {**notes, "init": str(source)}
-    case = settle_run(plan, precision).case
-    options = Options(seed, validate_every, keep, progress)
-    task = Task(case, data, plan.run_dir, arrays, options, notes)
-    return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
+    options = Options(seed, validate_every, keep, progress, checkpoint_every)
+    reading, lead = (data_format, on_corrupt, decoder, validation_split), processes.lead
+    given = data_dir is not None
+    same = dict(case=str(case), budget=budget, init=init is None, data_given=given, **overrides)
+    with told(processes, same):
+        if isinstance(case, Resolved):
+            refuse_more(run_dir, overrides)
+            plan = case
+            data = plan.data or _open_training_set(data_dir, plan.run_dir, lead, *reading)
+        else:
+            start = get_case(case, config_path) if isinstance(case, str) else case
+            run_dir = training_folder(start, run_dir)
+            data = _open_training_set(data_dir, run_dir, lead, *reading)
+            how = (start, run_dir, budget, given, config_path, data)
+            plan = lead(lambda: replace(resolve_training(*how, **overrides), data=None))
+            if plan.why:
+                say(plan.why)
+        say_found(data)
+        arrays, notes = None, plan.notes
+        if init is not None:
+            arrays, data, source, _ = begin_from(init, weights, data, plan.case, lead)
+            notes = {**notes, "init": str(source)}
+        case = settle_run(plan, precision).case
+        task = Task(case, data, plan.run_dir, arrays, options, notes)
+        validates = validate_every is not None
+        return execute(task, KerasRuntime(case, seed, precision, validates, processes))
 
 
-def _open_training_set(data_dir, run_dir, data_format, on_corrupt, decoder, validation_split):
+def _open_training_set(data_dir, run_dir, lead, data_format, on_corrupt, decoder, validation_split):
     "The data of a run, with the share for validation that it began with"
-    share = validation_split or stored_split(run_dir)
+    share = validation_split or lead(lambda: stored_split(run_dir))
     how = _reading(data_format, on_corrupt, decoder, share)
     return open_data(data_dir, verbose=False, **how)
 
@@ -110,50 +120,66 @@ def finetune(
     validate_every: Optional[int] = 1,
     keep: int = 2,
     progress: bool = True,
+    distributed: bool = False,  # Whether other processes take part: see `53_processes`
+    checkpoint_every: Optional[float] = None,  # Minutes; None = at the end of each epoch only
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
     "Train the last layers of a trained network a little more: at another resolution, or for other classes"
     configure(backend)
+    processes = join_others() if distributed else ALONE
     keep_compiled()
     if arch and not new_head:
         raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
-    reading = data_format, on_corrupt, decoder
+    options = Options(seed, validate_every, keep, progress, checkpoint_every)
+    reading, lead = (data_format, on_corrupt, decoder), processes.lead
     how = dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
-    if isinstance(init, Resolved):
-        refuse_more(run_dir, overrides)
-        plan = init
-    elif new_head:
-        data = _open_training_set(data_dir, run_dir, *reading, validation_split)
-        body = read_body(init, weights, arch)
-        plan = resolve_transfer(body, init, data, run_dir, protocol=protocol, **how, **overrides)
-    else:
-        how.update(protocol=protocol or "published", data_given=data_dir is not None)
-        plan = resolve_finetuning(init, run_dir, **how, **overrides)
-    begin, data = _with_new_head, plan.data
-    if not isinstance(plan, Transfer):
-        share = validation_split or stored_split(plan.run_dir, plan.init)
-        begin = _with_old_head
-        data = open_data(data_dir, verbose=False, **_reading(*reading, share))
-    say_found(data)
-    source, arrays, data = begin(plan, weights, data, seed)
-    case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)
-    say(
-        f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
-        + ("" if not warning else f"\nwarning: {warning}")
-    )
-    case = settle_run(plan, precision).case
-    options = Options(seed, validate_every, keep, progress)
-    task = Task(case, data, plan.run_dir, arrays, options, {**plan.notes, "init": str(source)})
-    return execute(task, KerasRuntime(case, seed, precision, validate_every is not None))
+    same = dict(new_head=new_head, protocol=protocol, data_given=data_dir is not None)
+    with told(processes, {**same, **how, **overrides}):
+        opened = lambda run_dir: _open_training_set(
+            data_dir, run_dir, lead, *reading, validation_split
+        )
+        data = None
+        if isinstance(init, Resolved):
+            refuse_more(run_dir, overrides)
+            plan = init
+        elif new_head:
+            data = opened(run_dir)
+            how.update(protocol=protocol, **overrides)
+            made = lambda: resolve_transfer(
+                read_body(init, weights, arch), init, data, run_dir, **how
+            )
+            plan = lead(lambda: replace(made(), data=None))
+        else:
+            how.update(protocol=protocol or "published", data_given=data_dir is not None)
+            plan = lead(lambda: resolve_finetuning(init, run_dir, **how, **overrides))
+        begin = _with_new_head
+        if isinstance(plan, Transfer):
+            data = data or plan.data or opened(plan.run_dir)
+        else:
+            share = validation_split or lead(lambda: stored_split(plan.run_dir, plan.init))
+            begin = _with_old_head
+            data = open_data(data_dir, verbose=False, **_reading(*reading, share))
+        say_found(data)
+        source, arrays, data = begin(plan, weights, data, seed, lead)
+        case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)
+        say(
+            f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
+            + ("" if not warning else f"\nwarning: {warning}")
+        )
+        case = settle_run(plan, precision).case
+        notes = {**plan.notes, "init": str(source)}
+        task = Task(case, data, plan.run_dir, arrays, options, notes)
+        validates = validate_every is not None
+        return execute(task, KerasRuntime(case, seed, precision, validates, processes))
 
 
-def _with_old_head(plan, weights, data, seed):
+def _with_old_head(plan, weights, data, seed, lead):
     "Weights of a run for its own classes: (file, arrays, the data in the network's order)"
-    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start)
+    arrays, data, source, _ = begin_from(plan.init, weights, data, plan.start, lead)
     return source, arrays, data
 
 
-def _with_new_head(plan, weights, data, seed):
+def _with_new_head(plan, weights, data, seed, lead):
     "Weights of any file, with a classifier for the classes of the data: (file, arrays, data)"
     start = new_head_for(plan.body, data.class_names, seed)
     for note in plan.body.notes:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from effnet_repro.data.cache import cache_folder
-from effnet_repro.training.device import has_jax_gpu
+from effnet_repro.training.device import has_jax_gpu, has_other_processes
 
 LOG = logging.getLogger(__name__)
 #: Of all that is kept
@@ -96,7 +96,7 @@ def compile_once(
     import jax
 
     jitted = jax.jit(function, donate_argnums=donate)
-    if not has_jax_gpu():
+    if not has_jax_gpu() or has_other_processes():  # JAX's own cache keeps what several compile
         return jitted.lower(*args).compile()
     path = _folder() / "programs" / f"{_name(key, args)}.bin"
     try:

@@ -5,6 +5,7 @@ import functools
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Callable
 
 import keras
 
@@ -37,12 +38,13 @@ def _works(decoder):
     return why is None
 
 
-def settle_decoder(data: DataSet, run_dir=None) -> DataSet:
+def settle_decoder(data: DataSet, run_dir=None, lead: Callable = lambda work: work()) -> DataSet:
     """Return the data set with the decoder of a run, and print it.
 
     Where the user did not choose, a run that goes on keeps the decoder it began with, as long as it is installed.
+    `lead` returns what a function without arguments returns; of several processes only one may read the folder.
     """
-    stored = _stored_decoder(run_dir, data)
+    stored = lead(lambda: _stored_decoder(run_dir, data))
     if data.decoder == "auto" and stored is not None:
         with contextlib.suppress(ValueError, ImportError):  # begun on another machine
             decoder_here(replace(data, decoder=stored))

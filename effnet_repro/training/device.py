@@ -115,6 +115,15 @@ def has_jax_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def has_other_processes() -> bool:
+    """Return whether Keras computes with JAX in one of several processes that joined each other."""
+    if keras.backend.backend() != "jax":
+        return False
+    import jax
+
+    return jax.process_count() > 1
+
+
 def device_name() -> str:  # e.g. "CPU, 2 cores" or the GPU's name
     "Name the device that the backend computes on"
     if keras.backend.backend() == "jax":

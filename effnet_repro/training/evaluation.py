@@ -11,6 +11,7 @@ import numpy as np
 
 from effnet_repro.data import DataSet
 from effnet_repro.data.threads import core_count
+from effnet_repro.distributed import ALONE, Processes
 from effnet_repro.efficientnet import current_ops, xla_pays
 from effnet_repro.network import fold_proxies, params, run
 from effnet_repro.ops import TFCPUOps
@@ -128,6 +129,7 @@ class Evaluator:
         batch: Optional[int] = None,  # Images at a time; None = 512 on a GPU, else 64
         image_resize: str = "published",  # Or "modern": as the network was trained, see `29_transforms`
         between: Optional[Callable[[], None]] = None,  # Called before each batch; may raise
+        processes: Processes = ALONE,  # Each measures its part of the images
     ) -> Scores:
         "Measure weights on every validation image; ValueError when the numbers of classes differ"
         classes = self.spec.num_classes
@@ -137,7 +139,8 @@ class Evaluator:
                 "Validate on its own classes, or fine-tune it for these: effnet-finetune --new-head."
             )
         start, ahead = self._starter(weights), 2 if has_jax_gpu() else 0
-        stream = validation_stream(data, image_size, self._batch(batch, data), image_resize)
+        each = self._batch(batch, data)
+        stream = validation_stream(data, image_size, each, image_resize, processes.shard)
 
         def measured():
             begun = deque()  # the device has its next batch before Python waits for this one
@@ -150,7 +153,7 @@ class Evaluator:
             yield from begun
 
         logits = ((np.asarray(y), labels, mask) for y, labels, mask in measured())
-        return score(logits, classes, image_size, data.root)
+        return score(logits, classes, image_size, data.root, processes)
 
 
 def predictor(

@@ -13,7 +13,7 @@ from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.messages import say
 from effnet_repro.runs import Resolved
 from effnet_repro.scaling import ModelSpec, blocks, count
-from effnet_repro.training.device import choose_precision, has_jax_gpu
+from effnet_repro.training.device import choose_precision, has_jax_gpu, has_other_processes
 
 #: Bytes that a training step keeps of each number that the layers write, in 16 bits. Ours: 3.5 to 4.05 were measured.
 KEPT_BYTES = 4.1
@@ -71,18 +71,44 @@ def settle_micro_batch(
     precision: str = "auto",  # Type to compute in
 ) -> Case:
     """Give a case the micro-batch of the GPUs here, and say so; elsewhere, or where one was asked for, do nothing."""
-    asked = {"micro_batch_size", "gradient_accumulation"} & set(given)
-    if asked or case.norm == "BN" or case.mix_group_size == 0 or not has_jax_gpu():
+    if not _may_change(case, given) or not has_jax_gpu():
         return case
     import jax
 
-    devices, memory = jax.local_devices(), memory_of_gpu()
+    devices = jax.devices() if has_other_processes() else jax.local_devices()
+    count, memory = len(devices), memory_of_gpu()
     if memory is None:
         return case
-    m = largest_micro_batch(case, len(devices), memory, choose_precision(precision))
+    m = largest_micro_batch(case, count, memory, choose_precision(precision))
     if m == case.micro_batch_size:
         return case
     say(f"micro-batch: {m} images at a time, the largest that fits (--micro-batch-size)")
+    return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
+
+
+def _may_change(case, given):
+    "Whether the micro-batch of a case changes only rounding, and nobody asked for one"
+    asked = {"micro_batch_size", "gradient_accumulation"} & set(given)
+    return not asked and case.norm != "BN" and case.mix_group_size != 0
+
+
+def divided_micro_batch(
+    case: Case,  # Laid out for one process
+    devices: int,  # Of all processes together
+    given: Sequence[str] = (),  # Fields that the user named
+) -> Case:
+    """Give a case a smaller micro-batch where its micro-batches cannot be shared by `devices`, and say so.
+
+    Where none does it, or one was asked for, the case stays, and `use_devices` refuses it.
+    """
+    if case.gradient_accumulation % devices == 0 or not _may_change(case, given):
+        return case
+    own = case.global_batch_size // devices
+    sizes = [m for m in range(1, min(own, case.micro_batch_size) + 1) if own % m == 0]
+    if case.global_batch_size % devices or not sizes:
+        return case
+    m = max([m for m in sizes if m % case.mix_groups[1] == 0] or sizes)
+    say(f"micro-batch: {m} images at a time, so that {devices} devices share a training step")
     return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
 
 
@@ -90,8 +116,15 @@ def settle_run(
     run: Resolved,  # Before it begins
     precision: str = "auto",  # Type to compute in
 ) -> Resolved:
-    """Give a new run the micro-batch of the GPUs here; a run that was begun, or was settled before, stays as it is."""
+    """Give a new run the micro-batch of the GPUs here; a run that was begun, or was settled before, stays as it is.
+
+    Where several processes train, its micro-batches must be shared by all their devices, even if it was begun.
+    """
     case = run.case if run.begun else settle_micro_batch(run.case, run.named, precision)
+    if has_other_processes():
+        import jax
+
+        case = divided_micro_batch(case, jax.device_count(), run.named)
     if case is run.case:
         return run
     settled = (*run.settled, "micro_batch_size", "gradient_accumulation")

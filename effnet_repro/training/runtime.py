@@ -6,8 +6,10 @@ from typing import Dict, Optional
 import keras
 import numpy as np
 
+from effnet_repro import __version__
 from effnet_repro.config import Case
 from effnet_repro.data import DataSet, update_pictures
+from effnet_repro.distributed import ALONE, Processes, explain_loss
 from effnet_repro.efficientnet import build_model, get_weights, set_weights
 from effnet_repro.network import segments
 from effnet_repro.recipe import steps_per_epoch, total_updates, trained_segments
@@ -37,11 +39,21 @@ class KerasRuntime(Runtime):
     - `seed`: of weights, order, crops, mixing and masks.
     - `precision`: type to compute in; "auto" is bfloat16 on a GPU under JAX, else float32.
     - `validates`: whether the run will measure its weights; then a GPU compiles for that while it trains.
+    - `processes`: that share each training step and each validation; this one trains on its own devices.
     """
 
     ahead = 1  # the device has its next step before Python waits for this one
 
-    def __init__(self, case: Case, seed: int, precision: str = "auto", validates: bool = True):
+    def __init__(
+        self,
+        case: Case,
+        seed: int,
+        precision: str = "auto",
+        validates: bool = True,
+        processes: Processes = ALONE,
+    ):
+        self.processes, self.process = processes, processes.shard
+        self.shares = processes.count > 1
         self.validates, self.compiling = validates, None
         self.case, self.seed, self.precision = case, seed, choose_precision(precision)
         self.backend = keras.backend.backend()
@@ -50,14 +62,43 @@ class KerasRuntime(Runtime):
         self.watch = None  # Of the time that steps take, once the run has told what it costs
 
     def settle(self, data: DataSet, run_dir) -> DataSet:
-        """Choose what decodes the images, and say so."""
-        return settle_decoder(data, run_dir)
+        """Choose what decodes the images, and say so. ValueError where other processes have other data or versions."""
+        data = settle_decoder(data, run_dir, self.lead)
+        if self.shares:
+            self.processes.compare(self._facts(data))
+        return data
+
+    def _facts(self, data):
+        "What all processes must have in common"
+        import jax
+
+        devices = f"{jax.local_device_count()} x {jax.local_devices()[0].device_kind}"
+        versions = {"keras": keras.__version__, "jax": jax.__version__, "effnet_repro": __version__}
+        own = dict(training_images=data.fingerprint, decoder=data.decoder, devices=devices)
+        own["validation_images"] = data.split_fingerprint("validation")
+        return {
+            **own,
+            **versions,
+            "precision": self.precision,
+            "seed": self.seed,
+            **vars(self.case),
+        }
+
+    def lead(self, work):
+        """Return what `work` returns in the first process, which reads for all."""
+        return self.processes.lead(work)
+
+    def stops(self, step: int, asked: bool) -> bool:
+        """Return whether all processes stop after this step."""
+        return self.processes.stops(step, asked)
 
     def begin(self, data: DataSet, step: int, arrays: Optional[Dict[str, np.ndarray]]):
         """Build the network, with these arrays or fresh ones."""
         self.data, self.step = data, step
         self.program = make_program(self.case, data, self.precision, self.seed)
-        self.devices.enter_context(use_devices(self.case))
+        shared = use_devices(self.case, self.processes.count)
+        if not self.shares:
+            self.devices.enter_context(shared)
         size = self.case.image_size
         network = build_model(self.program.spec, image_size=size, dtype="float32", seed=self.seed)
         if arrays is not None:
@@ -66,11 +107,13 @@ class KerasRuntime(Runtime):
         self.evaluator = Evaluator(self.program.spec, self.precision)
         if step:
             set_slots(self.model, arrays, step)
+        if self.shares:  # what Keras makes is this process's own; the steps hold what all have
+            self.devices.enter_context(shared)
 
     def advance(self, n: int):
         """Start one training step."""
         if self.steps is None:
-            stream = updates(self.case, self.data, self.seed, self.step)
+            stream = updates(self.case, self.data, self.seed, self.step, self.process)
             self.steps = compiled_steps(self.model, stream)
         with self.explained():
             logs = self.steps.do()
@@ -90,7 +133,10 @@ class KerasRuntime(Runtime):
         doing = lambda: (
             f"micro_batch_size={case.micro_batch_size} at {case.image_size} pixels: use less"
         )
-        return explain_failures(self.data, "train", due, doing)
+        explained = contextlib.ExitStack()
+        explained.enter_context(explain_failures(self.data, "train", due, doing))
+        explained.enter_context(explain_loss(self.processes))
+        return explained
 
     def _sync(self):
         if self.steps is not None:
@@ -106,12 +152,13 @@ class KerasRuntime(Runtime):
         """Measure on every validation image."""
         self._sync()
         case, weights = self.case, {**get_weights(self.model.network), **(arrays or {})}
-        how = dict(image_resize=case.image_resize, between=between)
+        how = dict(image_resize=case.image_resize, between=between, processes=self.processes)
         return self.evaluator.evaluate(weights, self.data, case.image_size, **how)
 
     def environment(self) -> dict:
         """Describe the machine."""
-        return environment()
+        several = {"processes": self.processes.count} if self.shares else {}
+        return {**environment(), **several}
 
     def say_cost(self):
         """Print how long the run will take, and how much memory."""

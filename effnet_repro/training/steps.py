@@ -6,7 +6,8 @@ Keras compiles the step (`make_train_function`); so a step costs what it costs i
 import keras
 import numpy as np
 
-from effnet_repro.training.step import TrainingModel
+from effnet_repro.training.device import has_other_processes
+from effnet_repro.training.step import TrainingModel, on_all_devices
 
 
 def compiled_steps(model: TrainingModel, stream):
@@ -46,7 +47,8 @@ class JaxSteps:
         self.place = _placement()
         slots, metrics = model.optimizer.variables, model.metrics_variables
         self.variables = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
-        self.state = tuple([v.value for v in some] for some in self.variables)
+        place = on_all_devices if has_other_processes() else lambda value: value
+        self.state = tuple([place(v.value) for v in some] for some in self.variables)
 
     def do(self) -> dict:
         """Start a step and return its logs; their way to the host begins as soon as they are there."""
@@ -66,7 +68,7 @@ class JaxSteps:
         """Give the variables the newest state."""
         for variables, values in zip(self.variables, self.state):
             for variable, value in zip(variables, values):
-                variable.assign(value)
+                variable.assign(value if value.is_fully_addressable else value.addressable_data(0))
 
 
 def _placement():
@@ -76,7 +78,10 @@ def _placement():
     distribution = keras.distribution.distribution()
     layout = lambda value: distribution.get_data_layout(np.shape(value)).backend_layout
     send = jax.device_put
-    if distribution is not None:
+    if has_other_processes():  # what is here is a part of the batch
+        own = lambda value: jax.make_array_from_process_local_data(layout(value), value)
+        send = lambda part: {n: own(v) for n, v in part.items()}
+    elif distribution is not None:
         send = lambda part: jax.device_put(part, jax.tree.map(layout, part))
     elif jax.default_backend() == "cpu":
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+from typing import Tuple
 
 import keras
 import numpy as np
@@ -24,8 +25,8 @@ from effnet_repro.training.device import has_jax_gpu
 from effnet_repro.training.step import on_all_devices
 
 
-def _controls(case, update, updates_per_epoch, seed):
-    "Everything of an update that is not a picture"
+def _controls(case, update, updates_per_epoch, seed, shard):
+    "Everything of an update that is not a picture: what is drawn for the mixing groups of this process"
     rate = np.float32(learning_rate(case, update, updates_per_epoch))
     fixed = {"update": np.int32(update), "learning_rate": rate}
     if case.body_rate != 1:
@@ -40,7 +41,8 @@ def _controls(case, update, updates_per_epoch, seed):
         groups=case.mix_groups[0],
         group_size=case.mix_groups[1],
     )
-    return {**fixed, **draws}
+    own = lambda v: np.split(v, shard[1])[shard[0]]
+    return {**fixed, **(draws if shard[1] == 1 else {n: own(v) for n, v in draws.items()})}
 
 
 def updates(
@@ -48,14 +50,18 @@ def updates(
     data: DataSet,  # Images
     seed: int,  # Of the run
     first_update: int = 0,  # Where to begin
+    shard: Tuple[int, int] = (
+        0,
+        1,
+    ),  # (index, count) of this process; it gets its part of every step
 ):  # Endless stream of dictionaries, one a training step: a tf.data.Dataset, or a generator of 1-tuples on JAX
     "Stream the training steps of a `case`; where the images stay on the device, what is to be cut out of them"
     per_epoch = steps_per_epoch(case, data.train_count)
     last = total_updates(case, per_epoch)
     how = dict(seed=seed, first_update=first_update, area_min=case.crop_area_min)
     args = (data, case.image_size, case.global_batch_size)
-    controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed)
-    how.update(preprocessing=case.train_preprocessing, image_resize=case.image_resize)
+    controls = lambda update: _controls(case, min(int(update), last), per_epoch, seed, shard)
+    how.update(shard=shard, preprocessing=case.train_preprocessing, image_resize=case.image_resize)
     if keras.backend.backend() == "tensorflow":
         tensors = _tensors(training_batches, args, how)
         return _tf_updates(tensors, controls, first_update)
@@ -150,9 +156,9 @@ def explain_failures(data, split, due, doing):
         raise
 
 
-def validation_stream(data, image_size, batch, image_resize="published"):
-    "The validation batches of the running back end"
-    args, how = (data, image_size, batch), dict(image_resize=image_resize)
+def validation_stream(data, image_size, batch, image_resize="published", shard=(0, 1)):
+    "The validation batches of the running back end; of several processes each has its part of the images"
+    args, how = (data, image_size, batch), dict(image_resize=image_resize, shard=shard)
     if keras.backend.backend() == "tensorflow":
         make = lambda: _tensors(validation_batches, args, how, ["float32"])
     elif READER_OF[decoder_here(data)] == "tensorflow":
@@ -160,7 +166,7 @@ def validation_stream(data, image_size, batch, image_resize="published"):
     else:
         make = lambda: validation_batches(*args, reader=READER_OF[decoder_here(data)], **how)
     at = [0]
-    due = lambda: np.arange(at[0], min(at[0] + 4 * batch, data.validation_count))
+    due = lambda: np.arange(data.validation_count)[shard[0] :: shard[1]][at[0] : at[0] + 4 * batch]
     doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
     with explain_failures(data, "validation", due, doing):
         for one in make():

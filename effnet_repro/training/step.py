@@ -22,7 +22,7 @@ from ..ops import Rng
 from ..recipe import add_weight_decay, count_correct, cross_entropy, decay_mask
 from ..scaling import ModelSpec
 from .compiled import compile_once
-from .device import has_jax_gpu
+from .device import has_jax_gpu, has_other_processes
 from .optimizer import make_optimizer
 
 # %% ../../nbs/38_training.ipynb #644d2b9b
@@ -180,16 +180,24 @@ class _Replicas(keras.distribution.DataParallel):
 
 
 def use_devices(
-    case: Case,  # Laid out for one process
-):  # Context; a training model is made and fitted inside
+    case: Case,  # Laid out for one process, or for the devices of all
+    processes: int = 1,  # That share a training step, and all their devices with them
+):  # Context; a training model is made and fitted inside, with several processes only fitted
     "Let all devices of the JAX backend share the micro-batches of a training step"
     if keras.backend.backend() != "jax":
         return contextlib.nullcontext()
     import jax
 
-    k, have = case.gradient_accumulation, jax.local_device_count()
+    devices = jax.local_devices() if processes == 1 else jax.devices()
+    devices = sorted(devices, key=lambda d: (d.process_index, d.id))
+    k, have = case.gradient_accumulation, len(devices)
     groups = case.mix_groups[0] if case.mixes else k
     n = max(d for d in range(1, have + 1) if k % d == 0 and groups % d == 0)
+    if processes > 1 and n < have:
+        raise ValueError(
+            f"{have} devices of {processes} processes cannot share {k} micro-batches and {groups} mixing groups "
+            f"of a training step evenly. Use {n} devices, or another micro_batch_size or global_batch_size."
+        )
     if have > 1:
         odd = [f"its {k} micro-batches (micro_batch_size)"] * bool(k % have)
         odd += [f"its {groups} groups of mixed images (mix_group_size)"] * bool(groups % have)
@@ -197,7 +205,7 @@ def use_devices(
         say(f"devices: {n} of {have} share the {k} micro-batches of an update{way_out}")
     if n == 1:
         return contextlib.nullcontext()
-    names = [f"{d.platform}:{d.id}" for d in jax.local_devices()[:n]]
+    names = [f"{d.platform}:{d.id}" for d in devices[:n]]
     return _Replicas(devices=names).scope()
 
 # %% ../../nbs/38_training.ipynb #57e90021
@@ -248,7 +256,11 @@ def on_all_devices(
     import jax
 
     mesh = distribution.device_mesh.backend_mesh
-    return jax.device_put(array, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))
+    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    if whole.is_fully_addressable:
+        return jax.device_put(array, whole)
+    parts = [jax.device_put(array, device) for device in mesh.local_devices]
+    return jax.make_array_from_single_device_arrays(array.shape, whole, parts)
 
 # %% ../../nbs/38_training.ipynb #93e46800
 def _mean_gradients(program, names, weights, sums):
@@ -374,7 +386,7 @@ class TrainingModel(keras.Model):
 
     def make_train_function(self, force=False):
         "Keras' function of (state, batches); what it compiles for a GPU is kept"
-        if not has_jax_gpu():
+        if not (has_jax_gpu() or has_other_processes()):
             return super().make_train_function(force)
         if force or self.train_function is None:
             self.train_function = _kept_step(self)

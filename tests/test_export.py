@@ -13,7 +13,15 @@ from conversions import moved
 from tiny import STAGES
 
 from effnet_repro import convert, network
-from effnet_repro.export import Disagreement, agreement, export, exporting, onnx_file, read_metadata
+from effnet_repro.export import (
+    Disagreement,
+    agreement,
+    export,
+    exporting,
+    int8,
+    onnx_file,
+    read_metadata,
+)
 from effnet_repro.export.layers import LayerOps, Tensor
 from effnet_repro.export.subject import Subject
 from effnet_repro.scaling import ModelSpec
@@ -51,7 +59,9 @@ def names(folder):
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_agrees_in_onnx_runtime(folder, arm):
     norm = dict(input_norm="keras") if arm == "G1-BN" else {}
-    found, runtime = exporting.written(subject_of(spec_of(arm, **norm)), folder / "a.onnx", "onnx")
+    found, runtime, _ = exporting.written(
+        subject_of(spec_of(arm, **norm)), folder / "a.onnx", "onnx"
+    )
     assert found.difference < 2e-5 and found.random + found.real >= 2
     assert runtime.startswith("ONNX Runtime") and names(folder) == ["a.onnx"]
 
@@ -129,6 +139,41 @@ def test_a_file_that_does_not_agree_is_not_left_behind(folder, monkeypatch, word
     assert names(folder) == ["a.onnx"] and (folder / "a.onnx").read_bytes() == b"before"
 
 
+@pytest.mark.parametrize(
+    "file, float32, passes",
+    [(1e-5, 0, True), (3e-4, 0, False), (3e-4, 2e-4, True), (3e-3, 2e-4, False), (0.1, 0.1, False)],
+)
+def test_where_float32_is_coarse_a_file_may_be(monkeypatch, file, float32, passes):
+    "Shares of the largest logit: how far the file is from the network, and float32 from float64."
+    logits = lambda subject, images, dtype="float32": np.full(
+        (len(images), 5), 1 + float32 * (dtype == "float64"), "float64"
+    )
+    monkeypatch.setattr(Subject, "logits", logits)
+    compare = lambda: agreement.compare(
+        subject_of(spec_of()), lambda images: np.full((len(images), 5), 1 + file), "it"
+    )
+    if passes:
+        assert compare().difference == pytest.approx(file)
+    else:
+        with pytest.raises(Disagreement):
+            compare()
+
+
+def test_int8_that_changes_classes_is_not_left_behind(folder, monkeypatch, sample):
+    subject = replace(subject_of(spec_of()), batch=2)
+    monkeypatch.setattr(int8, "LEAST_SAME", 0.5)  # random weights: five nearly equal answers
+    monkeypatch.setattr(int8, "CALIBRATION", 4)
+    monkeypatch.setattr(int8, "CHECKED", 7)
+    found, _, kept = exporting.written(subject, folder / "a.onnx", "onnx", sample)
+    assert kept.images == 7 and kept.same >= 0.5 and found.difference < 2e-5
+    assert read_metadata(folder / "a.onnx") == subject.metadata
+    before = (folder / "a.onnx").read_bytes()
+    monkeypatch.setattr(int8, "LEAST_SAME", 1.1)
+    with pytest.raises(Disagreement, match="changes the first class"):
+        exporting.written(subject, folder / "a.onnx", "onnx", sample)
+    assert (folder / "a.onnx").read_bytes() == before and names(folder) == ["a.onnx"]
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_weights_that_are_no_numbers_are_refused(folder, value):
     weights = moved(spec_of())
@@ -173,6 +218,7 @@ def test_the_command_writes_a_file_and_a_card(run, folder):
         (["a.tflite", "--format", "keras"], r"\*\.keras only"),
         (["file/a.onnx"], "is a file"),
         (["there.onnx"], "--overwrite"),
+        (["a.tflite", "--int8", "."], "int8 is for ONNX"),
         (["."], "no SavedModel"),
         (["folder.onnx"], "is a folder"),
         (["a.onnx", "--class-names", "two.txt"], "2 class names for the 10 classes"),

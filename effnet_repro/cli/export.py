@@ -54,6 +54,11 @@ def _export_arguments(parser):
         metavar="NAME",
         help="of Keras, for --format keras: tensorflow or jax",
     )
+    parser.add_argument(
+        "--int8",
+        metavar="DIR",
+        help="quantize an ONNX file; images of this data set give the ranges and check it",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
@@ -62,6 +67,7 @@ def _export_arguments(parser):
     _export_arguments,
     """
     effnet-export runs/b1 b1.onnx
+    effnet-export runs/b1 b1.int8.onnx --int8 photographs
     effnet-export runs/b1 b1.tflite --batch-size 1
     effnet-export runs/b1 b1 --format saved_model --weights last
     effnet-export imagenet.safetensors b0.stablehlo --class-names labels.txt
@@ -89,6 +95,7 @@ def export_command(args):
                 args.format,
                 overwrite=args.overwrite,
                 license=args.license,
+                int8=args.int8,
                 weights=args.weights,
                 **options,
             )
@@ -102,6 +109,12 @@ def export_command(args):
     )
     images = f"{how.random} images of noise and {how.real} photographs"
     print(f"  agrees with the network in {done.runtime}: within {how.difference:.1e} on {images}")
+    if done.kept:
+        k = done.kept
+        print(
+            f"  int8: the same first class in {k.same:.1%} of {k.images} validation images; top-1 {k.top1:.1%}, "
+            f"in float32 {k.float_top1:.1%}"
+        )
     print(f"  card: {done.card}")
     for note in done.subject.notes:
         print(f"  {note}")

@@ -7,6 +7,7 @@ from effnet_repro.config import unknown_name
 from effnet_repro.export import keras_file, onnx_file, stablehlo_file
 from effnet_repro.export.agreement import Agreement, compare
 from effnet_repro.export.card import write_card
+from effnet_repro.export.int8 import Kept, write_int8
 from effnet_repro.export.place import check_target, new_place
 from effnet_repro.export.subject import Subject, read_subject
 from effnet_repro.export.tensorflow_files import litert, saved_model
@@ -36,9 +37,10 @@ class Exported(NamedTuple):
     path: Path
     format: str  # One of FORMATS
     runtime: str  # Name and version of the program that opened it
-    agreement: Agreement  # How near it is to the network
+    agreement: Agreement  # How near it is to the network; of int8, how near the float32 file is
     card: Path  # The model card
     subject: Subject  # What was exported
+    kept: Optional[Kept] = None  # Of int8: how near it is to the float32 file
 
 
 def export_format(target: Path, to: Optional[str] = None) -> str:
@@ -57,17 +59,21 @@ def export_format(target: Path, to: Optional[str] = None) -> str:
     return to or by_name
 
 
-def written(subject: Subject, target: Path, to: str) -> Tuple[Agreement, str]:
+def written(
+    subject: Subject, target: Path, to: str, int8=None
+) -> Tuple[Agreement, str, Optional[Kept]]:
     """Write a file of a format and compare it with the network; it is there only if it agrees.
 
-    Returns the agreement and the runtime that computed it.
+    Returns the agreement, the runtime that computed it and, with `int8` (a data set), how near the int8 file is.
     """
-    writer = WRITERS[to]
+    writer, kept = WRITERS[to], None
     runtime = writer.runtime()  # a missing program is told before the work
     with new_place(target) as temporary:
         writer.write(subject, temporary)
         agreement = compare(subject, writer.opened(temporary), target.name)
-    return agreement, runtime
+        if int8 is not None:
+            kept = write_int8(subject, temporary, int8)
+    return agreement, runtime, kept
 
 
 def _megabytes(path):
@@ -84,6 +90,7 @@ def export(
     batch: Optional[int] = None,  # Images at a time; None = any number
     overwrite: bool = False,  # Whether `target` may exist
     license: str = "other",  # Of the weights, for the model card
+    int8=None,  # A `DataSet` or its folder: quantize an ONNX file with ranges of its training images
     **reading,  # `predict.Reading`: weights, class_names, arch
 ) -> Exported:
     "Write a trained network as a file of another program, and a model card beside it"
@@ -91,10 +98,17 @@ def export(
     kind = export_format(target, to)
     check_target(target, kind == "saved_model", overwrite)
     subject = read_subject(source, image_size=image_size, batch=batch, **reading)
-    agreement, runtime = written(subject, target, kind)
+    if int8 is not None and kind != "onnx":
+        raise ValueError(f"int8 is for ONNX files. Received: {kind}, {target.name}.")
+    agreement, runtime, kept = written(subject, target, kind, int8)
     about = {"format": kind, "runtime": runtime, "difference": float(f"{agreement.difference:.1e}")}
+    if kept:
+        about["format"] = "onnx, int8"
+        about["difference"] = (
+            f"{kept.difference:.1e}; the same first class in {kept.same:.1%} of {kept.images} images"
+        )
     card = write_card(subject, target, {**about, "MB": _megabytes(target)}, license)
-    return Exported(target, kind, runtime, agreement, card, subject)
+    return Exported(target, kind, runtime, agreement, card, subject, kept)
 
 
 def read_metadata(path, to: Optional[str] = None) -> dict:

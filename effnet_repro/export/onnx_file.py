@@ -123,8 +123,13 @@ def onnx_model(subject):
     )
     opsets = [helper.make_opsetid("", OPSET)]
     about = dict(producer_name="effnet_repro", ir_version=IR_VERSION, opset_imports=opsets)
-    model = helper.make_model(graph, **about)
+    return describe(helper.make_model(graph, **about), subject)
+
+
+def describe(model, subject):
+    """Set the metadata of an `onnx.ModelProto` to that of a `Subject`, and return the model."""
     text = lambda value: value if isinstance(value, str) else json.dumps(value)
+    helper = needed("onnx", "An ONNX file", HINT).helper
     helper.set_model_props(model, {key: text(value) for key, value in subject.metadata.items()})
     return model
 

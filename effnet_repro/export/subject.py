@@ -1,6 +1,5 @@
 """What is exported: a trained network with its proxies folded, and what a program must know to feed it."""
 
-import json
 import zlib
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
@@ -96,17 +95,22 @@ class Subject:
             },
         }
 
-    def logits(self, images: np.ndarray) -> np.ndarray:
+    def logits(self, images: np.ndarray, dtype: str = "float32") -> np.ndarray:
         """Compute what the network itself says of images (N, S, S, 3) uint8: (N, classes) float32.
 
-        Its proxies are not folded here. TensorFlow computes it, or else JAX, or NumPy.
+        Its proxies are not folded here. TensorFlow computes it, or else JAX, or NumPy; "float64" is not for JAX.
         """
-        ops = next(make() for package, make in _COMPUTING if package is None or find_spec(package))
-        arrays = {name: ops.asarray(value) for name, value in self.arrays.items()}
-        return np.asarray(run(ops, self.spec, arrays, ops.cast(ops.asarray(images), "float32")))
+        ops = computing_ops()
+        arrays = {name: ops.cast(ops.asarray(value), dtype) for name, value in self.arrays.items()}
+        return np.asarray(run(ops, self.spec, arrays, ops.cast(ops.asarray(images), dtype)))
 
 
 _COMPUTING = (("tensorflow", TFOps), ("jax", JAXOps), (None, NumpyOps))
+
+
+def computing_ops():
+    """Return the operations that compute a network here: of TensorFlow, or else of JAX, or of NumPy."""
+    return next(make() for package, make in _COMPUTING if package is None or find_spec(package))
 
 
 def read_subject(
@@ -128,8 +132,3 @@ def read_subject(
         )
     about = read.case, tuple(read.class_names), image_size or read.case.image_size
     return Subject(Path(source), read.spec, read.arrays, *about, batch, read.notes)
-
-
-def metadata_json(subject: Subject) -> str:
-    """Return a subject's metadata as text."""
-    return json.dumps(subject.metadata, indent=1)

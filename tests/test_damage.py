@@ -1,5 +1,6 @@
 """Images of odd shapes, cut off, overwritten: read as all decoders do, refused by name, or left out."""
 
+import contextlib
 import io
 import json
 from dataclasses import replace
@@ -171,4 +172,46 @@ def test_a_broken_info_file_is_named(tmp_path, text):
     (tmp_path / "info.json").write_text(text)
     with pytest.raises(ValueError, match="info.json is not a description of classes") as error:
         d.open_data(tmp_path)
+    one_line(error)
+
+
+def test_a_jpeg_that_libjpeg_steps_over_is_read_by_tensorflow_as_by_the_others(tmp_path):
+    import tensorflow as tf
+
+    whole, found = encode(picture(24, 32)), []
+    for place in range(600, len(whole) - 4):
+        data = whole[:place] + b"\xff" + whole[place + 1 :]
+        try:
+            tf.io.decode_jpeg(data)
+        except tf.errors.InvalidArgumentError:
+            with contextlib.suppress(ValueError):
+                decode.decode_image(data)
+                found.append(data)
+        if len(found) == 3:
+            break
+    write(tmp_path, "train", [record(data) for data in found])
+    data = d.open_data(
+        write(tmp_path, "validation", [record(data) for data in found]), verbose=False
+    )
+    assert not d.find_damaged(data, "train") and len(found) == 3
+    (theirs, *_), (ours, *_) = (
+        next(iter(make(data, 16, 3, image_resize="modern")))
+        for make in (d.validation_batches, d.validation_arrays)
+    )
+    np.testing.assert_array_equal(theirs.numpy(), ours)
+    next(iter(d.training_batches(data, 16, 3)))
+
+
+def test_what_only_tensorflow_refuses_is_named(broken_set, monkeypatch):
+    import tensorflow as tf
+
+    def refuse(*_, **__):
+        raise tf.errors.InvalidArgumentError(None, None, "Invalid JPEG data")
+
+    data = d.open_data(broken_set, verbose=False)
+    monkeypatch.setattr(tf.io, "decode_jpeg", refuse)
+    says = "TensorFlow cannot decode image 3 of the train.*train-00000-of.*--decoder pillow"
+    with pytest.raises(ValueError, match=says) as error:
+        with stream.explain_failures(data, "train", lambda: [3], str):
+            refuse()
     one_line(error)

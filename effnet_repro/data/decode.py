@@ -278,6 +278,8 @@ def _agreed(data, upright):
     if height and width and channels in (1, 3):
         if orientation == 1 or not upright:
             check_pixels(height, width)
+            if data.rfind(b"\xff\xd9") < 0:  # some decoders make it up, others refuse
+                raise ValueError("Not a picture that can be decoded (a JPEG without an end).")
             return data, (height, width), orientation
         pixels = decode_image(data)
     else:

@@ -16,6 +16,8 @@ from effnet_repro.data.transforms import resize
 
 LOG = logging.getLogger(__name__)
 _DCT = {"published": "INTEGER_FAST", "modern": "INTEGER_ACCURATE"}
+# A JPEG with damage that libjpeg steps over is no error to the other decoders; one that ends too early is.
+_AS_OTHERS = dict(channels=3, try_recover_truncated=True, acceptable_fraction=1.0)
 
 
 CHUNK = 64  # Images read by one call
@@ -45,7 +47,7 @@ def _train_image(encoded, crop, flip, image_size, image_resize):
     image = tf.cond(
         tf.io.is_jpeg(encoded),
         lambda: tf.image.decode_and_crop_jpeg(
-            encoded, crop, channels=3, dct_method=_DCT[image_resize]
+            encoded, crop, dct_method=_DCT[image_resize], **_AS_OTHERS
         ),
         lambda: tf.image.crop_to_bounding_box(
             tf.io.decode_bmp(encoded, channels=3), crop[0], crop[1], crop[2], crop[3]
@@ -64,7 +66,7 @@ def _validation_image(encoded, image_size, image_resize):
 
     image = tf.cond(
         tf.io.is_jpeg(encoded),
-        lambda: tf.io.decode_jpeg(encoded, channels=3, dct_method=_DCT[image_resize]),
+        lambda: tf.io.decode_jpeg(encoded, dct_method=_DCT[image_resize], **_AS_OTHERS),
         lambda: tf.io.decode_bmp(encoded, channels=3),
     )
     size, (top, left) = _window(tf.shape(image), image_size, image_resize)
@@ -168,6 +170,23 @@ def validation_stream(request: ValidationRequest):
     known = tf.data.Dataset.from_tensor_slices(request.known(ids))
     both = tf.data.Dataset.zip((stream, known))
     return both.map(lambda images, rest: (images, *rest)).prefetch(auto)
+
+
+def refused_by_tensorflow(dataset, split: str, numbers) -> Iterator[str]:
+    """Yield a text for each of these images that TensorFlow cannot decode, although the other decoders may."""
+    import tensorflow as tf
+
+    for i in numbers:
+        encoded, _ = read_encoded(dataset, split, i)
+        try:
+            if tf.io.is_jpeg(encoded):
+                tf.io.decode_jpeg(encoded, **_AS_OTHERS)
+        except tf.errors.OpError:
+            places = dataset.splits[split]
+            yield (
+                f"TensorFlow cannot decode image {i} of the {split} split, at byte {places.offset[i]} of "
+                f"{places.files[places.file[i]]}, which Pillow can. Use --decoder pillow, or replace the image."
+            )
 
 
 def tensorflow_arrays(

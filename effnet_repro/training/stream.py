@@ -19,6 +19,7 @@ from effnet_repro.data import (
     validation_batches,
 )
 from effnet_repro.data.decoders import READER_OF
+from effnet_repro.data.tf_reader import refused_by_tensorflow
 from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
 from effnet_repro.training.decoding import decoder_here
 from effnet_repro.training.device import has_jax_gpu
@@ -153,6 +154,8 @@ def explain_failures(data, split, due, doing):
         if type(error).__module__.startswith("tensorflow"):
             for damage in find_damaged(data, split, due()).values():
                 raise ValueError(damage) from None
+            for refused in refused_by_tensorflow(data, split, due()):
+                raise ValueError(refused) from None
         raise
 
 

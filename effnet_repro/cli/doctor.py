@@ -96,26 +96,20 @@ def _settings():
 
 def _trial(case, data, precision, updates=3):
     "Time the training step of `case`, one micro-batch an update; returns measured facts"
-    import keras
-
     from effnet_repro.efficientnet import build_model
     from effnet_repro.training import TrainingModel
     from effnet_repro.training import updates as feed
     from effnet_repro.training.runtime import make_program
+    from effnet_repro.training.steps import compiled_steps
 
     one = override(case, global_batch_size=case.micro_batch_size, gradient_accumulation=1)
     program = make_program(one, data, precision, 0)
     network = build_model(program.spec, image_size=one.image_size, dtype="float32", seed=0)
     model, times = TrainingModel(network, program), [time.perf_counter()]
-    clock = keras.callbacks.LambdaCallback(
-        on_train_batch_end=lambda batch, logs: (
-            float(logs["loss"]),
-            times.append(time.perf_counter()),
-        )
-    )
-    stream = feed(one, data, 0)
-    how = dict(steps_per_epoch=updates + 1, epochs=1, verbose=0, shuffle=False)
-    model.fit(stream, callbacks=[clock], **how)
+    steps = compiled_steps(model, feed(one, data, 0))
+    for _ in range(updates + 1):
+        float(steps.do()["loss"])  # waits until the step is done
+        times.append(time.perf_counter())
     seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:]))
     return {
         "first micro-batch, with compilation (s)": round(times[1] - times[0], 2),

@@ -182,8 +182,8 @@ class Learner:
             np.stack([np.asarray(a.get(n, v.value)) for a in arrays])
             for v, n in zip(variables, names)
         ]
-        slots = model.optimizer.variables
-        slots = stack(slots, [None] * len(slots))
+        begun = [np.asarray(v.value) for v in model.optimizer.variables]
+        slots = [np.broadcast_to(v, (self.count, *v.shape)) for v in begun]
         own = stack(model.trainable_variables, self.trained)
         others = stack(model.non_trainable_variables, self.others)
         return jax.device_put((own, others, slots, []))
@@ -257,21 +257,32 @@ class Learner:
 
 
 class Judge:
-    "Says which images several networks of one kind get right"
+    "Says which images the networks of a learner get right"
 
-    def __init__(self, spec, precision):
+    def __init__(self, learner, batch=128):
+        self.learner, self.batch = learner, batch
+
+    def compile(self):
+        "Compile the forward pass; takes a while, and may be done in a thread"
         import jax
 
-        from effnet_repro.efficientnet import current_ops
+        from effnet_repro.efficientnet import current_ops, weights_by_name
 
-        ops = current_ops()
+        ops, learner, size = current_ops(), self.learner, self.learner.case.image_size
+        precision = learner.model.program.precision
         seen = lambda weights, images: ops.jnp.argmax(
-            run(ops, spec, weights, ops.cast(images, precision)), -1
+            run(ops, learner.spec, weights, ops.cast(images, precision)), -1
         )
-        self.mapped = jax.jit(jax.vmap(seen, in_axes=(0, None)))
+        shape = lambda v: jax.ShapeDtypeStruct((learner.count, *v.shape), "float32")
+        arrays = {n: shape(v) for n, v in weights_by_name(learner.model.network).items()}
+        images = jax.ShapeDtypeStruct((self.batch, size, size, 3), "uint8")
+        mapped = jax.jit(jax.vmap(seen, in_axes=(0, None)))
+        self.mapped = mapped.lower(arrays, images).compile()
+        return self
 
-    def right(self, arrays, squares, labels, batch=128):
+    def right(self, arrays, squares, labels):
         "(networks, images) bool"
+        batch = self.batch
         filled = np.concatenate([squares, squares[: -len(squares) % batch]])
         parts = [self.mapped(arrays, filled[i : i + batch]) for i in range(0, len(filled), batch)]
         return np.concatenate([np.asarray(p) for p in parts], 1)[:, : len(labels)] == labels
@@ -292,6 +303,7 @@ class Bench:
         old = Learner(self.case, len(self.old), ("Top", "block"), 1, args.old_batch)
         begun = lambda learner: compiling.submit(learner.compile, images.train.pixels)
         self.learners = {"old": begun(old)}
+        judges = [Judge(old)]
         kinds = [("whole", ("Top", "block"))]
         kinds += [("Top", ("Top",)), ("last", LAST)] if norm == "BN" else []
         for kind, parts in kinds:
@@ -300,7 +312,9 @@ class Bench:
             )
             learner = Learner(self.case, NEW_CLASSES, parts, self.networks, BATCH)
             self.learners[kind] = begun(learner)
-        self.judge = Judge(learner.spec, learner.model.program.precision)
+            if kind == "whole":
+                judges = [compiling.submit(j.compile) for j in (*judges, Judge(learner))]
+        self.old_judge, self.judge = judges
 
     def learner(self, start):
         "The compiled learner of a start: a batch norm that rests needs a program of its own"
@@ -320,10 +334,9 @@ class Bench:
         state = learner.state([initial_weights(learner.spec, 0)])
         state = learner.learn(state, [arm], data, steps, len(numbers), [0])
         arrays = learner.arrays(state)
-        judge = Judge(learner.spec, learner.model.program.precision)
         which = images.of_classes("validation", self.old)
         labels = np.searchsorted(list(self.old), images.data.splits["validation"].label[which])
-        top1 = judge.right(arrays, images.squares[which], labels).mean()
+        top1 = self.old_judge.result().right(arrays, images.squares[which], labels).mean()
         names = tuple(images.data.class_names[c] for c in self.old)
         arrays = {n: np.asarray(v[0]) for n, v in arrays.items()}
         self.body = Weights(learner.spec, arrays, learner.case, names)
@@ -339,7 +352,8 @@ class Bench:
         fresh = lambda seed: initial_weights(learner.spec, seed + 1)
         kept = lambda seed: new_head_for(self.body, names, seed).arrays
         pairs = [(arm, seed) for arm in arms for seed in seeds]
-        state = learner.state([(fresh if a.start == "scratch" else kept)(s) for a, s in pairs])
+        begun = {s: (fresh if arms[0].start == "scratch" else kept)(s) for s in seeds}
+        state = learner.state([begun[s] for _, s in pairs])
         sets = [images.of_classes("train", new, count, seed) for seed in seeds]
         made = [images.batches(n, new, steps, learner.batch, s) for s, n in enumerate(sets)]
         spread = lambda values: np.stack([values[seed] for _, seed in pairs])
@@ -349,7 +363,7 @@ class Bench:
         state = learner.learn(state, [a for a, _ in pairs], data, steps, len(sets[0]), each)
         which = images.of_classes("validation", new)
         labels = np.searchsorted(new, images.data.splits["validation"].label[which])
-        right = self.judge.right(learner.arrays(state), images.squares[which], labels)
+        right = self.judge.result().right(learner.arrays(state), images.squares[which], labels)
         halves = np.stack([right[:, h::2].mean(1) for h in (0, 1)], 1)
         return halves.reshape(len(arms), len(seeds), 2)
 
@@ -444,7 +458,7 @@ def main(words=None):
     spent = lambda: time.perf_counter() - begin
     images = Images(open_data(args.data_dir, verbose=False), args.image_size)
     print(f"{spent():.0f} s: images are there", flush=True)
-    with ThreadPoolExecutor(3) as compiling:
+    with ThreadPoolExecutor(4) as compiling:
         benches = [Bench(args, images, norm, compiling) for norm in args.bodies]
         print(f"{spent():.0f} s: networks are built", flush=True)
         for bench in benches:

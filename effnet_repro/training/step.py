@@ -350,14 +350,6 @@ def _kept_step(model):
 
     return run
 
-# %% ../../nbs/38_training.ipynb #57e90006
-class _Callbacks(keras.callbacks.CallbackList):
-    "Keras' list, less its wait for the device after every update"
-
-    def on_train_batch_end(self, batch, logs=None):
-        for callback in self.callbacks:
-            callback.on_train_batch_end(batch, logs)
-
 # %% ../../nbs/38_training.ipynb #6589b8b9
 class TrainingModel(keras.Model):
     "A network whose `train_step` is one weight update of a case"
@@ -393,13 +385,6 @@ class TrainingModel(keras.Model):
 
     def call(self, x, training=False):
         return self.network(x, training=training)
-
-    def fit(self, stream, callbacks=(), verbose=0, **how):
-        "Keras' `fit`; callbacks get `loss` and `accuracy` of an update as the back end's arrays, unread"
-        lists = dict(add_history=True, add_progbar=bool(verbose), model=self, verbose=verbose)
-        shown = dict(epochs=how.get("epochs", 1), steps=how.get("steps_per_epoch"))
-        callbacks = _Callbacks(list(callbacks), **lists, **shown)
-        return super().fit(stream, callbacks=callbacks, verbose=verbose, **how)
 
     def train_step(self, *args):
         if keras.backend.backend() == "jax":

@@ -1,13 +1,16 @@
 """Speed of exported files in ONNX Runtime on this CPU, beside keras.applications' and timm's B0 in files of their own.
 
     python tests/bench_onnx.py                        speed: results/onnx_cpu.csv
-    python tests/bench_onnx.py --run RUN --data DIR   accuracy of a run in int8: results/onnx_int8.csv
+    python tests/bench_onnx.py --data imagenette128   accuracy in int8: results/onnx_int8.csv
 
 All files stay open and take turns, the order reversed every other round. A row holds the median round in wall time and
 in processor time, and the medians of both over those of keras.applications in the same round; a busy machine changes
 the latter of processor time least. Weights are random, which changes no time. Threads do not spin while they wait, so
 processor time is work. A peer is left out where what writes its file is missing: tf2onnx for Keras, torch and timm for
 timm.
+
+Accuracy is that of a run, `--run`; without one, a small network is trained for a few epochs first: what int8 costs
+shows in any network that has learned something.
 
 --quick   small networks, one round: whether it runs
 """
@@ -29,18 +32,25 @@ from bench_machine import cpu_model, num_cores
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from effnet_repro.config import get_case, override  # noqa: E402
 from effnet_repro.convert import case_for  # noqa: E402
 from effnet_repro.export import int8, onnx_file  # noqa: E402
 from effnet_repro.export.agreement import in_batches  # noqa: E402
 from effnet_repro.export.subject import Subject, read_subject  # noqa: E402
 from effnet_repro.network import initial_weights  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
-from effnet_repro.scaling import ModelSpec  # noqa: E402
+from effnet_repro.scaling import ModelSpec, count  # noqa: E402
 
 KERAS, TIMM = "keras.applications.EfficientNetB0", "timm.efficientnet_b0"
 OURS = (("B0-G1-BN", 224), ("B0-G16-LN_PN", 160), ("B0-G16-LN_PN", 224), ("B0-G1-GN", 224))
 INT8 = (("B0-G1-BN", 224), ("B0-G16-LN_PN", 160))
 BATCHES = (1, 32)
+STAGES = (
+    "r1_k3_s2_e1_i32_o16",
+    "r2_k3_s2_i16_o24",
+    "r1_k5_s2_i24_o40",
+    "r1_k5_s1_i40_o64",
+)
 SEED = 0
 
 
@@ -159,6 +169,17 @@ def speed(rounds, threads, quick=False):
         yield row
 
 
+def short_run(data, folder):
+    "A small network after three epochs; a minute or two"
+    from effnet_repro.training import configure, train
+
+    configure()
+    fields = dict(net_stages=STAGES, top_filters=256, image_size=64, image_resize="modern")
+    case = override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), **fields)
+    train(case, data, folder, budget="small", epochs=3, progress=False)
+    return folder
+
+
 def accuracy(run, data):
     "The rows of results/onnx_int8.csv: all validation images, in float32 and in int8"
     subject = read_subject(run, weights="auto")
@@ -178,7 +199,8 @@ def accuracy(run, data):
         "image_size": subject.image_size,
         "data": Path(data.root).name,
     }
-    about.update(epochs=subject.case.epochs, images=kept.images)
+    about.update(parameters=count(subject.spec).params, epochs=subject.case.epochs)
+    about["images"] = kept.images
     for precision, top1, size in zip(("float32", "int8"), (kept.float_top1, kept.top1), megabytes):
         same = 1.0 if precision == "float32" else round(kept.same, 4)
         yield {**about, "precision": precision, "top1": round(top1, 4), "same": same, "MB": size}
@@ -198,9 +220,12 @@ def main(words=None):
     versions = {p: version(p) for p in packages if find_spec(p)}
     device = f"{cpu_model()}, {args.threads} threads"
     about = lambda n: origin(device, ["python", "tests/bench_onnx.py", *given], SEED, n, versions)
-    if args.run:
-        rows, out = list(accuracy(args.run, args.data)), Path(args.out) / "onnx_int8.csv"
-        write_rows(out, rows, ("case", "data", "precision"), about(1))
+    if args.data:
+        out, key = Path(args.out) / "onnx_int8.csv", ("case", "parameters", "data", "precision")
+        with tempfile.TemporaryDirectory() as folder:
+            run = args.run or short_run(args.data, Path(folder) / "run")
+            rows = list(accuracy(run, args.data))
+        write_rows(out, rows, key, about(1))
     else:
         rounds = 1 if args.quick else args.rounds
         rows, out = list(speed(rounds, args.threads, args.quick)), Path(args.out) / "onnx_cpu.csv"

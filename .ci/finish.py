@@ -16,13 +16,17 @@ DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
 NUMBER = re.compile(
     r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?%?$"
 )
-# What a figure was drawn in, and what it is in the page: ink, ground, notes, and two blues for both themes.
+# What a figure was drawn in, and what it is in the page, light or dark: ink, ground, notes, and the palette of
+# `effnet_repro.figures`.
 COLOURS = {
     "#000000": "currentColor",
     "#ffffff": "var(--page)",
     **dict.fromkeys(("#808080", "#696969", "#666666", "#555555", "#4d4d4d"), "var(--quiet)"),
     "#0072b2": "var(--figure-blue)",
     "#56b4e9": "var(--figure-sky)",
+    "#d55e00": "var(--figure-orange)",
+    "#009e73": "var(--figure-green)",
+    "#e69f00": "var(--figure-amber)",
 }
 LONG_WORD = re.compile(r"\S{25,}")
 BLOCKS = re.compile(r"\(?block\w+(?:/\w)?(?:,? block\w+(?:/\w)?){1,3}\)?")
@@ -204,19 +208,26 @@ def wrap_sentences(soup):
         longest = max(map(len, text.splitlines()), default=0)
         if longest > 80 and not re.search(r"\S {3,}\S", text):
             pre["class"] = [*pre.get("class", []), "wrap"]
-        elif longest > 40 and not re.search(r"\S {2,}\S", text):
+        elif longest > 40 and ("\n" not in text.strip() or not re.search(r"\S {2,}\S", text)):
             pre["class"] = [*pre.get("class", []), "flow"]
 
 
-def command_lines(soup):
-    "The lines of a shell block as elements, so that one that wraps on a phone is seen to go on."
-    for code in soup.select("main pre.sh code"):
+def code_lines(soup):
+    "The lines of a block of code as elements, so that one that wraps on a phone is seen to go on."
+    for code in soup.select("main pre.sourceCode code"):
         html = re.sub(r"(\n+)</span>", r"</span>\1", code.decode_contents())
         lines = html.splitlines(keepends=True)
         if all(line.count("<span") == line.count("</span") for line in lines):
-            marked = "".join(f'<span class="line">{line}</span>' for line in lines)
+            marked = []
+            for line in lines:
+                text = re.sub(r"<[^>]*>", "", line)
+                inside = len(text) - len(text.lstrip(" "))
+                style = f' style="--in:{inside}ch"' if inside else ""
+                marked.append(f'<span class="line"{style}>{line}</span>')
             code.clear()
-            code.append(BeautifulSoup(marked, "html.parser"))
+            # Outside a <pre>, the parser would make one space of several.
+            new = BeautifulSoup(f"<pre>{''.join(marked)}</pre>", "html.parser").pre
+            code.extend(list(new.contents))
 
 
 # ---------------------------------------------------------------- header, sidebar, landmarks
@@ -329,7 +340,7 @@ def finish_page(path, card=None):
         tidy_table(soup, table)
     sources(soup)
     wrap_sentences(soup)
-    command_lines(soup)
+    code_lines(soup)
     one_button_a_section(soup)
     header(soup)
     landmarks(soup)

@@ -132,15 +132,22 @@ def test_tables_of_sentences_become_cards_unless_cells_are_merged(tmp_path):
         assert len(page.select("td[data-label='way out'][role=cell]")) == 2 * found
 
 
-def test_lines_of_commands_are_told_apart():
-    spans = '<span class="c"># all\n</span>make test <span class="se">\\\n</span>  -q\n'
-    soup = BeautifulSoup(f'<main><pre class="sh"><code>{spans}</code></pre></main>', "html.parser")
-    finish.command_lines(soup)
-    assert [line.get_text() for line in soup.select(".line")] == [
-        "# all\n",
-        "make test \\\n",
-        "  -q\n",
-    ]
+def test_lines_of_code_are_told_apart():
+    spans = '<span class="k">def</span> f():\n    <span class="s">"all\n</span>  x <span class="o">\\\n</span>end\n'
+    shell = '<span class="c"># all\n</span>make test <span class="se">\\\n</span>  -q\n'
+    for text, lines, indents in (
+        (shell, ["# all\n", "make test \\\n", "  -q\n"], [None, None, "--in:2ch"]),
+        (
+            spans,
+            ["def f():\n", '    "all\n', "  x \\\n", "end\n"],
+            [None, "--in:4ch", "--in:2ch", None],
+        ),
+    ):
+        page = f'<main><pre class="sourceCode"><code>{text}</code></pre></main>'
+        soup = BeautifulSoup(page, "html.parser")
+        finish.code_lines(soup)
+        assert [line.get_text() for line in soup.select(".line")] == lines
+        assert [line.get("style") for line in soup.select(".line")] == indents
 
 
 def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):

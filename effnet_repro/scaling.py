@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['SIZE_TABLE', 'SIZES', 'NET_STAGES', 'STEM_FILTERS', 'HEAD_FILTERS', 'SE_RATIO', 'NORMS', 'INPUT_NORMS', 'Size',
            'size_name', 'NetStage', 'round_filters', 'round_repeats', 'num_groups', 'parse_name', 'ModelSpec', 'Block',
-           'blocks', 'Conv', 'conv_table', 'Cost', 'Counts', 'count', 'same_padding', 'padding_pattern',
-           'mod32_warning', 'half_resolution']
+           'blocks', 'Conv', 'conv_table', 'Cost', 'Counts', 'count']
 
 # %% ../nbs/01_scaling.ipynb #62760fd0
 import math
@@ -15,6 +14,13 @@ from dataclasses import dataclass, replace
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
 from .fields import unknown_name
+from effnet_repro.resolution import (  # noqa: F401
+    HALF_RESOLUTIONS,
+    half_resolution,
+    mod32_warning,
+    padding_pattern,
+    same_padding,
+)
 
 # %% ../nbs/01_scaling.ipynb #c69ab560
 class Size(NamedTuple):
@@ -28,12 +34,12 @@ class Size(NamedTuple):
 
 
 SIZE_TABLE = {
-    "B0": Size(1.0, 1.0, 0.2, 224, 160),
-    "B1": Size(1.0, 1.1, 0.2, 240, 176),
-    "B2": Size(1.1, 1.2, 0.3, 260, 196),
-    "B3": Size(1.2, 1.4, 0.3, 300, 204),
-    "B4": Size(1.4, 1.8, 0.4, 380, 252),
-    "B5": Size(1.6, 2.2, 0.4, 456, 328),
+    "B0": Size(1.0, 1.0, 0.2, 224, HALF_RESOLUTIONS[224]),
+    "B1": Size(1.0, 1.1, 0.2, 240, HALF_RESOLUTIONS[240]),
+    "B2": Size(1.1, 1.2, 0.3, 260, HALF_RESOLUTIONS[260]),
+    "B3": Size(1.2, 1.4, 0.3, 300, HALF_RESOLUTIONS[300]),
+    "B4": Size(1.4, 1.8, 0.4, 380, HALF_RESOLUTIONS[380]),
+    "B5": Size(1.6, 2.2, 0.4, 456, HALF_RESOLUTIONS[456]),
     "B6": Size(1.8, 2.6, 0.5, 528),
     "B7": Size(2.0, 3.1, 0.5, 600),
     "CIFAR": Size(0.5, 1.0, 0.0, 32),
@@ -375,53 +381,3 @@ def count(
         old = segments.get(row.segment, (0, 0, 0))
         segments[row.segment] = Cost(*(a + b for a, b in zip(old, row[2:])))
     return Counts(*(sum(c[i] for c in segments.values()) for i in range(3)), segments)
-
-# %% ../nbs/01_scaling.ipynb #16c51920
-def same_padding(
-    n: int,  # Side of the input, pixels
-    kernel_size: int,  # Of the convolution
-    strides: int,  # Of the convolution
-) -> Tuple[int, int]:  # Zeros before and after
-    "Work out TensorFlow's SAME padding along one side"
-    total = max((-(-n // strides) - 1) * strides + kernel_size - n, 0)
-    return total // 2, total - total // 2
-
-
-def padding_pattern(
-    image_size: int,  # Side of a picture, pixels
-    kernels: Tuple[int, ...] = (3, 3, 5, 3, 5),  # Of the five halving convolutions
-) -> Tuple[Tuple[int, int], ...]:  # (before, after) for each
-    "Follow a picture's padding through the five halvings"
-    pattern, n = [], image_size
-    for k in kernels:
-        pattern.append(same_padding(n, k, 2))
-        n = -(-n // 2)
-    return tuple(pattern)
-
-# %% ../nbs/01_scaling.ipynb #5fc7f6a2
-def mod32_warning(
-    train_size: int,  # Side of the pictures a network was trained on
-    other_size: int,  # Side it is to be fine-tuned or tested at
-) -> Optional[str]:  # None when the rule holds, else a sentence that explains it
-    "Explain when two picture sizes break the paper's rule (section 3.3)"
-    if train_size % 32 == other_size % 32:
-        return None
-    low = other_size - (other_size - train_size) % 32
-    sizes = " or ".join(str(s) for s in (low, low + 32) if s >= 32)
-    return (
-        f"image_size={other_size} leaves {other_size % 32} modulo 32, the training size {train_size} "
-        f"leaves {train_size % 32}: the network meets padding it was not trained with and loses accuracy. "
-        f"Use {sizes}."
-    )
-
-# %% ../nbs/01_scaling.ipynb #c4615840
-def half_resolution(
-    native: int,  # Native side, pixels
-) -> int:  # Half-resolution side
-    "Find the half resolution of a native size: published, or the nearest to half the pixels by the rule"
-    for row in SIZE_TABLE.values():
-        if row.native == native and row.half:
-            return row.half
-    target = native / math.sqrt(2)
-    candidates = [n for n in range(32, native + 1) if n % 32 == native % 32] or [native]
-    return min(candidates, key=lambda n: abs(n - target))

@@ -241,7 +241,7 @@ def test_the_pages_on_a_phone(visit):
     "query, first",
     [
         ("proxy norm", "proxy_norm.html"),
-        ("mod-32", "scaling.html"),
+        ("mod-32", "half_resolution.html"),
         ("Unknown case 'B9-G1-GN'. Did you mean", "errors.html"),
         ("build_model", "efficientnet.html#build_model"),
         ("resume after an interruption", ""),

@@ -63,13 +63,13 @@ def normalise(
     ops,  # Tensor operations
     x,  # Activations, (N, H, W, C), any float type
     gamma=None,  # Scale, (C,) float32; None = 1
-    beta=None,  # Shift, (C,) float32; None = 0
+    beta=None,  # Bias, (C,) float32; None = 0
     norm_groups: int = 1,  # Groups of the group norm; 1 = layer norm; unused when `statistics` are given
     statistics=None,  # (mean, variance) to use instead, each (C,) float32: batch norm
     activation=None,  # "swish" or None
     proxy=None,  # (mean, 1/std) of the activation, each (C,) float32; 1/std may be None; None = no proxy
 ):  # (N, H, W, C), type of x
-    "Normalise, scale and shift, activate, and subtract the proxy: computed in float32"
+    "Normalize, scale and shift, activate, and subtract the proxy: computed in float32"
     check_activation(activation)
     kind = ops.dtype(x)
     mean, variance = statistics or group_statistics(ops, x, norm_groups)

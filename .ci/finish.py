@@ -159,7 +159,7 @@ def tidy_table(soup, table):
             if keep_together(cell.get_text(strip=True)):
                 cell["class"] = [*cell.get("class", []), "whole"]
             else:
-                if len(cell.get_text(strip=True)) > 24 and len(cells) > 3:  # it will be scrolled
+                if len(cell.get_text(strip=True)) > 32 and len(cells) > 3:  # it will be scrolled
                     cell["class"] = [*cell.get("class", []), "words"]
                 break_points(soup, cell)
     last = head.find_all("tr")[-1].find_all(["th", "td"], recursive=False) if head.tr else []

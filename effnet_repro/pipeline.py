@@ -84,10 +84,10 @@ class Work(NamedTuple):
 def schedule(
     pipeline_schedule: str,  # "Grouped", "Interleaved" or "Sequential"
     num_stages: int,  # Stages of the pipeline
-    micro_batches: int,  # Micro-batches of one weight update (the gradient accumulation)
+    micro_batches: int,  # Micro-batches of one training step (the gradient accumulation)
     training: bool = True,  # False = forward passes only
 ) -> Tuple[Work, ...]:  # In the order of execution; within a clock, forward work first
-    "List what every stage does at every clock of a weight update"
+    "List what every stage does at every clock of a training step"
     check_accumulation(pipeline_schedule, num_stages, micro_batches, training)
     stride, last = _stride(pipeline_schedule, num_stages, training), 2 * num_stages - 1
     table = []
@@ -102,7 +102,7 @@ def schedule(
 def plot_pipeline(
     pipeline_schedule: str,  # "Grouped", "Interleaved" or "Sequential"
     num_stages: int,  # Stages of the pipeline
-    micro_batches: int,  # Micro-batches of one weight update
+    micro_batches: int,  # Micro-batches of one training step
     ax=None,  # Matplotlib axes; None = new ones
 ):  # The axes
     "Draw which micro-batch each stage works on, clock by clock: forward above, backward below"
@@ -132,7 +132,7 @@ def plot_pipeline(
 def describe_schedule(
     pipeline_schedule: str,  # "Grouped", "Interleaved" or "Sequential"
     num_stages: int,  # Stages of the pipeline
-    micro_batches: int,  # Micro-batches of one weight update
+    micro_batches: int,  # Micro-batches of one training step
     training: bool = True,  # False = forward passes only
 ) -> dict:  # clocks; bubble, in [0, 1); overlap; stash and alive, micro-batches by stage
     "Count what a schedule takes and keeps"
@@ -155,7 +155,7 @@ def duration(
     table,  # What `schedule` gives
     forward,  # Seconds of a stage's forward work by stage, (..., N)
     backward,  # Seconds of its backward work, recomputation included, (..., N)
-):  # Seconds of a weight update's micro-batches, (...)
+):  # Seconds of a training step's micro-batches, (...)
     "Add up the clocks of a schedule, each as long as its busiest stage"
     active = {}
     for w in table:
@@ -242,7 +242,7 @@ def _programs(ops, stage, loss_of):
 
 # %% ../nbs/35_pipeline.ipynb #35a00001
 class Gradients(NamedTuple):
-    "What one replica computes in one update"
+    "What one replica computes in one training step"
 
     gradients: dict  # Name of a trainable parameter -> mean over the micro-batches, float32
     loss: float  # Mean over the micro-batches
@@ -273,7 +273,7 @@ class Pipeline:
         micro_batches,  # List of (pictures, targets), tensors
         pipeline_schedule: str = "Grouped",  # Order of the work; it does not change the result
         seed: int = 0,  # Of the run
-        update: int = 0,  # Index of the weight update
+        update: int = 0,  # Index of the training step
         replica: int = 0,  # Index of the replica
     ) -> Gradients:
         "Run all micro-batches forward and backward"
@@ -307,7 +307,7 @@ def first_slots(
     case,  # A case: `rmsprop_initial_mean_square`
     weights: dict,  # Full name -> array or tensor
 ) -> dict:  # "mean_square" and "momentum", each name -> float32 array
-    "Make the optimizer's slots as they are before the first update"
+    "Make the optimizer's slots as they are before the first training step"
     start = {"mean_square": case.rmsprop_initial_mean_square, "momentum": 0.0}
     fill = lambda value: {n: np.full(w.shape, value, "float32") for n, w in weights.items()}
     return {slot: fill(value) for slot, value in start.items()}
@@ -318,9 +318,9 @@ def apply_update(
     case,  # A case: loss scale, weight decay and RMSProp's constants
     stages,  # What `split_segments` gives
     weights: dict,  # Full name -> tensor
-    slots: dict,  # What `first_slots` or the last update gave
+    slots: dict,  # What `first_slots` or the last step gave
     replicas,  # Gradients of the scaled loss, a dictionary for each replica
-    learning_rate: float,  # Of this update
+    learning_rate: float,  # Of this step
 ):  # (weights, slots), new
     "Turn the gradients of all replicas into new weights"
     decays = decay_mask(p for stage in stages for s in stage for p in s.params)

@@ -375,10 +375,13 @@ def test_explorer_by_keyboard(visit):
     page = visit("pipeline.html")
     explorer = page.locator("#pipeline-explorer")
     grid, facts = explorer.locator("svg"), explorer.locator("dl")
-    assert grid.locator("rect").count() == 1 + 2 * 4 * 16 and "23" in facts.inner_text()
+    assert grid.locator("rect").count() == 1 + 3 * 2 * 4 * 8  # all three, on one axis
+    assert all(f"{name}: " in grid.inner_text() for name in SCHEDULES) and facts.is_hidden()
     explorer.get_by_role("combobox", name="schedule").focus()
+    page.keyboard.press("ArrowDown")  # Grouped
+    assert grid.locator("rect").count() == 1 + 2 * 4 * 8 and "15" in facts.inner_text()
     page.keyboard.press("ArrowDown")  # Interleaved
-    bubble = describe_schedule("Interleaved", 4, 16)["bubble"]
+    bubble = describe_schedule("Interleaved", 4, 8)["bubble"]
     explorer.get_by_text(f"{100 * bubble:.1f} %").wait_for()
     page.keyboard.press("Tab")
     page.keyboard.type("2")

@@ -49,7 +49,8 @@
   };
   const labelled = (text, control) => make("label", {}, text, control);
 
-  const name = make("select", {}, ...SCHEDULES.map((s) => make("option", {}, s)));
+  const ALL = "All three";
+  const name = make("select", {}, ...[ALL, ...SCHEDULES].map((s) => make("option", {}, s)));
   const stages = make("select", {}, ...[1, 2, 3, 4, 6, 8].map((n) => make("option", {}, n)));
   const micro = make("input", { type: "number", min: 1, max: 128, inputmode: "numeric", "aria-describedby": "explorer-said" });
   const clock = make("input", { type: "range", min: 0, value: 0, step: 1 });
@@ -58,23 +59,28 @@
   const grid = make("div", { class: "play-scroll", role: "region", "aria-label": "The schedule as a grid" });
   const now = make("p", { class: "play-note", "aria-live": "polite" });
   box.append(
-    make("div", { class: "play-controls" }, labelled("schedule", name), labelled("stages", stages), labelled("micro-batches in an update", micro)),
+    make("div", { class: "play-controls" }, labelled("schedule", name), labelled("stages", stages), labelled("micro-batches in a training step", micro)),
     said, facts, grid,
     make("div", { class: "play-controls" }, labelled("clock", clock)), now,
   );
 
-  let table = [], places = null, unit = 0;
-  const ROW = 40, LEFT = 62, TOP = 6;
+  const chosen = () => (name.value === ALL ? SCHEDULES : [name.value]);
+  let shown = [], unit = 0;  // one entry for each schedule in the picture: its name, table and facts
+  const LEFT = 62, TOP = 6;
 
   const point = () => {
-    const at = Number(clock.value);
+    const at = Number(clock.value), n = Number(stages.value), told = [];
     const mark = grid.querySelector(".now");
     if (mark) mark.setAttribute("x", LEFT + at * unit);
-    const work = table.filter((w) => w.clock === at);
-    const told = [];
-    for (let i = 0; i < Number(stages.value); i += 1) {
-      const mine = work.filter((w) => w.stage === i).map((w) => `micro-batch ${w.micro_batch} ${w.kind}`);
-      told.push(`stage ${i}: ${mine.join(" and ") || "idle"}`);
+    for (const one of shown) {
+      const work = one.table.filter((w) => w.clock === at);
+      const mine = (i) => work.filter((w) => w.stage === i).map((w) => `micro-batch ${w.micro_batch} ${w.kind}`);
+      if (shown.length === 1) {
+        for (let i = 0; i < n; i += 1) told.push(`stage ${i}: ${mine(i).join(" and ") || "idle"}`);
+      } else {
+        const busy = new Set(work.map((w) => w.stage)).size;
+        told.push(at < one.about.clocks ? `${one.name}: ${busy} of ${n} stages at work` : `${one.name}: done`);
+      }
     }
     now.textContent = `Clock ${at}. ${told.join("; ")}.`;
     clock.setAttribute("aria-valuetext", `clock ${at}`);
@@ -82,49 +88,56 @@
     if (left < grid.scrollLeft + LEFT || left + unit > grid.scrollLeft + grid.clientWidth) grid.scrollLeft = left - grid.clientWidth / 2;
   };
 
-  const paint = (n, count, about) => {
-    const room = Math.max(box.clientWidth - 40, 280);
-    unit = Math.min(34, Math.max((room - LEFT - 90) / about.clocks, 15));
-    const width = LEFT + about.clocks * unit + 84, height = TOP + n * ROW + 34;
+  const paint = () => {
+    const n = Number(stages.value), alone = shown.length === 1, ROW = alone ? 40 : 26, GAP = alone ? 0 : 22;
+    const clocks = Math.max(...shown.map((one) => one.about.clocks)), room = Math.max(box.clientWidth - 40, 280);
+    unit = Math.min(34, Math.max((room - LEFT - (alone ? 90 : 4)) / clocks, alone ? 15 : 3));
+    const width = LEFT + clocks * unit + (alone ? 84 : 2), height = TOP + shown.length * (n * ROW + GAP) + 34;
     const svg = draw("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "font-size": 11, fill: "currentColor" });
-    svg.setAttribute("aria-label", `${name.value}: ${n} stages by ${about.clocks} clocks; ${(100 * about.bubble).toFixed(1)} percent of the grid is idle.`);
-    svg.append(draw("rect", { class: "now", x: LEFT, y: 0, width: unit, height: TOP + n * ROW + 2, fill: "none", stroke: "var(--accent)", "stroke-width": 2, rx: 2 }));
-    for (let i = 0; i < n; i += 1) {
-      const middle = TOP + i * ROW + ROW / 2;
-      svg.append(draw("text", { x: 0, y: middle + 4 }, `stage ${i}`));
-      svg.append(draw("text", { x: LEFT + about.clocks * unit + 8, y: middle + 4 }, `stash ${about.stash[i]}`));
-      svg.append(draw("line", { x1: LEFT, x2: LEFT + about.clocks * unit, y1: TOP + (i + 1) * ROW, y2: TOP + (i + 1) * ROW, stroke: "var(--rule)" }));
+    const idle = shown.map((one) => `${one.name}: ${n} stages by ${one.about.clocks} clocks; ${(100 * one.about.bubble).toFixed(1)} percent of the grid is idle.`);
+    svg.setAttribute("aria-label", idle.join(" "));
+    svg.append(draw("rect", { class: "now", x: LEFT, y: 0, width: unit, height: height - 32, fill: "none", stroke: "var(--accent)", "stroke-width": 2, rx: 2 }));
+    shown.forEach((one, k) => {
+      const top = TOP + k * (n * ROW + GAP) + GAP, end = LEFT + one.about.clocks * unit;
+      if (!alone) svg.append(draw("text", { x: 0, y: top - 7, "font-size": 12, "font-weight": 600 }, `${one.name}: ${one.about.clocks} clocks, ${(100 * one.about.bubble).toFixed(0)} % idle`));
+      for (let i = 0; i < n; i += 1) {
+        const middle = top + i * ROW + ROW / 2;
+        svg.append(draw("text", { x: 0, y: middle + 4 }, `stage ${i}`));
+        if (alone) svg.append(draw("text", { x: end + 8, y: middle + 4 }, `stash ${one.about.stash[i]}`));
+        svg.append(draw("line", { x1: LEFT, x2: end, y1: top + (i + 1) * ROW, y2: top + (i + 1) * ROW, stroke: "var(--rule)" }));
+      }
+      for (const w of one.table) {
+        const forward = w.kind === "forward", high = ROW / 2 - (alone ? 3 : 1.5);
+        const x = LEFT + w.clock * unit, y = top + w.stage * ROW + (forward ? 1 : ROW / 2 + 0.5), slim = Math.min(0.75, unit / 12);
+        svg.append(draw("rect", { x: x + slim, y, width: unit - 2 * slim, height: high, rx: alone ? 2 : 1, fill: `var(--${w.kind})` }));
+        if (unit >= 9) svg.append(draw("text", { x: x + unit / 2, y: y + high / 2 + 3.5, "text-anchor": "middle", "font-size": w.micro_batch > 99 || !alone ? 8 : 10 }, w.micro_batch));
+      }
+    });
+    const every = [1, 2, 5, 10, 20, 50, 100, 200].find((step) => step * unit >= 28) || 500;
+    for (let c = 0; c < clocks; c += every) {
+      svg.append(draw("text", { x: LEFT + (c + 0.5) * unit, y: height - 19, "text-anchor": "middle" }, c));
     }
-    for (const w of table) {
-      const forward = w.kind === "forward";
-      const x = LEFT + w.clock * unit, y = TOP + w.stage * ROW + (forward ? 2 : ROW / 2 + 1), high = ROW / 2 - 3;
-      svg.append(draw("rect", { x: x + 0.75, y, width: unit - 1.5, height: high, rx: 2, fill: `var(--${w.kind})` }));
-      svg.append(draw("text", { x: x + unit / 2, y: y + high / 2 + 4, "text-anchor": "middle", "font-size": w.micro_batch > 99 ? 8 : 10 }, w.micro_batch));
-    }
-    const every = [1, 2, 5, 10, 20, 50].find((step) => step * unit >= 28) || 50;
-    for (let c = 0; c < about.clocks; c += every) {
-      svg.append(draw("text", { x: LEFT + (c + 0.5) * unit, y: TOP + n * ROW + 15, "text-anchor": "middle" }, c));
-    }
-    svg.append(draw("text", { x: LEFT, y: TOP + n * ROW + 30 }, "clock"));
+    svg.append(draw("text", { x: LEFT, y: height - 4 }, "clock"));
     grid.replaceChildren(svg);
     window.dispatchEvent(new Event("resize"));  // it may scroll now
   };
 
   const show = () => {
-    const n = Number(stages.value), block = overlap(name.value, n), count = Number(micro.value);
+    const n = Number(stages.value), names = chosen(), count = Number(micro.value);
+    const block = Math.max(...names.map((s) => overlap(s, n)));  // that of Grouped is a multiple of the others
     micro.step = 1;
     const legal = Number.isInteger(count) && count >= block && count <= 128 && count % block === 0;
     micro.setAttribute("aria-invalid", String(!legal));
+    const who = names.length > 1 ? "Grouped" : names[0];
     if (!legal) {
       const down = Math.floor(Math.min(Math.max(count || 0, 0), 128) / block) * block;
       const ways = [down, down + block].filter((k) => k > 0 && k <= 128);
-      said.textContent = `${name.value} runs micro-batches in blocks of ${block} on ${n} stage${n > 1 ? "s" : ""}: take ${ways.join(" or ")}.`;
+      said.textContent = `${who} runs micro-batches in blocks of ${block} on ${n} stage${n > 1 ? "s" : ""}: take ${ways.join(" or ")}.`;
       return;
     }
     said.textContent = `Blocks of ${block}. Blue is forward, orange backward; a number is a micro-batch, an empty place is idle.`;
-    table = schedule(name.value, n, count);
-    const about = describe(name.value, n, count);
-    places = { n, count, about };
+    shown = names.map((s) => ({ name: s, table: schedule(s, n, count), about: describe(s, n, count) }));
+    const about = shown[0].about;
     const rows = {
       clocks: about.clocks,
       "bubble, idle share": `${(100 * about.bubble).toFixed(1)} %`,
@@ -132,22 +145,24 @@
       "stash by stage": about.stash.join(", "),
       "alive at most": about.alive.join(", "),
     };
-    facts.replaceChildren(...Object.entries(rows).map(([k, v]) => make("div", {}, make("dt", {}, k), make("dd", {}, String(v)))));
-    paint(n, count, about);
-    clock.max = about.clocks - 1;
-    clock.value = Math.min(Number(clock.value), about.clocks - 1);
+    const entries = names.length > 1 ? [] : Object.entries(rows);  // of all three, the picture says it
+    facts.replaceChildren(...entries.map(([k, v]) => make("div", {}, make("dt", {}, k), make("dd", {}, String(v)))));
+    facts.hidden = !entries.length;
+    paint();
+    clock.max = Math.max(...shown.map((one) => one.about.clocks)) - 1;
+    clock.value = Math.min(Number(clock.value), Number(clock.max));
     point();
     window.dispatchEvent(new Event("resize"));  // what scrolls now may be other boxes than before
   };
   const refit = () => {
-    const block = overlap(name.value, Number(stages.value));
-    micro.value = Math.min(128, Math.max(1, Math.round(Number(micro.value) / block)) * block);
+    const block = Math.max(...chosen().map((s) => overlap(s, Number(stages.value))));
+    micro.value = Math.min(Math.floor(128 / block) * block, Math.max(1, Math.round(Number(micro.value) / block)) * block);
     show();
   };
 
-  name.value = "Grouped";
+  name.value = ALL;
   stages.value = "4";
-  micro.value = "16";
+  micro.value = "8";
   box.hidden = false;
   name.addEventListener("change", refit);
   stages.addEventListener("change", refit);
@@ -158,7 +173,7 @@
   window.addEventListener("resize", () => {
     if (box.clientWidth === wide) return;
     wide = box.clientWidth;
-    paint(places.n, places.count, places.about);
+    paint();
     point();
   });
 })();

@@ -119,7 +119,7 @@ def squeeze_excite(
     x,  # Activations, (N, H, W, C)
     inv_std=None,  # Delayed proxy scale, (C,) float32; None = 1
 ):  # (N, H, W, C), type of x
-    "Re-weigh the channels of `x` by what the whole picture says"
+    "Re-weigh the channels of `x` by what the whole image says"
     gate = excite(ops, ops.pool(x), gate_layers(w))
     gate = gate if inv_std is None else gate * ops.cast(inv_std, ops.dtype(x))
     n, c = ops.shape(gate)
@@ -143,7 +143,7 @@ def drop_path(
     rng,  # `Rng` in training, None at inference
     segment: str,  # Where it happens: part of the mask's key
 ):  # (N, H, W, C), type of x
-    "Drop the branch for some pictures, and scale it up for the others"
+    "Drop the branch for some images, and scale it up for the others"
     mask = drop_mask(rng, segment, rate, (ops.shape(x)[0], 1, 1, 1))
     return x if mask is None else x * ops.cast(mask, ops.dtype(x))
 
@@ -200,7 +200,7 @@ def project_add(
     shortcut,  # What the block was given, (N, H, W, filters_out)
     rng=None,  # `Rng` in training
 ):  # (N, H, W, filters_out)
-    "Narrow, drop the branch of some pictures in training, and add the shortcut"
+    "Narrow, drop the branch of some images in training, and add the shortcut"
     branch = project(ops, spec, w, x, rng)
     return shortcut + drop_path(ops, branch, block.drop_path_rate, rng, block.name)
 

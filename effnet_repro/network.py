@@ -119,9 +119,9 @@ def normalise_pictures(
     ops,  # Tensor operations
     spec,  # `ModelSpec`: input_norm
     weights: dict,  # "input/scale" and "input/shift" when input_norm is "keras"
-    x,  # Pictures, (N, H, W, 3), 0..255 in a float type
+    x,  # Images, (N, H, W, 3), 0..255 in a float type
 ):  # (N, H, W, 3), type of x
-    "Centre pictures as the network was trained on them, in float32 whatever follows"
+    "Center images as the network was trained on them, in float32 whatever follows"
     kind = ops.dtype(x)
     if spec.input_norm == "none":
         return x
@@ -136,8 +136,8 @@ def normalise_pictures(
 def input_affine(
     spec: ModelSpec,  # input_norm
     weights: dict,  # "input/scale" and "input/shift" when input_norm is "keras"
-):  # (scale, shift), each (3,) float32: what is done to a picture is x * scale + shift
-    "Give the centring of pictures as one affine of 0..255 pixels, whatever its kind"
+):  # (scale, shift), each (3,) float32: what is done to an image is x * scale + shift
+    "Give the centering of images as one affine of 0..255 pixels, whatever its kind"
     if spec.input_norm == "keras":
         return np.asarray(weights["input/scale"]), np.asarray(weights["input/shift"])
     mean = IMAGENET_MEAN if spec.input_norm == "imagenet_mean" else (0.0, 0.0, 0.0)
@@ -223,7 +223,7 @@ def _with_statistics(spec, segment):
 # %% ../nbs/14_network.ipynb #9d1f0604
 def segments(
     spec: ModelSpec,  # The network
-) -> Tuple[Segment, ...]:  # In order, from the pictures to the logits
+) -> Tuple[Segment, ...]:  # In order, from the images to the logits
     "List the named segments of a network"
     body = [s for b in blocks(spec) for s in _block_segments(spec, b)]
     return tuple(_with_statistics(spec, s) for s in (_stem(spec), *body, _top(spec)))
@@ -236,7 +236,7 @@ def params(
     return tuple(p for s in segments(spec) for p in s.params)
 
 # %% ../nbs/14_network.ipynb #2ee08c46
-_TRUNCATED_STD = 0.87962566103423978  # Deviation of a standard normal cut at two
+_TRUNCATED_STD = 0.87962566103423978  # Standard deviation of a standard normal cut at two
 
 
 def initial_value(
@@ -278,7 +278,7 @@ def run(
     ops,  # Tensor operations
     spec: ModelSpec,  # The network
     weights: dict,  # Full name -> array or tensor
-    x,  # Pictures, (N, H, W, 3), 0..255, in the type to compute in
+    x,  # Images, (N, H, W, 3), 0..255, in the type to compute in
     rng=None,  # `Rng` in training, None at inference
     outputs: Optional[dict] = None,  # Filled with every segment's output, by name, when given
 ):  # Logits, (N, num_classes) float32

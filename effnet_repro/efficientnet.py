@@ -56,7 +56,7 @@ def build_model(
     network: Union[
         ModelSpec, Case, str
     ],  # "B0-G1-BN", "B1-G16-LN_PN-Half_16IPU_4x4", a case, a specification
-    image_size=None,  # Side of the pictures, (height, width) where None is open, or None = the network's
+    image_size=None,  # Side of the images, (height, width) where None is open, or None = the network's
     num_classes: Optional[
         int
     ] = None,  # Outputs of the classifier; None = the specification's, 1000
@@ -67,7 +67,7 @@ def build_model(
     outputs: Optional[Sequence[str]] = None,  # Names of segments to return instead, as a list
     dtype=None,  # Keras policy, e.g. "mixed_bfloat16"; None = Keras' global one
     seed: int = 0,  # Of the initial weights
-) -> keras.Model:  # (N, H, W, 3) pictures 0..255 -> (N, num_classes) float32 logits
+) -> keras.Model:  # (N, H, W, 3) images 0..255 -> (N, num_classes) float32 logits
     "Build a network as a Keras model; its layers are the published segments"
     spec = as_spec(network, num_classes=num_classes, input_norm=input_norm)
     if isinstance(image_size, int):
@@ -244,7 +244,7 @@ def _open_keras(spec, weights):
         next(la.variance for la in source.layers if isinstance(la, keras.layers.Normalization))
     )
     if np.allclose(variance, np.asarray(IMAGENET_STD) / 255, rtol=1e-3):
-        # Keras' ImageNet files store deviations as variances and scale once more to make up for it
+        # Keras' ImageNet files store standard deviations as variances and scale once more to make up for it
         for name in affine:
             affine[name] = (affine[name] / np.sqrt(variance)).astype("float32")
     return source, affine
@@ -315,7 +315,7 @@ def to_keras_applications(
     spec: ModelSpec,  # Batch norm, group size 1, expansion 6
     weights: Dict[str, np.ndarray],  # Full name -> array, all that the network declares
     classifier_activation: Optional[str] = "softmax",  # Keras' default; None gives logits
-) -> keras.Model:  # `keras.applications.EfficientNetB*` that takes raw pictures, 0..255
+) -> keras.Model:  # `keras.applications.EfficientNetB*` that takes raw images, 0..255
     "Make the network of keras.applications that computes what these weights compute"
     _check_keras_twin(spec)
     check_matches(weights, params(spec))

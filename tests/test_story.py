@@ -11,7 +11,8 @@ from effnet_repro import figures
 from effnet_repro.ops import get_ops
 from effnet_repro.proxy_norm import proxy_statistics
 
-STORY = ("group_conv", "norms", "proxy_norm", "half_resolution")
+STORY = """twenty_minutes group_conv norms proxy_norm half_resolution mbconv network efficientnet
+proxy_norm_elsewhere pipeline""".split()
 # What scrolls by itself: code and output, tables, formulas.
 SCROLLED = """() => [...document.querySelectorAll(
     "main pre, main .cell-output-display, main .sd-table, main .math.display, main .katex-display, main .play-scroll"

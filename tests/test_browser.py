@@ -376,7 +376,7 @@ def test_explorer_by_keyboard(visit):
     explorer = page.locator("#pipeline-explorer")
     grid, facts = explorer.locator("svg"), explorer.locator("dl")
     assert grid.locator("rect").count() == 1 + 3 * 2 * 4 * 8  # all three, on one axis
-    assert all(f"{name}: " in grid.inner_text() for name in SCHEDULES) and facts.is_hidden()
+    assert all(f"{name}: " in grid.text_content() for name in SCHEDULES) and facts.is_hidden()
     explorer.get_by_role("combobox", name="schedule").focus()
     page.keyboard.press("ArrowDown")  # Grouped
     assert grid.locator("rect").count() == 1 + 2 * 4 * 8 and "15" in facts.inner_text()
@@ -420,14 +420,14 @@ def test_pages_keep_their_point_without_scripts(browser, site, name, kept):
 
 
 def test_what_scrolls_sideways_can_be_reached_by_keyboard(visit):
-    page = visit("config.html", PHONE)
+    page = visit("scaling.html", PHONE)
     stuck = page.evaluate(
         """() => [...document.querySelectorAll("main *")].filter((e) =>
             ["auto", "scroll"].includes(getComputedStyle(e).overflowX)
             && e.scrollWidth > e.clientWidth + 1 && e.tabIndex < 0).map((e) => e.outerHTML.slice(0, 90))"""
     )
     assert stuck == []
-    assert page.locator("main pre[tabindex='0']").count() > 0
+    assert page.locator("main .cell-output-display[tabindex='0']").count() > 0
 
 
 def test_a_figure_fits_a_phone_and_opens_in_full(visit):

@@ -21,10 +21,10 @@ def same_padding(
 
 
 def padding_pattern(
-    image_size: int,  # Side of a picture, pixels
+    image_size: int,  # Side of an image, pixels
     kernels: Tuple[int, ...] = (3, 3, 5, 3, 5),  # Of the five halving convolutions
 ) -> Tuple[Tuple[int, int], ...]:  # (before, after) for each
-    "Follow a picture's padding through the five halvings"
+    "Follow an image's padding through the five halvings"
     pattern, n = [], image_size
     for k in kernels:
         pattern.append(same_padding(n, k, 2))
@@ -33,10 +33,10 @@ def padding_pattern(
 
 # %% ../nbs/09_half_resolution.ipynb #5fc7f6a2
 def mod32_warning(
-    train_size: int,  # Side of the pictures a network was trained on
+    train_size: int,  # Side of the images a network was trained on
     other_size: int,  # Side it is to be fine-tuned or tested at
 ) -> Optional[str]:  # None when the rule holds, else a sentence that explains it
-    "Explain when two picture sizes break the paper's rule (section 3.3)"
+    "Explain when two image sizes break the paper's rule (section 3.3)"
     if train_size % 32 == other_size % 32:
         return None
     low = other_size - (other_size - train_size) % 32

@@ -78,7 +78,7 @@ def norm_act(
     activation="swish",  # None after a projection: then there is no proxy either
     divide=True,  # Whether to divide by the proxy's standard deviation here
 ):  # (activations, 1/std still to be multiplied or None)
-    "Normalise and activate as the network's arm says"
+    "Normalize and activate as the network's arm says"
     if spec.batch_norm:
         n = Scope(w.weights, w.path("batch_norm"))
         statistics = _moving_or_batch(ops, n, x, rng)
@@ -172,7 +172,7 @@ def spatial(
     x,  # Wide activations, (N, H, W, expanded)
     rng=None,  # `Rng` in training
 ):  # (N, H', W', expanded); H' = ceil(H / strides)
-    "Convolve in groups, normalise, activate, squeeze and excite"
+    "Convolve in groups, normalize, activate, squeeze and excite"
     x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
     x, inv_std = norm_act(ops, spec, w, x, rng, divide=False)
     return squeeze_excite(ops, w_se, x, inv_std)

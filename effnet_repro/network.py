@@ -240,7 +240,7 @@ _TRUNCATED_STD = 0.87962566103423978  # Standard deviation of a standard normal 
 
 
 def initial_value(
-    param: Param,  # What to initialise
+    param: Param,  # What to initialize
     rng: np.random.Generator,  # Where randomness comes from
 ) -> np.ndarray:  # float32, of the parameter's shape
     "Draw a parameter's first value"

@@ -114,11 +114,11 @@ def plot_pipeline(
     small = 8 if max(w.clock for w in table) < 30 else 5
     for w in table:
         forward = w.kind == "forward"
-        colour = plt.get_cmap("Blues" if forward else "Oranges")(
+        color = plt.get_cmap("Blues" if forward else "Oranges")(
             0.25 + 0.5 * w.micro_batch / micro_batches
         )
         bottom = w.stage - (0.45 if forward else 0)
-        ax.add_patch(plt.Rectangle((w.clock + 0.04, bottom), 0.92, 0.42, color=colour, lw=0))
+        ax.add_patch(plt.Rectangle((w.clock + 0.04, bottom), 0.92, 0.42, color=color, lw=0))
         middle = (w.clock + 0.5, bottom + 0.21)
         ax.text(*middle, w.micro_batch, ha="center", va="center", fontsize=small, color="#111111")
     ax.set(xlim=(0, max(w.clock for w in table) + 1), ylim=(num_stages - 0.45, -0.55))

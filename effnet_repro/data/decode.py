@@ -160,7 +160,7 @@ def _decode_accurate(data):
     # What is wrong with a file is an error or nothing: Pillow's warnings tell it in Python's words.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        if data[:2] == b"\xff\xd8" and b"\xff\xd9" not in data:
+        if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < 0:
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
         image = Image.open(io.BytesIO(_plain_png(data)))
         check_pixels(*image.size[::-1])
@@ -183,7 +183,7 @@ def _decode_accurate(data):
 
 def _decode_turbo(data, fast, strict):
     "A JPEG decoded by simplejpeg, fast DCT or not; None where that cannot be done, or only with a warning"
-    if data[:2] != b"\xff\xd8" or b"\xff\xd9" not in data or not has_fast_dct():
+    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0 or not has_fast_dct():
         return None
     import simplejpeg
 

@@ -39,7 +39,7 @@ class RectanglesJob:
     request: TrainRequest
 
     def __call__(self, numbers: np.ndarray, places: np.ndarray):
-        """Return all pixels (P, 3), and the sizes, flips and labels of the images."""
+        """Return the rectangles (H, W, 3), and the sizes, flips and labels of the images."""
         some, cut = self.request.read_images(numbers, places, raw=True), []
         for number, data, (top, left, height, width) in zip(some.numbers, some.data, some.crops):
             with located(self.request.dataset, "train", number):
@@ -48,8 +48,7 @@ class RectanglesJob:
                 pixels = pixels[top : top + height, left : left + width]
             cut.append(pixels)
         sizes = np.array([pixels.shape[:2] for pixels in cut], np.int32)
-        flat = np.concatenate([pixels.reshape(-1, 3) for pixels in cut])
-        return flat, (sizes, some.flips, some.labels)
+        return cut, (sizes, some.flips, some.labels)
 
 
 def _rounded(count):

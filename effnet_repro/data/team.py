@@ -15,14 +15,15 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Callable, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Callable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from effnet_repro.data.threads import core_count
 
-# A job takes whatever a piece consists of and returns its images (n, ...) and any other result that is small.
-Job = Callable[..., Tuple[np.ndarray, Any]]
+# A job takes whatever a piece consists of and returns its images (n, ...) and any other result that is small. A list of
+# images (H, W, 3) stands for their pixels (P, 3), one image behind the other: nobody has to put them together first.
+Job = Callable[..., Tuple[Union[np.ndarray, List[np.ndarray]], Any]]
 
 FEW_CORES = 2  # With fewer, processes gain nothing over threads
 FEW_IMAGES = 2048  # With fewer to make, threads are done before processes have started
@@ -83,7 +84,7 @@ class Team:
     def _do(self, piece, out):
         if not self._processes:
             images, rest = self._job(*piece)
-            return out(images), rest
+            return out(_whole(images)), rest
         process = self._idle.get()
         try:
             return process.do(piece, out)
@@ -219,13 +220,26 @@ def serve():
             replies.flush()
 
 
+def _whole(images):
+    "What a job returned as one array"
+    if not isinstance(images, list):
+        return images
+    return np.concatenate([one.reshape(-1, 3) for one in images])
+
+
 def _attempt(job, piece, memory):
     "Write the images of a piece to the shared memory, if they have room there; the rest, or what was raised"
     try:
         images, rest = job(*piece)
-        if images.nbytes > len(memory):
-            return images, rest, None
-        np.frombuffer(memory, images.dtype, images.size)[...] = images.reshape(-1)
-        return _Place(images.shape, images.dtype.str), rest, None
+        some = images if isinstance(images, list) else [images]
+        size, kind = sum(one.size for one in some), some[0].dtype
+        if size * kind.itemsize > len(memory):
+            return _whole(images), rest, None
+        target, at = np.frombuffer(memory, kind, size), 0
+        for one in some:
+            target[at : at + one.size].reshape(one.shape)[...] = one
+            at += one.size
+        shape = images.shape if some[0] is images else (size // 3, 3)
+        return _Place(shape, kind.str), rest, None
     except Exception as error:
         return None, None, error

@@ -27,6 +27,7 @@ from effnet_repro.config import (
     list_some,
     unknown_name,
 )
+from .paths import local_path
 
 # %% ../nbs/26_averaging.ipynb #f9b9562f
 def _check_next(average, new, at_update):
@@ -206,7 +207,7 @@ def load_weights(
     "Read weights and where they come from"
     if weights not in ("auto", "last", "average"):
         raise unknown_name("weights", weights, ("auto", "last", "average"))
-    source, last = Path(source), newest_file(source)
+    source, last = local_path(source, "source"), newest_file(source)
     metadata, is_average = load_metadata(last), read_metadata(last).get("kind") == "average"
     if source != last:
         case = case_from_dict(metadata["case"])

@@ -3,13 +3,20 @@
 A repeated key, an unknown section and a syntax error are refused with the place. What the values mean is `config`'s.
 """
 
+import copy
+import functools
 import math
 from pathlib import Path
 
 import yaml
 
 from effnet_repro.fields import unknown_name
+from effnet_repro.paths import local_path
 from effnet_repro.scaling import SIZE_TABLE, size_name
+
+
+class _Unreadable(ValueError):
+    "A scalar that cannot be what its tag says"
 
 
 class _UniqueKeys(yaml.SafeLoader):
@@ -26,6 +33,16 @@ class _UniqueKeys(yaml.SafeLoader):
                 self.repeated.append((key, lines[key.value], line))
             lines[key.value] = line
         return node
+
+    def construct_object(self, node, deep=False):
+        try:
+            return super().construct_object(node, deep)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
+            if isinstance(e, _Unreadable):
+                raise
+            kind = node.tag.rpartition(":")[2]
+            line, text = node.start_mark.line + 1, str(getattr(node, "value", ""))[:40]
+            raise _Unreadable(f"line {line}: {text!r} is no value of the kind {kind}") from None
 
     def get_single_node(self):
         node, mapping = super().get_single_node(), yaml.MappingNode
@@ -101,18 +118,35 @@ def _as_sections(data, path, keys):
     return {"cases": found} if found else data
 
 
+@functools.lru_cache(maxsize=4)
+def _parse(text):
+    "What a text in YAML holds; a command asks for the same file several times"
+    return yaml.load(text, Loader=_UniqueKeys)
+
+
+def _text_of(path):
+    "The text of a configuration file. ValueError or OSError names the file"
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError("it is not text in UTF-8") from None
+    except OSError as e:
+        raise OSError(e.errno, f"Cannot read {path}: {e.strerror}.") from None
+
+
 def read_sections(
     path,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
     keys: dict,  # Key of the published form -> field
 ) -> dict:  # Its sections as plain dictionaries
     "Read a file of cases"
-    path = Path(path) if path else _default_path()
+    path = _default_path() if path is None else local_path(path, "config_path")
     if not path.is_file():
+        what = ", which is a folder" if path.is_dir() else ""
         raise FileNotFoundError(
-            f"No configuration file {path}. Leave `path` out for the published cases."
+            f"No configuration file {path}{what}. Leave `path` out for the published cases."
         )
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)
+        data = copy.deepcopy(_parse(_text_of(path)))
     except (yaml.YAMLError, ValueError, RecursionError) as e:
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""

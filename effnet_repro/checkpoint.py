@@ -23,6 +23,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
+from .paths import local_path
+
 # %% ../nbs/33_checkpoint.ipynb #807b0ae0
 FORMAT_VERSION = 1
 AVERAGE = "average/"  # Beginning of the names of the average's arrays in a checkpoint
@@ -79,29 +81,39 @@ def _header(metadata, arrays):
     }
     return {_KEY: text, _SUMS: json.dumps(sums, sort_keys=True)}
 
+# %% ../nbs/33_checkpoint.ipynb #f85503ce
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
+
+
+def _force(descriptor):
+    "Force an open file to disk, where its file system can do that at all"
+    try:
+        os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in _CANNOT:
+            raise
+
 # %% ../nbs/33_checkpoint.ipynb #f85503cf
 def _write(path, data):
     "Write a new file and force it to disk"
     with open(str(path), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(file.fileno())
+        _force(file.fileno())
 
 
 def sync(
     path,  # A file, or a folder: then its list of names
 ):
-    "Force what is at `path` to disk; some file systems cannot do that with a folder, and there it is left out"
+    "Force what is at `path` to disk; some file systems cannot do that, and there it is left out"
     if os.name == "nt":
         return
-    descriptor = os.open(str(path), os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        if not Path(path).is_dir():
-            raise
-    finally:
-        os.close(descriptor)
+    with contextlib.suppress(*([OSError] if Path(path).is_dir() else [])):
+        descriptor = os.open(str(path), os.O_RDONLY)
+        try:
+            _force(descriptor)
+        finally:
+            os.close(descriptor)
 
 # %% ../nbs/33_checkpoint.ipynb #faad0411
 _FULL = (errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC))
@@ -134,7 +146,7 @@ def write_file(
     data: bytes,  # What it shall hold
 ) -> Path:  # `path`, which is now the new file or, after an exception, what it was before
     "Write a file whole or not at all"
-    path = Path(path)
+    path = local_path(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
     with explain_writing(path, len(data)):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -221,15 +233,24 @@ def _damaged(path, what):
     )
 
 # %% ../nbs/33_checkpoint.ipynb #f08847bf
+def _not_there(path):
+    "The message about a checkpoint that does not exist"
+    if not path.suffix:
+        return f"There is no file or folder {path}. Give a run folder or a checkpoint in it."
+    there = [p.name for p in sorted(path.parent.glob("epoch-*.safetensors"))]
+    listed = f"There: {', '.join(there[-3:])}." if there else "The folder has no checkpoint."
+    return (
+        f"No checkpoint {path}. {listed if path.parent.is_dir() else 'Its folder does not exist.'}"
+    )
+
+
 def _read(path, read):
     "Open a checkpoint and call `read` with the open file; all errors of the file are raised here"
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder. Pass a file, e.g. `latest({str(path)!r})`.")
     if not path.is_file():
-        there = [p.name for p in sorted(path.parent.glob("epoch-*.safetensors"))]
-        listed = f"There: {', '.join(there[-3:])}." if there else "The folder has no checkpoint."
-        raise FileNotFoundError(f"No checkpoint {path}. {listed}")
+        raise FileNotFoundError(_not_there(path))
     try:
         with safe_open(str(path), "np") as file:
             return read(file, *_decode(path, file.metadata()))
@@ -289,7 +310,7 @@ def find_checkpoints(
 ):  # (paths by update, the newest last; an error for each file that cannot be read)
     "Sort the files of a folder into checkpoints and damaged ones"
     found, damaged = [], []
-    for path in sorted(Path(folder).glob("epoch-*.safetensors")):
+    for path in sorted(local_path(folder, "folder").glob("epoch-*.safetensors")):
         if not _NAME.fullmatch(path.name):
             continue
         try:
@@ -356,7 +377,7 @@ def newest_file(
     source,  # A checkpoint file, or a run folder
 ):  # The file itself, or the newest checkpoint in the folder
     "Find the checkpoint file that `source` stands for"
-    source = Path(source)
+    source = local_path(source, "source")
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     if not folder.is_dir():
         return source

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Dict, Optional, Tuple, Union
 
 from .case_files import read_sections
+from .case_rules import check_budgets, check_forms, check_keys, check_layout, named
 from .divisors import mixing_group
 from .fields import UNCHANGED, describe, list_some, option, unknown_name
 from .small_sets import automatic_budget, small_run
@@ -194,7 +195,7 @@ class _Images(_Step):
     cutmix_lambda: Optional[float] = option(
         "CutMix v1's parameter; None or 0 = off", None, range="[0, 1]"
     )
-    cutmix_version: int = option("Only version 1 is published", 1)
+    cutmix_version: int = option("Only version 1 is published", 1, choices=(1,))
     crop_area_min: float = option(
         "Smallest share of the image that a training crop covers", 0.05, range="[1e-4, 1]"
     )
@@ -227,8 +228,12 @@ class _OnIPUs(_Images):
         "Round 16-bit sums at random; published: no_stochastic_rounding", False
     )
     eight_bit_io: bool = option("Send images to the device as bytes", True)
-    internal_exchange_optimisation_target: str = option('"balanced" or "memory"', "balanced")
-    available_memory_proportion: Tuple[float, ...] = option("One value, or two a stage", ())
+    internal_exchange_optimisation_target: str = option(
+        "Of transfers between tiles", "balanced", choices=("balanced", "memory", "cycles")
+    )
+    available_memory_proportion: Tuple[float, ...] = option(
+        "One value, or two a stage", (), range="[0, 1]"
+    )
     enable_conv_dithering: bool = option("Spread convolutions over tiles", False)
     offload_fp32_weight_copy: bool = option(
         "Keep float32 weights outside the chip (16.16 only)", False
@@ -294,12 +299,10 @@ def validate(
         object.__setattr__(case, name, field.check(getattr(case, name), case.name))
     product = case.micro_batch_size * case.gradient_accumulation * case.num_replicas
     if product != case.global_batch_size or product == 0:
-        _refuse(
-            case,
-            "micro_batch_size x gradient_accumulation x num_replicas must be the global_batch_size.",
-            f"The product is {product}: change one of the four, or leave gradient_accumulation out.",
-            *("micro_batch_size", "gradient_accumulation", "num_replicas", "global_batch_size"),
-        )
+        four = "micro_batch_size", "gradient_accumulation", "num_replicas", "global_batch_size"
+        rule = f"{' x '.join(four[:3])} must be the {four[3]}."
+        hint = f"The product is {product}: change one of the four, or leave {four[1]} out."
+        _refuse(case, rule, hint, *four)
     if case.mix_group_size and case.global_batch_size % case.mix_group_size:
         rule, hint = "mix_group_size must divide the global_batch_size.", "Leave it out."
         _refuse(case, rule, hint, "mix_group_size", "global_batch_size")
@@ -314,34 +317,23 @@ def validate(
     if case.norm in ("LN", "LN_PN") and case.norm_groups != 1:
         _refuse(case, "Layer norm has one group.", "Use norm GN.", "norm", "norm_groups")
     try:
-        ModelSpec.from_case(case)  # refuses stages that do not fit each other
+        spec = ModelSpec.from_case(case)  # refuses stages that do not fit each other
     except ValueError as e:
         raise ValueError(f"net_stages of {case.name}: {e}") from None
+    check_forms(case, spec)
 
 # %% ../nbs/00_config.ipynb #ed5e0da0
 def read_yaml(
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
 ) -> dict:  # Its sections as plain dictionaries
     "Read a configuration file; syntax errors, doubled keys and unknown sections are refused"
-    return read_sections(path, PUBLISHED_KEYS)
+    sections = read_sections(path, PUBLISHED_KEYS)
+    check_budgets(sections.get("budgets"), FIELDS, str(path or "config.yml"))
+    return sections
 
 # %% ../nbs/00_config.ipynb #c9e1516a
 def _case_from(name, values, where=""):
-    if not isinstance(values, dict):
-        raise ValueError(f"Case {name!r} in {where} must map field names to values.")
-    for key in values:
-        if key in PUBLISHED_KEYS:
-            raise ValueError(
-                f"Unknown key {key!r} of {name} in {where}. It is called {PUBLISHED_KEYS[key]!r} here."
-            )
-        if key not in FIELDS:
-            raise unknown_name("key", key, FIELDS, f"{name}, {where}")
-    needed = [n for n, f in FIELDS.items() if f.default is dataclasses.MISSING and n != "name"]
-    missing = [n for n in needed if n not in values]
-    if missing:
-        raise ValueError(
-            f"Case {name!r} in {where} lacks {', '.join(missing)}. Add them or merge a size."
-        )
+    check_keys(name, values, FIELDS, PUBLISHED_KEYS, where)
     return Case(**{**values, "name": name})
 
 # %% ../nbs/00_config.ipynb #65eb897f
@@ -349,8 +341,12 @@ def load_cases(
     path=None,  # A file in the form of `config.yml`, or the published flat one; None = the published cases
 ) -> Dict[str, Case]:  # Name -> case, in the file's order
     "Read every case of a configuration file"
-    where, cases = str(path or "config.yml"), read_yaml(path)["cases"]
-    return {name: _case_from(name, values, where) for name, values in cases.items()}
+    where, cases = str(path or "config.yml"), {}
+    for name, values in read_yaml(path)["cases"].items():
+        with named(where):
+            cases[name] = _case_from(name, values, where)
+            check_layout(cases[name])
+    return cases
 
 # %% ../nbs/00_config.ipynb #e92ff3f2
 _DECIDE_ACCUMULATION = ("micro_batch_size", "num_replicas", "global_batch_size")
@@ -368,10 +364,12 @@ def override(
     if "gradient_accumulation" not in values and any(f in values for f in _DECIDE_ACCUMULATION):
         micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _DECIDE_ACCUMULATION)
         if micro < 1 or replicas < 1 or whole < 1 or whole % (micro * replicas):
+            share = whole // max(replicas, 1)
+            hint = f"a micro_batch_size that divides {share}" if share else "fewer replicas"
             raise ValueError(
                 f"global_batch_size must be a multiple of micro_batch_size x num_replicas. Received: "
                 f"global_batch_size={whole}, micro_batch_size={micro}, num_replicas={replicas} ({case.name}). "
-                f"Use a micro_batch_size that divides {whole // max(replicas, 1)}."
+                f"Use {hint}."
             )
         values["gradient_accumulation"] = whole // (micro * replicas)
     group, whole = case.mix_group_size, values.get("global_batch_size", case.global_batch_size)

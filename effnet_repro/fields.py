@@ -7,6 +7,7 @@ flags, tables, converters) reads its `Field`, so a new field is declared once an
 
 import dataclasses
 import difflib
+import math
 import re
 import typing
 from dataclasses import MISSING, dataclass
@@ -79,12 +80,30 @@ def _is_number(value, kinds):
     return isinstance(value, kinds) and not isinstance(value, bool)
 
 
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?")
+
+
+def _as_number(value):
+    "What text means where a number is due: YAML 1.1 takes `1e-5`, without a point, for text"
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
 _KINDS = {  # Type of one value -> what it is called, and whether a value is one
     bool: ("true or false", lambda v: isinstance(v, bool)),
-    str: ("text", lambda v: isinstance(v, str) and v != ""),
+    str: ("text", lambda v: isinstance(v, str) and v != "" and "\0" not in v),
     int: ("a whole number >= 0", lambda v: _is_number(v, int) and 0 <= v < 2**31),
     float: ("a finite number", lambda v: _is_number(v, (int, float)) and abs(v) < 1e9),
 }
+
+
+def _received(value):
+    "A value as a message shows it: a long one is cut, a structure named"
+    if isinstance(value, dict):
+        return "a mapping"
+    if isinstance(value, (bool, int, float, str, bytes, list, tuple, type(None))):
+        text = repr(value) if not isinstance(value, int) or abs(value) < 10**40 else "a huge number"
+        return text if len(text) <= 80 else text[:77] + "..."
+    return f"a value of another kind ({type(value).__name__})"
 
 
 @dataclass(frozen=True)
@@ -124,20 +143,36 @@ class Field:
     def check(self, value, where: str = ""):
         "The `value`, a list as a tuple; ValueError names the rule, what was received and `where`"
         if self.choices is not None:
-            if isinstance(value, bool) or value not in self.choices:
+            if not isinstance(value, (int, float, str)) or isinstance(value, bool):
+                value = _received(value)
+            if value not in self.choices:
                 raise unknown_name(self.name, value, self.choices, where)
             return value
         value = tuple(value) if isinstance(value, list) else value
-        rule = None
-        if not self.fits(value):
-            rule = "a list" if self.several else _KINDS[self.kind][0]
-        elif self.range and value is not None and value not in self.range:
-            rule = self.range.rule(value)
+        if self.kind is float:
+            value = tuple(map(_as_number, value)) if isinstance(value, tuple) else _as_number(value)
+        rule = self._broken_rule(value)
         if rule:
             place = f" ({where})" if where else ""
-            text = f"`{self.name}` must be {rule}. Received: {self.name}={value!r}{place}."
+            text = f"`{self.name}` must be {rule}. Received: {self.name}={_received(value)}{place}."
             raise ValueError(f"{text} {self.hint}".strip())
         return value
+
+    def _broken_rule(self, value):
+        "What a value must be and is not; None where it is sound"
+        if not self.fits(value):
+            what = _KINDS[self.kind][0]
+            if (
+                not self.several
+                and _is_number(value, (int, float))
+                and 1e9 <= abs(value) < math.inf
+            ):
+                what = "between -1e9 and 1e9" if self.kind is float else "from 0 to 2**31 - 1"
+                what = "a whole number" if self.kind is int and not _is_number(value, int) else what
+            return f"a list: {what} each" if self.several else what
+        each = value if isinstance(value, tuple) else (value,)
+        wrong = [v for v in each if self.range and v is not None and v not in self.range]
+        return self.range.rule(wrong[0]) if wrong else None
 
 
 def option(

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from effnet_repro.paths import local_path
 from effnet_repro.runs import append_rows, describe_machine, git, write_json
 
 #: What every row has to say besides its numbers.
@@ -187,7 +188,7 @@ def write_values(path, values: Dict[str, object], about: Dict[str, object]) -> N
 
 def untraceable(path) -> List[str]:
     """Return a line for each row of a result file that does not say where it is from."""
-    path = Path(path)
+    path = local_path(path)
     with path.open(newline="", encoding="utf-8") as file:
         rows = [json.load(file)] if path.suffix == ".json" else list(csv.DictReader(file))
     found = [f"{path.name}, row {i}: {w}" for i, row in enumerate(rows, 1) for w in missing(row)]

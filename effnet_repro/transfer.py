@@ -16,6 +16,7 @@ from effnet_repro.classes import has_names
 from effnet_repro.convert import Weights, format_of, read
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case
 from effnet_repro.network import drop_statistics, initial_value, params
+from effnet_repro.paths import local_path
 from effnet_repro.runs.resolved import Resolved, folder_of, settle_fields
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.small_sets import average_decay, small_batch
@@ -119,7 +120,7 @@ def run_folder(source, data) -> Path:
 
     In the folder of the run that it begins from; for a file of another program under `runs`.
     """
-    source = Path(source)
+    source = local_path(source, "source")
     name = "sample" if data.builtin else Path(data.root).resolve().name
     ours = source.is_dir() and format_of(source) == "ours"
     if ours or source.parent.name == "checkpoints":
@@ -156,9 +157,11 @@ def resolve_transfer(
         whole = own.get("global_batch_size") or own["micro_batch_size"]
         own = {**transfer_length(data.train_count, whole, own), **own}
     case = finetune_case(trained, image_size or trained.image_size, protocol, parts, **own)
-    run_dir = Path(run_dir) if run_dir else run_folder(source, data)
+    run_dir = local_path(run_dir, "run_dir") if run_dir is not None else run_folder(source, data)
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     notes["new_head"] = True
     more = dict(named=tuple(n for n, v in overrides.items() if v is not None), data=data, body=body)
-    return Transfer(case, trained, name, run_dir, fields, notes, Path(source), **more)
+    return Transfer(
+        case, trained, name, run_dir, fields, notes, local_path(source, "source"), **more
+    )

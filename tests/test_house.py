@@ -24,8 +24,9 @@ MODULES = tree.modules()
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
     "registration fields testing proxy_norm messages divisors small_sets outside figures resolution",
+    "paths",
     "scaling",
-    "case_files",
+    "case_files case_rules",
     "config",
     "ops norms checkpoint data recipe augment",
     "group_conv classes averaging",

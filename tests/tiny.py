@@ -9,6 +9,8 @@ from effnet_repro.config import get_case, override
 
 ROOT = Path(__file__).parents[1]
 PYTHON = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "TF_CPP_MIN_LOG_LEVEL": "3"}
+# A locale without letters beyond ASCII, as in containers and cron jobs.
+POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 # One block that does not widen, one with strides, one residual, one of another kernel size.
 STAGES = ("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40")
 SMALL = dict(net_stages=STAGES, top_filters=128)

@@ -4,6 +4,10 @@ A file for each command; `kit` makes a function a program, `fields` and `options
 says what will run.
 """
 
+from effnet_repro.cli.early import answer_signals
+
+answer_signals()
+
 from effnet_repro.cli.cases import cases_command
 from effnet_repro.cli.convert import convert_command
 from effnet_repro.cli.doctor import doctor_command

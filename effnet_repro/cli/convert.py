@@ -1,16 +1,27 @@
 """`effnet-convert`: weights of other programs in and out."""
 
 import os
-from pathlib import Path
 
 from effnet_repro.cli.fields import check_given, config_arguments, named_case
-from effnet_repro.cli.kit import UsageError, choice, program, real_number, whole_number
+from effnet_repro.cli.kit import (
+    UsageError,
+    choice,
+    program,
+    read_lines,
+    real_number,
+    user_path,
+    whole_number,
+)
 from effnet_repro.convert import FORMATS, convert
 
 
 def _convert_arguments(parser):
-    parser.add_argument("source", metavar="SOURCE", help="run folder, file, or TensorFlow prefix")
-    parser.add_argument("target", metavar="TARGET", help="file to write, or TensorFlow prefix")
+    parser.add_argument(
+        "source", type=user_path, metavar="SOURCE", help="run folder, file, or TensorFlow prefix"
+    )
+    parser.add_argument(
+        "target", type=user_path, metavar="TARGET", help="file to write, or TensorFlow prefix"
+    )
     form = choice("format", FORMATS)
     formats = ", ".join(FORMATS)
     parser.add_argument(
@@ -35,7 +46,9 @@ def _convert_arguments(parser):
         metavar="N",
         help="of a new classifier, if SOURCE has none",
     )
-    parser.add_argument("--class-names", metavar="FILE", help="a name a line, by label")
+    parser.add_argument(
+        "--class-names", type=user_path, metavar="FILE", help="a name a line, by label"
+    )
     parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
     for flag, what in (("--input-mean", "mean"), ("--input-std", "deviation")):
         of = f"{what} of 0..1 pixels that a PyTorch file was trained with"
@@ -54,7 +67,7 @@ def _convert_options(args):
     if given.get("num_classes", 1) < 1:
         raise UsageError("--num-classes must be at least 1.")
     if args.class_names:
-        given["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        given["class_names"] = read_lines(args.class_names)
     if args.case:
         given["case"] = named_case(args.case, args.config_path)
     return given

@@ -27,6 +27,7 @@ from effnet_repro.cli.options import (
 )
 from effnet_repro.cli.resolve import plan_training, show_plan
 from effnet_repro.config import CHOICES, override
+from effnet_repro.runs import Options, Reading, check_run, notes_on
 
 
 def _installed():
@@ -99,6 +100,7 @@ def _trial(case, data, precision, updates=3):
     from effnet_repro.efficientnet import build_model
     from effnet_repro.training import TrainingModel
     from effnet_repro.training import updates as feed
+    from effnet_repro.training.device import plain_keras
     from effnet_repro.training.runtime import make_program
     from effnet_repro.training.steps import compiled_steps
 
@@ -106,10 +108,11 @@ def _trial(case, data, precision, updates=3):
     program = make_program(one, data, precision, 0)
     network = build_model(program.spec, image_size=one.image_size, dtype="float32", seed=0)
     model, times = TrainingModel(network, program), [time.perf_counter()]
-    steps = compiled_steps(model, feed(one, data, 0))
-    for _ in range(updates + 1):
-        float(steps.do()["loss"])  # waits until the step is done
-        times.append(time.perf_counter())
+    with plain_keras():
+        steps = compiled_steps(model, feed(one, data, 0))
+        for _ in range(updates + 1):
+            float(steps.do()["loss"])  # waits until the step is done
+            times.append(time.perf_counter())
     seconds = statistics.median(b - a for a, b in zip(times[1:], times[2:]))
     return {
         "first micro-batch, with compilation (s)": round(times[1] - times[0], 2),
@@ -133,11 +136,6 @@ def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
     from effnet_repro.training.estimation import estimate, found_gib, memory_warning
 
-    if data.train_count < plan.case.global_batch_size:
-        raise ValueError(
-            f"global_batch_size={plan.case.global_batch_size} exceeds the {data.train_count} training "
-            f"pictures in {data.root}. Use a smaller --global-batch-size."
-        )
     e = estimate(plan.case, data)
     cost = {"updates": e["updates"], "epochs": plan.case.epochs}
     cost["pictures an update"] = plan.case.global_batch_size
@@ -198,34 +196,107 @@ def doctor_command(args):
     "Say what is installed, what data is found, and what a case would cost here; status 1 if something is wrong."
     plan = _planned(args) if args.case or args.config else None
     problems, report = [], {"versions": _installed(), "settings": _settings()}
-    start_keras(args)
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
+        starts = _starts(args, problems)
         report["back ends"] = _back_ends(problems)
-        from effnet_repro.data import open_data
-        from effnet_repro.data.decoders import DECODERS, is_installed
-
-        try:
-            how = {"on_corrupt": args.on_corrupt, "decoder": args.decoder, "verbose": False}
-            how["validation_split"] = args.validation_split
-            data = open_data(data_dir_of(args), args.data_format, **how)
-            there = ", ".join(name for name in DECODERS[1:] if is_installed(name))
-            report["data"] = {"found": data.describe().split("data: ", 1)[1], "decoders": there}
-        except (ImportError, ValueError, OSError) as e:
-            data, report["data"] = None, {"found": "nothing usable"}
-            problems.append(one_line(e))
-        if plan and data and not any("does not work" in p for p in problems):
+        report["not installed"] = _missing()
+        report["cache"] = _cache(problems)
+        data, report["data"] = _data(args, plan, problems)
+        if plan and data:
             title = f"{plan.case.name}, budget {plan.budget}"
-            try:
-                report[title] = _cost(plan, data, args)
-            except ValueError as e:
-                report[title] = {"does not run": ""}
-                problems.append(one_line(e))
+            report[title] = _run_of(args, plan, data, problems, starts)
     report["problems"] = {str(i): p for i, p in enumerate(problems, 1)} or {"none": ""}
     if args.json:
         print(json.dumps(report, indent=1))
-    else:
-        if plan:
-            show_plan(plan)
-        for title, facts in report.items():
-            print(f"\n{title}\n" + "\n".join(f"  {k:<26} {v}".rstrip() for k, v in facts.items()))
+        return 1 if problems else 0
+    if plan:
+        show_plan(plan)
+    for title, facts in report.items():
+        print(f"\n{title}\n" + "\n".join(f"  {k:<26} {v}".rstrip() for k, v in facts.items()))
     return 1 if problems else 0
+
+
+def _starts(args, problems):
+    "Whether Keras and its back end can be started; what is missing is a problem"
+    try:
+        start_keras(args)
+    except Exception as e:  # whatever a broken installation raises is what the user needs to read
+        problems.append(one_line(e))
+        return False
+    return True
+
+
+#: What a run can do without: package -> what is lost.
+_OPTIONAL = {
+    "matplotlib": "figures",
+    "tensorboard": "events",
+    "tqdm": "the progress bar",
+    "pandas": "tables of the notebooks",
+    "PIL": "images other than JPEG (pip install pillow)",
+    "skimage": "the built-in sample set (pip install scikit-image)",
+    "sklearn": "the built-in sample set (pip install scikit-learn)",
+    "papermill": "the run notebooks as commands",
+    "simplejpeg": "the fast decoder of JPEGs without TensorFlow",
+    "google_crc32c": "fast checksums of TFRecords",
+}
+
+
+def _missing():
+    "Package that is not there -> what is lost without it"
+    gone = {name: f"without it: {what}" for name, what in _OPTIONAL.items() if not _found(name)}
+    return gone or {"nothing": ""}
+
+
+def _found(package):
+    try:
+        return importlib.util.find_spec(package) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _cache(problems):
+    "Where the cache is, and whether it can be written"
+    from effnet_repro.data.cache import cache_folder
+    from effnet_repro.runs.preflight import check_folder
+
+    try:
+        folder = cache_folder()
+        check_folder(folder)
+        return {"folder": str(folder)}
+    except (ValueError, OSError) as e:
+        problems.append(f"cache: {one_line(e)} Everything is made anew each time.")
+        return {"folder": "cannot be written"}
+
+
+def _data(args, plan, problems):
+    "The data set, None where it cannot be used, and what is said of it"
+    from effnet_repro.data import open_data
+    from effnet_repro.data.decoders import DECODERS, is_installed
+
+    try:
+        how = {"on_corrupt": args.on_corrupt, "decoder": args.decoder, "verbose": False}
+        how["validation_split"] = args.validation_split
+        data = open_data(data_dir_of(args), args.data_format, **how)
+    except (ImportError, ValueError, OSError) as e:
+        problems.append(one_line(e))
+        return None, {"found": "nothing usable"}
+    there = ", ".join(name for name in DECODERS[1:] if is_installed(name))
+    notes = enumerate(notes_on(plan.case, data), 1) if plan else ()
+    return data, {
+        "found": data.describe().split("data: ", 1)[1],
+        "decoders": there,
+        **{f"note {i}": n for i, n in notes},
+    }
+
+
+def _run_of(args, plan, data, problems, starts):
+    "What the planned run would take here; what it would be refused for is a problem"
+    where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
+    try:
+        check_run(plan.resolved, Reading(*where), Options())
+        if not starts or any("does not work" in p for p in problems):
+            return {"not tried": "see the problems"}
+        return _cost(plan, data, args)
+    except (ValueError, OSError) as e:
+        problems.append(one_line(e))
+        return {"does not run": ""}

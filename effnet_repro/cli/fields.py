@@ -7,7 +7,7 @@ import functools
 import os
 import re
 
-from effnet_repro.cli.kit import Once, UsageError, choice, real_number, whole_number
+from effnet_repro.cli.kit import Once, UsageError, choice, real_number, user_path, whole_number
 from effnet_repro.config import FIELDS, get_case
 
 _NO_FLAG = ("name", "precision")  # precision: see `options.machine_arguments`
@@ -17,6 +17,7 @@ def config_arguments(parser):
     """Add the flag for the file that cases are read from."""
     parser.add_argument(
         "--config-path",
+        type=user_path,
         metavar="FILE",
         default=os.environ.get("CONFIG_PATH") or None,
         help="file of cases, in the form of config.yml or of the published repository's own; "

@@ -2,8 +2,9 @@
 
 from effnet_repro.cli.fields import field_arguments, given_fields
 from effnet_repro.cli.ipus import finetune_on_ipus, ipu_arguments, print_poprun, runs_on_ipus
-from effnet_repro.cli.kit import UsageError, choice, program
+from effnet_repro.cli.kit import UsageError, choice, program, user_path
 from effnet_repro.cli.options import (
+    check_start,
     checked_source,
     data_dir_of,
     finish_run,
@@ -21,6 +22,7 @@ from effnet_repro.cli.resolve import (
     batch_fields,
     plan_of,
     settled_on_device,
+    show_notes,
     show_plan,
 )
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
@@ -33,7 +35,9 @@ from effnet_repro.transfer import read_body, resolve_transfer, transfer_batches
 
 def _finetune_arguments(parser):
     source_arguments(parser)
-    parser.add_argument("--init-path", "--init", metavar="PATH", help="the same, as published")
+    parser.add_argument(
+        "--init-path", "--init", type=user_path, metavar="PATH", help="the same, as published"
+    )
     parser.add_argument(
         "--new-head",
         action="store_true",
@@ -130,7 +134,10 @@ def finetune_command(args):
         start_keras(args)
         plan = lead_plan(lambda: _plan_finetuning(args, source, trained))
     plan = settled_on_device(plan, precision_of(args))
+    init = None if args.new_head else plan.resolved.init
+    notes = check_start(args, plan.resolved, init) if args.dry_run else ()
     show_plan(plan)
+    show_notes(notes)
     if args.dry_run:
         return 0
     from effnet_repro.training import finetune

@@ -1,11 +1,13 @@
 """The same commands on IPUs: `--device ipu` takes the runtime of `36_ipu` instead of Keras."""
 
+import os
 import shlex
+from pathlib import Path
 
 from effnet_repro.cli.fields import given_fields
 from effnet_repro.cli.kit import UsageError, choice, whole_number
-from effnet_repro.cli.options import data_dir_of, finish_run
-from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_plan
+from effnet_repro.cli.options import check_start, data_dir_of, finish_run
+from effnet_repro.cli.resolve import LAYOUT_FIELDS, batch_fields, plan_of, show_notes, show_plan
 from effnet_repro.config import CHOICES
 from effnet_repro.ipu import (
     Graphcore,
@@ -102,8 +104,8 @@ def print_poprun(args, command, case, source=None):
         names = {"validate": ["--run-dir"], "finetune": ["--init-path", "--init"]}[command]
         gone.update({flag: 1 for flag in ("--restore-path", *names)})
     words, first = _without(args.words, gone), args.case if command == "train" else args.source
-    if first is not None:
-        words.remove(first)
+    if first is not None:  # as it was written; paths were expanded since
+        words.remove(next(w for w in words if first in (w, os.path.expanduser(w), str(Path(w)))))
     if data_dir_of(args) and not any(w.split("=")[0] == "--data-dir" for w in words):
         words += ["--data-dir", args.data_dir]  # it came from the environment
     rest = " ".join(map(shlex.quote, words))
@@ -159,7 +161,9 @@ def train_on_ipus(args, start, run_dir):
     resolved = resolve_training(start, run_dir, ipus, args.budget, data_dir is not None, **given)
     own, layout = given_fields(args), {n: f"{ipus} IPUs" for n in LAYOUT_FIELDS}
     reason = lambda n: "flag" if n in own else layout.get(n, f"budget {resolved.budget}")
+    notes = check_start(args, resolved, args.init_path) if args.dry_run else ()
     show_plan(plan_of(resolved, reason))
+    show_notes(notes)
     _warn_of_memory(resolved.case)
     if args.dry_run:
         return 0
@@ -188,7 +192,9 @@ def finetune_on_ipus(args, source, trained):
         )
     except ValueError as e:
         raise UsageError(str(e)) from None
+    notes = check_start(args, resolved, resolved.init) if args.dry_run else ()
     show_plan(plan_of(resolved, lambda n: "flag" if n in given else "fine-tuning"))
+    show_notes(notes)
     if args.dry_run:
         return 0
     from effnet_repro.ipu import finetune

@@ -2,18 +2,22 @@
 
 import argparse
 import csv
+import difflib
 import functools
 import json
 import math
-import os
 import re
 import sys
 import textwrap
 import traceback
 from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
-from effnet_repro.config import unknown_name
+from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle_streams, tell
+from effnet_repro.config import list_some, unknown_name
 from effnet_repro.distributed import here
+from effnet_repro.messages import shown
+from effnet_repro.paths import local_path
+from effnet_repro.runs.signals import Interrupts
 
 
 class UsageError(ValueError):
@@ -30,21 +34,36 @@ EXIT_STATUSES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """A parser that takes flags as written and raises `UsageError`.
+    """A parser that takes flags as written, each once, and raises `UsageError`.
 
-    Ours: argparse cuts flags short in silence (`--ep` for `--epochs`) and prints a usage block on a mistake.
+    Ours: argparse cuts flags short in silence (`--ep` for `--epochs`), takes the last of several values, and prints a
+    usage block on a mistake.
     """
 
+    def __init__(self, **how):
+        super().__init__(**how)
+        self.register("action", None, Once)  # what flags do that name no action
+        self.register("action", "store", Once)
+
     def error(self, message):
-        raise UsageError(message[:1].upper() + message[1:])
+        text = re.sub(r"^argument (\S+): ", lambda m: m[1].split("/")[0] + ": ", message)
+        raise UsageError(text if text.startswith("-") else text[:1].upper() + text[1:])
+
+    def has(self, flag) -> bool:
+        "Whether there is such a flag"
+        return flag in self._option_string_actions
 
     def parse_args(self, argv):
         for word in argv:
-            flag = word.split("=")[0]
+            flag, _, value = word.partition("=")
             if word == "--":
                 break
-            if word.startswith("--") and flag not in self._option_string_actions:
-                raise UsageError(str(unknown_name("flag", flag, self._option_string_actions)))
+            if not word.startswith("--"):
+                continue
+            if flag not in self._option_string_actions:
+                raise UsageError(unknown_flag(flag, self._option_string_actions))
+            if value == "--":  # argparse drops it
+                raise UsageError(f"{flag}: a value is needed. Received: '--'.")
         args, rest = self.parse_known_args(argv)
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}.")
@@ -53,16 +72,64 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    "Store a value; a second, different one, or one under another spelling, is refused"
+    "Store a value; an empty one, and a second, different one, or one under another spelling, is refused"
 
     def __call__(self, parser, namespace, value, option=None):
+        if option is None and value == self.default:  # an argument that was left out
+            return
         value = self.const if self.nargs == 0 else value
-        old = getattr(namespace, self.dest)
-        if old is not None and old != value:
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and (not text or "\0" in text):
+                what = "holds a zero byte" if text else "is empty"
+                raise argparse.ArgumentError(self, f"the value {what}. Give one, or leave it out.")
+        given = vars(namespace).setdefault("given_once", {})
+        old = given.setdefault(self.dest, value)
+        if old != value:
             raise argparse.ArgumentError(
                 self, f"given twice, as {old!r} and as {value!r}. Keep one."
             )
         setattr(namespace, self.dest, value)
+
+
+#: What people call flags that have another name here, or none.
+_ALSO = {
+    "list": "effnet-cases lists the cases.",
+    "lr": "Did you mean '--base-learning-rate-exponent'? The rate is 2**exponent x global batch.",
+    "learning-rate": "Did you mean '--base-learning-rate-exponent'? The rate is 2**exponent x global batch.",
+    "resume": "The same command goes on with an interrupted run; --restore-path names its folder.",
+    "output": "Did you mean '--run-dir'?",
+    "output-dir": "Did you mean '--run-dir'?",
+    "out": "Did you mean '--run-dir'?",
+    "data": "Did you mean '--data-dir'?",
+    "dataset": "Did you mean '--data-dir'?",
+    "steps": "Did you mean '--max-steps'?",
+    "size": "Did you mean '--image-size'?",
+    "model": "Which network it is, the case says: effnet-cases lists them.",
+    "version": "effnet-doctor prints the versions.",
+    "gpu": "--backend and $KERAS_BACKEND choose what computes.",
+    "quiet": "Did you mean '--no-progress'?",
+    "verbose": "Did you mean '--debug'?",
+}
+
+
+def unknown_flag(flag, legal):
+    """Return the message about a flag that does not exist: the one that was meant, if that can be told."""
+    plain = lambda name: (
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name.strip("-")).replace("_", "-").lower()
+    )
+    word, by_word = plain(flag), {plain(name): name for name in legal if name.startswith("--")}
+    begins = f"Unknown flag {flag!r}."
+    near = difflib.get_close_matches(word, by_word, n=1, cutoff=0.7)
+    if word in by_word or near:
+        return f"{begins} Did you mean {by_word.get(word) or by_word[near[0]]!r}?"
+    known = _ALSO.get(word, "")
+    named = re.search(r"Did you mean '(--[a-z-]+)'", known)
+    if known and (named is None or named[1] in legal):
+        return f"{begins} {known}"
+    parts = [name for w, name in by_word.items() if word in w.split("-") or w.startswith(word)]
+    if parts:
+        return f"{begins} Did you mean one of these: {list_some(parts, 5)}?"
+    return begins
 
 
 class Command(NamedTuple):
@@ -97,38 +164,80 @@ _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, Me
 
 def one_line(error):
     """Return what went wrong as one line of at most 800 characters; an error that no check foresaw carries its type."""
-    text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.strerror}: {error.filename}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    else:
+        text = str(error)
+    text = " ".join(shown(text).split())
     text = text if len(text) <= 800 else text[:800] + " ..."
+    if isinstance(error, MemoryError):
+        return (
+            "The memory of this machine is not enough. Use a smaller --micro-batch-size or image."
+        )
     if isinstance(error, _EXPECTED) and text:
         return text
-    return f"{type(error).__name__}: {text} (unforeseen: --debug shows where)"
+    return f"{type(error).__name__}: {text} This is a fault of effnet_repro; --debug shows where it is."
+
+
+def _status_of(error, interrupts):
+    "The exit status that an exception stands for"
+    if interrupts.asked or isinstance(error, KeyboardInterrupt):
+        return 130
+    return getattr(error, "exit_status", 2 if isinstance(error, UsageError) else 1)
+
+
+def _as_flags(text, parser):
+    "A message in which fields and parameters that are flags here are called so"
+    spell = lambda found: "--" + found[1].replace("_", "-")
+    known = lambda found: spell(found) if parser.has(spell(found)) else found[0]
+    return re.sub(r"`(\w+)`", known, text)
+
+
+def _do(command, argv, interrupts):
+    "Run a command; its errors become a line and a status"
+    parser = command.parser()
+    try:
+        status = int(command.run(parser.parse_args(argv)) or 0)
+        flush()
+        return status
+    except SystemExit as e:  # --help
+        flush()
+        return int(e.code or 0)
+    except BrokenPipeError:  # the reader, such as head, has enough
+        leave_stdout()
+        return 141
+    except (Exception, KeyboardInterrupt) as e:
+        if "--debug" in argv:
+            traceback.print_exc()
+        status = _status_of(e, interrupts)
+        if getattr(e, "told", False) and here().index:  # another process says it
+            return status
+        line = "interrupted" if status == 130 else one_line(e)
+        line = _as_flags(line, parser) if status == 2 else line
+        line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
+        hint = f" See effnet-{command.name} --help." if status == 2 else ""
+        tell(f"effnet-{command.name}: {line}{hint}")
+        return status
 
 
 def run_program(command, argv):
     """Run a command on `argv` (None: the process's own words) and return its exit status.
 
-    Every error becomes one line on stderr; `--debug` adds the traceback.
+    Every error becomes one line on stderr; `--debug` adds the traceback. So does a signal, at any moment.
     """
-    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
-    try:
-        return int(command.run(command.parser().parse_args(argv)) or 0)
-    except SystemExit as e:  # --help
-        return int(e.code or 0)
-    except BrokenPipeError:  # the reader, such as head, has enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
-    except (Exception, KeyboardInterrupt) as e:
-        if "--debug" in argv:
-            traceback.print_exc()
-        status = 130 if isinstance(e, KeyboardInterrupt) else 2 if isinstance(e, UsageError) else 1
-        status = getattr(e, "exit_status", status)
-        if getattr(e, "told", False) and here().index:  # another process says it
-            return status
-        line = "interrupted" if status == 130 else one_line(e)
-        line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
-        hint = f" See effnet-{command.name} --help." if status == 2 else ""
-        print(f"effnet-{command.name}: {line}{hint}", file=sys.stderr)
-        return status
+    alone = argv is None
+    argv = [str(word) for word in (sys.argv[1:] if alone else argv)]
+    settle_streams()
+    with Interrupts() as interrupts, plain_warnings(f"effnet-{command.name}", "--debug" in argv):
+        try:
+            status = _do(command, argv, interrupts)
+        except (KeyboardInterrupt, OSError) as e:  # a second signal, or nowhere to print
+            status = 130 if isinstance(e, KeyboardInterrupt) else 1
+            tell(f"effnet-{command.name}: {'interrupted' if status == 130 else one_line(e)}")
+        interrupts.status = status if alone else None
+    return status
 
 
 def program(name, arguments, examples):
@@ -177,9 +286,29 @@ def choice(what, legal, aliases=None):
     return read
 
 
+def user_path(text):
+    """Read a path of this machine, with `~` expanded. argparse reports `gs://bucket` and the like as a UsageError."""
+    if not text:
+        return text  # `Once` says so
+    try:
+        return str(local_path(text))
+    except ValueError as e:
+        raise argparse.ArgumentTypeError(str(e).replace("`path` ", "it ", 1)) from None
+
+
+def read_lines(path):
+    """Return the lines of a text file. Raises UsageError, which names the file, where it cannot be read."""
+    try:
+        return local_path(path).read_bytes().decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UsageError(f"{path} is not text in UTF-8.") from None
+    except OSError as e:
+        raise UsageError(f"Cannot read {path}: {e.strerror}.") from None
+
+
 def whole_number(text):
     """Read a whole number, a sign allowed. argparse reports other text as a UsageError."""
-    if not re.fullmatch(r"-?\d+", text):
+    if not re.fullmatch(r"-?[0-9]{1,300}", text):
         raise argparse.ArgumentTypeError(f"a whole number is needed. Received: {text!r}.")
     return int(text)
 
@@ -195,7 +324,7 @@ def real_number(text):
         value = math.nan
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"a finite number is needed. Received: {text!r}.")
-    return int(text) if re.fullmatch(r"-?\d+", text) else value
+    return int(text) if re.fullmatch(r"-?[0-9]+", text) else value
 
 
 def format_table(

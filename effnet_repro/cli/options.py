@@ -10,17 +10,20 @@ import json
 import os
 import shlex
 import sys
+from pathlib import Path
 
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.fields import config_arguments, named_case
-from effnet_repro.cli.kit import UsageError, choice, real_number, whole_number
+from effnet_repro.cli.kit import UsageError, choice, real_number, user_path, whole_number
 from effnet_repro.cli.processes import distributed_arguments, join_by_flags
+from effnet_repro.cli.streams import flush_or_leave, tell
 from effnet_repro.config import unknown_name
 from effnet_repro.data.decoders import DECODERS
 from effnet_repro.data.files import first_image
 from effnet_repro.distributed import has_joined, here, is_child
 from effnet_repro.ipu import has_graphcore_wheel
-from effnet_repro.runs import quiet_stderr, read_case
+from effnet_repro.messages import say
+from effnet_repro.runs import Options, Reading, check_run, notes_on, quiet_stderr, read_case
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -34,6 +37,7 @@ def data_arguments(parser, decodes=True):
     "Flags that name the data, and with `decodes` what makes pixels of it."
     parser.add_argument(
         "--data-dir",
+        type=user_path,
         metavar="DIR",
         default=os.environ.get("DATA_DIR") or None,
         help="TFRecords, class folders or CIFAR; default: $DATA_DIR, or the built-in sample set, "
@@ -103,7 +107,9 @@ def weights_argument(parser, names, help):
 
 def run_arguments(parser):
     "Flags of a run that are no fields of a case."
-    parser.add_argument("--run-dir", metavar="DIR", help="where everything is written")
+    parser.add_argument(
+        "--run-dir", type=user_path, metavar="DIR", help="where everything is written"
+    )
     parser.add_argument(
         "--budget",
         type=choice("budget", BUDGETS),
@@ -161,8 +167,12 @@ def one_of(args, what, **flags):
 
 def source_arguments(parser):
     "Flags that name trained weights and data."
-    parser.add_argument("source", nargs="?", metavar="SOURCE", help="run folder or checkpoint file")
-    parser.add_argument("--restore-path", metavar="PATH", help="the same, as published")
+    parser.add_argument(
+        "source", nargs="?", type=user_path, metavar="SOURCE", help="run folder or checkpoint file"
+    )
+    parser.add_argument(
+        "--restore-path", type=user_path, metavar="PATH", help="the same, as published"
+    )
     parser.add_argument(
         "--config", metavar="CASE", help="the case that SOURCE must hold; may be left out"
     )
@@ -202,14 +212,14 @@ def run_options(args):
 
     UsageError for a number out of range.
     """
-    if args.keep < 1:
-        raise UsageError(
-            "--keep must be at least 1: the newest checkpoint is what a run goes on from."
-        )
     if args.checkpoint_every is not None and args.checkpoint_every <= 0:
         raise UsageError("--checkpoint-every must be minutes above 0.")
-    if args.validate_every < 0 or args.seed < 0:
-        raise UsageError("--validate-every and --seed must be at least 0.")
+    share = args.validation_split
+    if share is not None and not 0 < share < 1:
+        raise UsageError(f"--validation-split must be in (0, 1). Received: {share}.")
+    if getattr(args, "ipus", None) is not None and not 1 <= args.ipus < 2**31:
+        raise UsageError(f"--ipus must be at least 1. Received: {args.ipus}.")
+    options_of(args)
     return {
         "seed": args.seed,
         "precision": precision_of(args),
@@ -225,6 +235,45 @@ def run_options(args):
         "distributed": args.distributed,
         "progress": not args.no_progress and sys.stderr.isatty(),
     }
+
+
+def options_of(args) -> Options:
+    """Return how a command's run is done. UsageError for a number out of range."""
+    if args.keep < 1:
+        raise UsageError(
+            "--keep must be at least 1: the newest checkpoint is what a run goes on from."
+        )
+    if args.validate_every < 0 or args.seed < 0:
+        raise UsageError("--validate-every and --seed must be at least 0.")
+    every = None if args.no_validation else args.validate_every
+    try:
+        return Options(args.seed, every, args.keep)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def check_start(args, plan, init=None):
+    """Check all that a run needs, for `--dry-run`, and return notes on it; see `runs.preflight`.
+
+    `init` is what it begins from. UsageError where something does not fit, OSError where something is not there.
+    """
+    try:
+        return _check_start(args, plan, init)
+    except ValueError as e:
+        raise UsageError(str(e)) from None
+
+
+def _check_start(args, plan, init):
+    where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
+    data = check_run(plan, Reading(*where), options_of(args), init, args.weights)
+    if args.decoder == "nvimagecodec" or args.precision == "float16":
+        start_keras(args)
+        from effnet_repro.training.decoding import decoder_here
+        from effnet_repro.training.device import choose_precision
+
+        choose_precision(precision_of(args))
+        decoder_here(data)
+    return notes_on(plan.case, data)
 
 
 @contextlib.contextmanager
@@ -289,16 +338,25 @@ def start_keras(args):
         device_name()
 
 
+def _about(run):
+    "What config.json says of a run; nothing where somebody removed it"
+    with contextlib.suppress(OSError, ValueError):
+        found = json.loads((Path(run.run_dir) / "config.json").read_text(encoding="utf-8"))
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
 def finish_run(run, args):
     """Print the commands that come next on the same data; return the exit status, 130 for a stopped run.
 
     After a training these are a fine-tuning, a validation and, where the data are files of images, a prediction; after
     a fine-tuning the last two.
     """
+    flush_or_leave()  # what happens to the output does not change how a run ended
     if here().index:  # the first process says it
         return 0 if run.finished else 130
     if not run.finished:
-        print(f"stopped; the same command goes on in {run.run_dir}", file=sys.stderr)
+        tell(f"stopped; the same command goes on in {run.run_dir}")
         return 130
     damaged = None if args.on_corrupt == "refuse" else args.on_corrupt
     flags = {
@@ -309,12 +367,14 @@ def finish_run(run, args):
     }
     given = [word for flag, value in flags.items() if value for word in (flag, str(value))]
     words = shlex.join([str(run.run_dir), *given])
-    about = json.loads((run.run_dir / "config.json").read_text(encoding="utf-8"))
+    about = _about(run)
     said = [f"effnet-finetune {words}"] if about.get("kind", "train") == "train" else []
     said.append(f"effnet-validate {words}")
-    files = about["data"]["format"] == "folder" and not has_graphcore_wheel()  # there without Keras
+    folder = about.get("data", {}).get("format") == "folder"
+    files = folder and not has_graphcore_wheel()  # there without Keras
     image = first_image(args.data_dir) if files else None
     if image is not None:
         said.append(f"effnet-predict {shlex.join([str(run.run_dir), image])}")
-    print("\n  ".join([f"written to {run.run_dir}; next:", *said]))
+    say("\n  ".join([f"written to {run.run_dir}; next:", *said]))
+    flush_or_leave()
     return 0

@@ -3,7 +3,7 @@
 import shlex
 import time
 
-from effnet_repro.cli.kit import UsageError, choice, program, whole_number
+from effnet_repro.cli.kit import UsageError, choice, program, user_path, whole_number
 from effnet_repro.cli.options import data_arguments, data_dir_of
 from effnet_repro.data import open_data
 from effnet_repro.data.packed import FORMS, IN_A_PART, Packing, pack
@@ -14,7 +14,10 @@ SOME_CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
 
 def _pack_arguments(parser):
     parser.add_argument(
-        "target", metavar="TARGET", help="folder to write, a new one or begun before"
+        "target",
+        type=user_path,
+        metavar="TARGET",
+        help="folder to write, a new one or begun before",
     )
     data_arguments(parser, decodes=False)
     parser.add_argument(

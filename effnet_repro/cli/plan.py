@@ -1,7 +1,10 @@
 """`effnet-plan`: lay a case out on IPUs, as modelled; or say how long it takes on GPUs."""
 
+import argparse
+import io
 import json
 
+from effnet_repro.checkpoint import write_file
 from effnet_repro.cli.fields import check_given, config_arguments, named_case
 from effnet_repro.cli.kit import (
     UsageError,
@@ -9,6 +12,7 @@ from effnet_repro.cli.kit import (
     format_table,
     program,
     real_number,
+    user_path,
     whole_number,
 )
 from effnet_repro.config import CHOICES, override
@@ -55,7 +59,9 @@ def _plan_arguments(parser):
     parser.add_argument(
         "--memory-mb", type=real_number, metavar="MB", default=900, help="of one IPU; default: 900"
     )
-    parser.add_argument("--figure", metavar="FILE", help="draw the plans as well: .png, .svg, .pdf")
+    parser.add_argument(
+        "--figure", type=_figure, metavar="FILE", help="draw the plans as well: .png, .svg, .pdf"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -94,6 +100,38 @@ def _draw_stages(summary):
         forward, both = (round(24 * x / longest) for x in (s["forward ms"], s["backward ms"]))
         rows.append({**s, "f forward, b backward": "f" * forward + "b" * both})
     return format_table(rows, "  ")
+
+
+_FIGURES = ("png", "svg", "pdf")
+
+
+def _figure(text):
+    "The name of a figure's file; its folder is made when the figure is drawn"
+    path = user_path(text)
+    if path.rpartition(".")[2].lower() not in _FIGURES:
+        raise argparse.ArgumentTypeError(
+            f"a figure is a .png, .svg or .pdf file. Received: {text!r}."
+        )
+    return path
+
+
+def _draw_plans(found, path):
+    "Draw plans below each other into a file"
+    from effnet_repro.planner import plot_plan
+    from effnet_repro.runs.metrics import plain_matplotlib
+
+    with plain_matplotlib():
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+
+        figure, image = Figure((9, 2.8 * len(found)), layout="constrained"), io.BytesIO()
+        FigureCanvasAgg(figure)
+        axes = figure.subplots(len(found), 2, squeeze=False, sharey="col")
+        for pair, (name, p) in zip(axes, found.items()):
+            plot_plan(p, pair)
+            pair[0].set_ylabel(f"{name}\n{pair[0].get_ylabel()}")
+        figure.savefig(image, format=path.rpartition(".")[2].lower())
+    write_file(path, image.getvalue())
 
 
 def _on_gpus(args):
@@ -165,22 +203,7 @@ def plan_command(args):
     title, found, notes = _both_plans(args)
     summaries = {k: _plan_summary(p) for k, p in found.items()}
     if args.figure:
-        import matplotlib
-
-        matplotlib.use("Agg")
-        import matplotlib.pyplot as plt
-
-        from effnet_repro.planner import plot_plan
-
-        size = (9, 2.8 * len(found))
-        fig, axes = plt.subplots(
-            len(found), 2, figsize=size, squeeze=False, sharey="col", layout="constrained"
-        )
-        for pair, (name, p) in zip(axes, found.items()):
-            plot_plan(p, pair)
-            pair[0].set_ylabel(f"{name}\n{pair[0].get_ylabel()}")
-        fig.savefig(args.figure)
-        plt.close(fig)
+        _draw_plans(found, args.figure)
     if args.json:
         print(json.dumps({"modelled": title, **summaries, "notes": notes}, indent=1))
         return

@@ -6,10 +6,16 @@ import json
 import os
 import sys
 import time
-from pathlib import Path
 
 from effnet_repro.cli.fields import check_given
-from effnet_repro.cli.kit import UsageError, format_arguments, program, whole_number
+from effnet_repro.cli.kit import (
+    UsageError,
+    format_arguments,
+    program,
+    read_lines,
+    user_path,
+    whole_number,
+)
 from effnet_repro.cli.options import (
     machine_arguments,
     precision_of,
@@ -22,12 +28,14 @@ from effnet_repro.data.files import find_images
 def _predict_arguments(parser):
     parser.add_argument(
         "source",
+        type=user_path,
         metavar="RUN_OR_FILE",
         help="run folder, checkpoint, or a file of keras.applications or timm",
     )
     parser.add_argument(
         "paths",
         nargs="+",
+        type=user_path,
         metavar="PATH",
         help="image files, folders of them, or - for a list on standard input, a path a line",
     )
@@ -47,7 +55,10 @@ def _predict_arguments(parser):
         help="images at a time; default: what suits the device",
     )
     parser.add_argument(
-        "--class-names", metavar="FILE", help="a name a line, by label; default: the file's own"
+        "--class-names",
+        type=user_path,
+        metavar="FILE",
+        help="a name a line, by label; default: the file's own",
     )
     parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
     machine_arguments(parser)
@@ -149,8 +160,7 @@ def predict_command(args):
     check_given(micro_batch_size=args.micro_batch_size, image_size=args.image_size)
     reading = {"weights": args.weights, "arch": args.arch}
     if args.class_names:
-        lines = Path(args.class_names).read_text(encoding="utf-8").splitlines()
-        reading["class_names"] = lines
+        reading["class_names"] = read_lines(args.class_names)
     images = _listed(args.paths)
     if not images:
         raise UsageError("No image is named.")

@@ -7,6 +7,7 @@ batch of the case or budget is kept, whatever the other two say. Stages change n
 
 from typing import Callable, Dict, NamedTuple, Optional
 
+from effnet_repro.case_rules import check_layout
 from effnet_repro.cli.fields import check_given, given_fields, named_case
 from effnet_repro.cli.kit import UsageError, format_table
 from effnet_repro.cli.options import data_dir_of, one_of
@@ -151,7 +152,14 @@ def _check_layout(case, given):
     "Stages and splits have no effect on one device, but must fit each other"
     splits, stages = given.get("pipeline_splits"), given.get("num_stages")
     if splits is not None:
-        override(case, num_stages=stages or case.num_stages, pipeline_splits=splits)
+        new = override(case, num_stages=stages or case.num_stages, pipeline_splits=splits)
+        check_layout(new)
+
+
+def show_notes(notes):
+    """Print what may not have been meant, a line each."""
+    for note in notes:
+        print(f"note: {note}", flush=True)
 
 
 def show_plan(plan):

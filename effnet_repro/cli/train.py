@@ -3,8 +3,9 @@
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.fields import config_arguments, field_arguments
 from effnet_repro.cli.ipus import ipu_arguments, ipu_case, print_poprun, runs_on_ipus, train_on_ipus
-from effnet_repro.cli.kit import program
+from effnet_repro.cli.kit import program, user_path
 from effnet_repro.cli.options import (
+    check_start,
     chosen_backend,
     data_arguments,
     data_dir_of,
@@ -17,7 +18,13 @@ from effnet_repro.cli.options import (
     start_keras,
 )
 from effnet_repro.cli.processes import check_distributed, launch, lead_plan
-from effnet_repro.cli.resolve import named_start, plan_training, settled_on_device, show_plan
+from effnet_repro.cli.resolve import (
+    named_start,
+    plan_training,
+    settled_on_device,
+    show_notes,
+    show_plan,
+)
 from effnet_repro.config import CHOICES, case_from_dict
 from effnet_repro.distributed import here, is_child
 from effnet_repro.scaling import mod32_warning
@@ -31,11 +38,15 @@ def _train_arguments(parser):
     run_arguments(parser)
     machine_arguments(parser, CHOICES["precision"])
     parser.add_argument(
-        "--restore-path", metavar="DIR", help="run folder to go on in; it must exist"
+        "--restore-path",
+        type=user_path,
+        metavar="DIR",
+        help="run folder to go on in; it must exist",
     )
     parser.add_argument(
         "--init-path",
         "--init",
+        type=user_path,
         metavar="PATH",
         help="run folder or checkpoint whose weights to begin with",
     )
@@ -72,8 +83,10 @@ def train_command(args):
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))
+    notes = check_start(args, plan.resolved, args.init_path) if args.dry_run else ()
     print(f"{plan.case.name}, {plan.resolved.why or f'budget {plan.budget}'}")
     show_plan(plan)
+    show_notes(notes)
     if args.restore_path:
         here().lead(lambda: load_metadata(args.restore_path))
     if args.init_path:

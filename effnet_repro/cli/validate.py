@@ -10,6 +10,7 @@ from effnet_repro.cli.kit import (
     format_arguments,
     print_rows,
     program,
+    user_path,
     whole_number,
 )
 from effnet_repro.cli.options import (
@@ -26,7 +27,7 @@ from effnet_repro.runs import read_rows
 
 def _validate_arguments(parser):
     source_arguments(parser)
-    parser.add_argument("--run-dir", metavar="DIR", help="the same as SOURCE")
+    parser.add_argument("--run-dir", type=user_path, metavar="DIR", help="the same as SOURCE")
     parser.add_argument(
         "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
     )
@@ -108,11 +109,14 @@ def validate_command(args):
             del how["batch"]
         scores = validate(source, data_dir_of(args), **how)
     source = Path(source)
+    names = ("top1", "top5", "loss", "pictures", "image_size")
+    rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]
     if source.is_dir():
-        rows = validation_rows(source.parent if source.name == "checkpoints" else source)
-    else:
-        names = ("top1", "top5", "loss", "pictures", "image_size")
-        rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]
+        stored = validation_rows(source.parent if source.name == "checkpoints" else source)
+        brief = lambda row: (row["weights"], row["pictures"], round(row["top1"], 4))
+        there = {brief(row) for row in stored}
+        blank = dict.fromkeys(stored[0] if stored else (), "")
+        rows = stored + [{**blank, **row} for row in rows if brief(row) not in there]
     short = lambda name, value: f"{value:.4f}" if name in SHARES and value != "" else value
     brief = lambda row: {n: short(n, v) for n, v in row.items()}
     print_rows(rows, args, brief)

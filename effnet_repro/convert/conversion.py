@@ -12,6 +12,7 @@ from effnet_repro.convert.settle import settle
 from effnet_repro.convert.tf1 import find_tf1, tf1_prefix, write_weights_tf1
 from effnet_repro.convert.torch_files import TorchOptions, find_torch, write_torch
 from effnet_repro.convert.weights import Weights
+from effnet_repro.paths import local_path
 
 _FINDERS = {"tf1": find_tf1, "keras": find_keras}
 
@@ -30,7 +31,7 @@ def read(
     **torch,  # `TorchOptions`: arch, input_mean, input_std
 ) -> Weights:
     "Read weights of any of the formats"
-    path = Path(source)
+    path = local_path(source, "source")
     kind = format_of(path) if source_format is None else source_format
     if kind not in FORMATS:
         raise unknown_name("format", kind, FORMATS)
@@ -64,7 +65,7 @@ def convert(
     **options,  # As in `read`: case, weights, num_classes, class_names, image_size, arch, ...
 ) -> Weights:  # What was written; its notes say what was assumed, changed or left out
     "Read weights in one format and write them in another"
-    target = Path(target)
+    target = local_path(target, "target")
     kind = format_of(source) if source_format is None else source_format
     to = target_format(target, kind) if to is None else to
     if to not in FORMATS:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from effnet_repro.convert.tf1 import indexed, tf1_prefix
 from effnet_repro.convert.torch_files import open_safetensors
+from effnet_repro.paths import local_path
 
 FORMATS = ("ours", "tf1", "keras", "torch")
 
@@ -16,7 +17,7 @@ def format_of(
     path,  # A file, a folder, or the prefix of a TensorFlow checkpoint
 ) -> str:  # One of FORMATS
     "Tell which format weights are in"
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         if (path / "checkpoints").is_dir() or any(path.glob("epoch-*.safetensors")):
             return "ours"

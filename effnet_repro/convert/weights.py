@@ -55,7 +55,7 @@ def needed(
 
 def text_of(path):
     "Text of a file, empty where there is none"
-    return path.read_text() if path.is_file() else ""
+    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
 
 
 def class_names_of(n):

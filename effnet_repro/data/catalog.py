@@ -19,6 +19,7 @@ from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.messages import say
 from effnet_repro.outside import MOST_CLASSES, read_file
+from effnet_repro.paths import local_path
 
 
 @dataclass(frozen=True)
@@ -193,8 +194,6 @@ def _check_open(data_dir, data_format, on_corrupt):
         raise unknown_name("data_format", data_format, OPENERS)
     if on_corrupt not in ("refuse", "skip"):
         raise unknown_name("on_corrupt", on_corrupt, ("refuse", "skip"))
-    if data_dir is not None and not isinstance(data_dir, (str, os.PathLike)):
-        raise ValueError(f"`data_dir` must be a path. Received: data_dir={data_dir!r}.")
 
 
 def open_data(
@@ -210,10 +209,10 @@ def open_data(
     "List the pictures in `data_dir` and say what was found"
     _check_open(data_dir, data_format, on_corrupt)
     check_decoder(decoder)
-    root = sample_set(cache_dir) if data_dir is None else Path(data_dir).expanduser()
+    root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise FileNotFoundError(
-            f"`data_dir` must be a folder. Received: {str(data_dir)!r}, which "
+            f"`data_dir` must be a folder. Received: {str(root)!r}, which "
             f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
         )
     kind, root = (data_format, root) if data_format else recognize(root)

@@ -3,7 +3,6 @@
 What is off the list has no place in any epoch's order: the stream stays a function of seed and update.
 """
 
-import contextlib
 import json
 import struct
 import zlib
@@ -14,7 +13,7 @@ from typing import Callable, Dict
 
 import numpy as np
 
-from effnet_repro.data.cache import cache_folder, file_stamp
+from effnet_repro.data.cache import cache_folder, file_stamp, keep
 from effnet_repro.data.decode import decode_image, located, read_encoded
 from effnet_repro.data.places import without
 from effnet_repro.data.tfrecord import masked_crc, scan_tfrecord
@@ -96,9 +95,7 @@ def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):
         if found is None:
             say(f"data: decoding {len(places.label):,} {name} pictures, once")
             found = find_damaged(dataset, name)
-            with contextlib.suppress(OSError):  # it is only a cache
-                kept.parent.mkdir(parents=True, exist_ok=True)
-                kept.write_text(json.dumps(found))
+            keep(kept, json.dumps(found).encode())
         splits[name] = without(places, sorted(found)) if found else places
         damaged += [found[i] for i in sorted(found)]
         kinds += ["image"] * len(found)
@@ -119,7 +116,9 @@ def _stamp(places):
 def _kept(path, count):
     "What was found earlier among `count` images; None where that is not there, or not whole"
     try:
-        found = {int(i): str(text) for i, text in json.loads(path.read_text()).items()}
+        found = {
+            int(i): str(text) for i, text in json.loads(path.read_text(encoding="utf-8")).items()
+        }
     except Exception:  # whatever is wrong with it, it is only a cache
         return None
     return found if all(0 <= i < count for i in found) else None

@@ -16,6 +16,7 @@ from effnet_repro.data.team import Team, into, pays_processes
 from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import validation_image
 from effnet_repro.outside import MOST_IMAGE_BYTES, read_file
+from effnet_repro.paths import local_path
 
 
 def find_images(places: Iterable) -> List[str]:
@@ -25,14 +26,15 @@ def find_images(places: Iterable) -> List[str]:
     """
     found = []
     for place in places:
+        place = str(local_path(place))
         inside = list(_images_below(place)) if os.path.isdir(place) else []
-        found += inside or [os.fspath(place)]
+        found += inside or [place]
     return found
 
 
 def first_image(folder) -> Optional[str]:
     """Return the path of the first image in a folder or below; None where there is none. Reads no more than it must."""
-    return next(_images_below(folder), None)
+    return next(_images_below(str(local_path(folder))), None)
 
 
 def _images_below(folder):

@@ -4,17 +4,17 @@ An opener takes a `Listing` and returns `({"train": Split, "validation": Split},
 `recognize` tells by the content of files which one is due.
 """
 
+import io
 import json
 import mmap
 import os
 import re
-import tempfile
 from pathlib import Path
 from typing import Tuple
 
 import numpy as np
 
-from effnet_repro.data.cache import cache_folder, file_stamp
+from effnet_repro.data.cache import cache_folder, file_stamp, keep
 from effnet_repro.data.folders import (
     IMAGE_SUFFIXES,
     deeper_set,
@@ -155,14 +155,11 @@ def _cached_list(paths, listing):
     listing.say(f"data: listing {len(paths)} files, once (kept in {kept.parent})")
     before = len(listing.damaged)
     split, names = _list_tfrecords(paths, listing.damage)
-    kept.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=str(kept.parent)) as temporary:
-        made = Path(temporary) / "list.npz"
-        text = np.frombuffer(json.dumps(names).encode(), np.uint8)
-        damaged = np.frombuffer(json.dumps(listing.damaged[before:]).encode(), np.uint8)
-        arrays = {f"split_{key}": getattr(split, key) for key in Split._fields[1:]}
-        np.savez(made, names=text, damaged=damaged, **arrays)
-        os.replace(str(made), str(kept))
+    text, made = np.frombuffer(json.dumps(names).encode(), np.uint8), io.BytesIO()
+    damaged = np.frombuffer(json.dumps(listing.damaged[before:]).encode(), np.uint8)
+    arrays = {f"split_{key}": getattr(split, key) for key in Split._fields[1:]}
+    np.savez(made, names=text, damaged=damaged, **arrays)
+    keep(kept, made.getvalue())
     return split, names
 
 

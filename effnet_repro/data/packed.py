@@ -29,6 +29,7 @@ from effnet_repro.data.team import Team
 from effnet_repro.data.tfrecord import make_example, scan_tfrecord, write_tfrecords
 from effnet_repro.data.threads import core_count
 from effnet_repro.messages import say
+from effnet_repro.paths import local_path
 
 FORMS = ("jpeg", "raw")
 IN_A_PART = 1250  # Images; ImageNet's training set comes in 1,024 parts of as many
@@ -225,11 +226,11 @@ def _agree(folder, plan):
     "Write down what is packed how; `ValueError` where something else is being packed there"
     path = folder / "pack.json"
     try:
-        there = json.loads(path.read_text())
+        there = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty. Pack into a folder of its own.") from None
-        path.write_text(json.dumps(plan, indent=1))
+        path.write_text(json.dumps(plan, indent=1), encoding="utf-8")
         return
     if there != plan:
         differs = ", ".join(k for k in plan if there.get(k) != plan[k])
@@ -252,7 +253,7 @@ def pack(
     image that is damaged, and for a folder that holds anything else.
     """
     how.check()
-    folder = Path(folder)
+    folder = local_path(folder, "folder")
     folder.mkdir(parents=True, exist_ok=True)
     prints = {name: dataset.split_fingerprint(name) for name in dataset.splits}
     _agree(folder, {**asdict(how), "source": prints})
@@ -281,5 +282,5 @@ def _write_info(folder, dataset, done):
         "splits": {split: {"records": facts["images"]} for split, facts in done.items()},
     }
     made = folder / ".info.json"
-    made.write_text(json.dumps(info, indent=1))
+    made.write_text(json.dumps(info, indent=1), encoding="utf-8")
     os.replace(str(made), str(folder / "info.json"))

@@ -4,11 +4,17 @@ The photographs ship inside the scikit-image and scikit-learn packages; each is 
 crops for validation lie inside it, and no training crop touches it.
 """
 
+import atexit
+import contextlib
+import functools
 import io
 import itertools
 import json
+import logging
 import os
+import shutil
 import tempfile
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple, Tuple
@@ -18,6 +24,8 @@ import numpy as np
 from effnet_repro.data.cache import cache_folder
 from effnet_repro.data.order import random_bits, random_uniform
 from effnet_repro.data.tfrecord import make_example, write_tfrecords
+
+LOG = logging.getLogger(__name__)
 
 
 class _Photo(NamedTuple):
@@ -128,24 +136,56 @@ def _write_sample_set(folder):
         "classes": [{"label": i, "text": photo.name} for i, photo in enumerate(PHOTOS, 1)],
         "splits": {s: {"records": n * len(PHOTOS)} for s, n in SAMPLE_CROPS.items()},
     }
-    (folder / "info.json").write_text(json.dumps(info, indent=1))
+    (folder / "info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+
+
+_FILES = ("info.json", "train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001")
 
 
 def sample_set(
     cache_dir=None,  # Cache folder; None = EFFNET_REPRO_CACHE, or ~/.cache/effnet_repro
 ) -> Path:  # Folder of TFRecords, in the layout of ImageNet's
-    "Return the folder of the built-in sample set, writing it if it is not there"
-    folder = cache_folder(cache_dir) / f"sample-v{_SAMPLE_VERSION}"
-    if folder.is_dir():
+    "Return the folder of the built-in sample set, writing what of it is not there"
+    cache = cache_folder(cache_dir)
+    folder = cache / f"sample-v{_SAMPLE_VERSION}"
+    if not _missing(folder):
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=str(folder.parent), prefix=".sample-") as temporary:
-        made = Path(temporary) / "set"
-        made.mkdir()
-        _write_sample_set(made)
-        try:
-            os.rename(str(made), str(folder))
-        except OSError:
-            if not folder.is_dir():  # else another process was faster, with the same files
-                raise
+    try:
+        _complete(folder)
+        return folder
+    except OSError as e:
+        folder = _temporary()
+        LOG.warning("%s cannot be written (%s): the sample set is in %s", cache, e.strerror, folder)
+        _complete(folder)
+        return folder
+
+
+def _missing(folder):
+    "Names of the files of a sample set that are not there, e.g. since somebody cleaned the cache"
+    return [name for name in _FILES if not (folder / name).is_file()]
+
+
+@functools.lru_cache(maxsize=None)
+def _temporary():
+    "A folder for this process, where the cache cannot be written"
+    folder = Path(tempfile.mkdtemp(prefix="effnet_repro-sample-"))
+    atexit.register(shutil.rmtree, str(folder), ignore_errors=True)
     return folder
+
+
+def _complete(folder):
+    "Write the files that are missing, each whole or not at all; every process would write the same"
+    folder.mkdir(parents=True, exist_ok=True)
+    _remove_old(folder.parent)
+    with tempfile.TemporaryDirectory(dir=str(folder.parent), prefix=".sample-") as temporary:
+        _write_sample_set(Path(temporary))
+        for name in _missing(folder):
+            os.replace(str(Path(temporary) / name), str(folder / name))
+
+
+def _remove_old(cache):
+    "Remove what a process left that was killed while it wrote; an hour is long enough to be sure"
+    for left in cache.glob(".sample-*"):
+        with contextlib.suppress(OSError):
+            if time.time() - left.stat().st_mtime > 3600:
+                shutil.rmtree(str(left), ignore_errors=True)

@@ -6,6 +6,7 @@ from typing import Optional, Sequence, Union
 from effnet_repro.config import Case, budget_overrides, get_case
 from effnet_repro.finetuning import finetune_case, finetune_size
 from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ipus
+from effnet_repro.paths import local_path
 from effnet_repro.runs import Resolved, folder_of, settle_fields, trained_case
 
 
@@ -33,7 +34,7 @@ def resolve_training(
     start = get_case(case) if isinstance(case, str) else case
     name = budget_overrides(budget, data_given)[0]
     whole = _same_rate(resolve_for_ipus(start, ipus, budget, data_given, **overrides))
-    run_dir = Path(run_dir) if run_dir else Path("runs") / start.name
+    run_dir = local_path(run_dir, "run_dir") if run_dir is not None else Path("runs") / start.name
     settled, fields = settle_fields(whole, run_dir, overrides, DEVICE_LOOP)
     return Resolved(settled, start, name, run_dir, fields, {"kind": "train"})
 
@@ -56,7 +57,8 @@ def resolve_finetuning(
     own = {n: value for n, value in overrides.items() if value is not None}
     case = _same_rate(finetune_case(trained, size, protocol, parts, **own))
     case = finetune_layout(case, ipus, micro_batch_size)
-    run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
+    default = folder_of(local_path(init, "init")) / f"finetune-{size}"
+    run_dir = default if run_dir is None else local_path(run_dir, "run_dir")
     settled, fields = settle_fields(case, run_dir, own, DEVICE_LOOP)
     notes = {"kind": "finetune", "protocol": protocol}
-    return Resolved(settled, trained, "case", run_dir, fields, notes, Path(init))
+    return Resolved(settled, trained, "case", run_dir, fields, notes, local_path(init, "init"))

@@ -371,8 +371,8 @@ def plan(
         size, chip = image_size or spec.image_size, choices.get("chip", MK2)
         raise ValueError(
             f"No plan fits: {spec.name} at {size} pixels on {num_ipus} IPUs of "
-            f"{chip.memory_bytes / 1e6:.0f} MB, with {choices or 'the published batch of 768'}. Use a smaller "
-            "picture, more IPUs, or another global batch (its share of a replica must be divisible by "
+            f"{chip.memory_bytes / 1e6:.0f} MB. Use a smaller image, more IPUs, other stages, or "
+            "another global batch (its share of a replica must be divisible by "
             "the schedule's block of micro-batches)."
         )
     return found[0]

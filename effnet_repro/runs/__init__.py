@@ -2,8 +2,9 @@
 
 `folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
 files, `metrics` and `scores` what was trained and measured, `environment` where. `resolved` works out what a run will
-do, `start` which weights it begins from, `resume` which run may go on; `signals` says when it stops, `watch` shows it.
-`task` says what to train, `runtime` what has to be computed for it, and `loop` is the one loop over training steps.
+do, `preflight` checks all of it before it begins, `start` says which weights it begins from, `resume` which run may go
+on; `signals` says when it stops, `watch` shows it. `task` says what to train, `runtime` what has to be computed for it,
+and `loop` is the one loop over training steps.
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
@@ -12,6 +13,7 @@ from effnet_repro.runs.folder import Run, find_run, read_case
 from effnet_repro.runs.lock import lock_folder, wait_for_folder
 from effnet_repro.runs.loop import execute
 from effnet_repro.runs.metrics import plot_run, read_metrics, save_curves
+from effnet_repro.runs.preflight import Reading, check_run, notes_on
 from effnet_repro.runs.recorder import Course, Meter, Recorder, describe_epoch
 from effnet_repro.runs.resolved import (
     Resolved,
@@ -58,6 +60,7 @@ __all__ = [
     "Course",
     "Meter",
     "Options",
+    "Reading",
     "Recorder",
     "Resolved",
     "Run",
@@ -72,6 +75,7 @@ __all__ = [
     "begin_from",
     "check_init",
     "choose_budget",
+    "check_run",
     "data_notes",
     "describe_epoch",
     "describe_machine",
@@ -85,6 +89,7 @@ __all__ = [
     "list_fields",
     "lock_folder",
     "measured_data",
+    "notes_on",
     "plot_confusion",
     "plot_run",
     "quiet_stderr",

@@ -14,8 +14,14 @@ from typing import Optional
 @contextlib.contextmanager
 def quiet_stderr():  # A context
     "Drop what libraries write to the process's stderr; exceptions still come through"
-    sys.stderr.flush()
-    saved, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        if sys.stderr is not None:
+            sys.stderr.flush()
+        saved = os.dup(2)
+    except (OSError, ValueError):  # closed, or a terminal that is gone: it is quiet already
+        yield
+        return
+    nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
         os.dup2(nowhere, 2)
         yield
@@ -39,7 +45,13 @@ def git(
     try:
         here = str(Path(__file__).resolve().parent)
         done = subprocess.run(
-            ["git", *words], cwd=here, capture_output=True, text=True, timeout=10, check=True
+            ["git", *words],
+            cwd=here,
+            capture_output=True,
+            encoding="utf-8",
+            errors="replace",
+            timeout=10,
+            check=True,
         )
     except (OSError, subprocess.SubprocessError):
         return None

@@ -5,6 +5,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Union
 
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.config import Case, case_from_dict, differing_fields, get_case
+from effnet_repro.paths import local_path
 from effnet_repro.runs.resume import NETWORK_FIELDS, list_fields
 from effnet_repro.runs.scores import Scores
 
@@ -47,8 +48,8 @@ def find_run(
 ):  # The run folder
     "Find the run to go on with; where there is none, make a small one with `train`, or raise FileNotFoundError"
     if source is not None:
-        return source
-    folder = Path(runs) / (case or "B1-G16-LN_PN-Half_16IPU_4x4")
+        return local_path(source, "source")
+    folder = local_path(runs, "runs") / (case or "B1-G16-LN_PN-Half_16IPU_4x4")
     if not (folder / "checkpoints").is_dir():
         if train is None:
             raise FileNotFoundError(

@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 
 from effnet_repro.checkpoint import explain_writing
+from effnet_repro.paths import local_path
 
 LOG = logging.getLogger(__name__)
 
@@ -22,7 +23,7 @@ def lock_folder(
     RuntimeError where another run is in it, OSError where it cannot be written. Where the system has no locks, a
     warning says so.
     """
-    path = Path(folder) / ".lock"
+    path = local_path(folder, "run_dir") / ".lock"
     with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         file = path.open("a+")
@@ -58,7 +59,11 @@ def wait_for_folder(
         return
     with explain_writing(Path(folder)):
         Path(folder).mkdir(parents=True, exist_ok=True)
+    try:
         handle = os.open(folder, os.O_RDONLY)
+    except OSError:  # a file system that cannot open folders
+        yield
+        return
     try:
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_EX)

@@ -5,6 +5,7 @@ another run, and writes checkpoints, averages and rows through a `Recorder`. Not
 """
 
 import contextlib
+import logging
 import signal
 import time
 from collections import deque
@@ -25,8 +26,9 @@ from effnet_repro.runs.scores import Scores, measured_data, say_scores, write_sc
 from effnet_repro.runs.signals import Stopped, StopSignals
 from effnet_repro.runs.tables import write_json
 from effnet_repro.runs.task import Task
-from effnet_repro.runs.watch import Events, ProgressBar, show_epoch
+from effnet_repro.runs.watch import ProgressBar, Watch
 
+LOG = logging.getLogger(__name__)
 #: Steps after which several processes agree whether to stop, where that is a message of its own.
 AGREE_EVERY = 16
 
@@ -65,7 +67,7 @@ class _Loop:
 
     def __init__(self, task: Task, runtime: Runtime, recorder: Recorder, stop: StopSignals):
         self.task, self.runtime, self.recorder, self.stop = task, runtime, recorder, stop
-        self.events = Events(recorder.run_dir / "events")
+        self.watch = Watch(recorder.run_dir)
         self.unread = deque()  # (the step before, result of `advance`), the oldest first
         self.bar: Optional[ProgressBar] = None
         self.saved_at = time.monotonic()
@@ -98,20 +100,40 @@ class _Loop:
             self._restore(*found)
         recorder.resume(found)
         if recorder.step < recorder.course.last_step and recorder.writes:
-            config = task.config(runtime.precision, runtime.backend)
-            write_json(recorder.run_dir / "config.json", config)
-            write_json(recorder.run_dir / "environment.json", runtime.environment())
+            self._describe()
             runtime.say_cost()
         if self._asked_to_stop():
             raise Stopped
         row = self._led(lambda: recorder.complete_row(self._measure))
         if recorder.writes and recorder.last_scores is not None:
-            show_epoch(recorder, row, self.events)
+            self.watch.show_epoch(recorder, row)
+
+    def _describe(self):
+        "Write down what is trained, and on what"
+        config = self.task.config(self.runtime.precision, self.runtime.backend)
+        write_json(self.recorder.run_dir / "config.json", config)
+        write_json(self.recorder.run_dir / "environment.json", self.runtime.environment())
+
+    def _mend(self):
+        "Write again what somebody removed from the run folder while it trained"
+        run_dir = self.recorder.run_dir
+        gone = [
+            n for n in ("config.json", "metrics.csv", "checkpoints") if not (run_dir / n).exists()
+        ]
+        if not self.recorder.rows:
+            gone = [name for name in gone if name != "metrics.csv"]
+        if gone and self.recorder.newest is not None:
+            LOG.warning("%s: %s vanished while it trained; written anew", run_dir, ", ".join(gone))
+        if "config.json" in gone:
+            self._describe()
 
     def _restore(self, path, arrays, metadata):
         "Give the runtime what a checkpoint holds"
         task = self.task
         refuse_other_run(path, metadata, task.data, task.case, task.options.seed)
+        before = metadata.get("precision")
+        if before not in (None, self.runtime.precision):
+            say(f"precision: {before} so far, {self.runtime.precision} from here on")
         own = {n: a for n, a in arrays.items() if not n.startswith(AVERAGE)}
         try:
             self.runtime.begin(task.data, metadata["update"], own)
@@ -191,12 +213,14 @@ class _Loop:
         recorder = self.recorder
         self._read()
         self._share_sums()
+        if recorder.writes:
+            self._mend()
         row = self._led(lambda: recorder.end_epoch(self.runtime.state(), self._measure))
         self.saved_at = time.monotonic()
         if not recorder.writes:
             recorder.meter.reset()
             return
-        show_epoch(recorder, row, self.events)
+        self.watch.show_epoch(recorder, row)
 
     def _stop_here(self):
         "Save what was trained since the last checkpoint, and say so"
@@ -206,10 +230,10 @@ class _Loop:
             self._share_sums()
         if not recorder.writes:
             return
+        self._mend()
         recorder.stop(self.runtime.state)
         where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
-        with contextlib.suppress(OSError):  # the terminal is gone
-            say(f"stopped after update {recorder.step}{where}")
+        say(f"stopped after update {recorder.step}{where}")
 
     def _led(self, work: Callable[[], Any]) -> Any:
         "Let the first process write down something; where it measures meanwhile, the others measure with it"

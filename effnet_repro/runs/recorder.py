@@ -18,6 +18,7 @@ from effnet_repro import checkpoint as checkpoints
 from effnet_repro.averaging import WeightAverage, pack_average, unpack_average
 from effnet_repro.config import Case
 from effnet_repro.messages import say
+from effnet_repro.paths import local_path
 from effnet_repro.recipe import learning_rate
 from effnet_repro.runs.resume import average_until
 from effnet_repro.runs.scores import Scores
@@ -188,7 +189,12 @@ class Recorder:
     """
 
     def __init__(self, run_dir, course: Course, facts: dict, skipped: int = 0, process=(0, 1)):
-        self.run_dir, self.course, self.facts, self.skipped = Path(run_dir), course, facts, skipped
+        self.run_dir, self.course, self.facts, self.skipped = (
+            local_path(run_dir, "run_dir"),
+            course,
+            facts,
+            skipped,
+        )
         self.process, self.writes = process, process[0] == 0
         self.folder, self.metrics = self.run_dir / "checkpoints", self.run_dir / "metrics.csv"
         self.step, self.started = 0, time.perf_counter()

@@ -16,6 +16,7 @@ from effnet_repro.config import (
 )
 from effnet_repro.data import DataSet
 from effnet_repro.finetuning import finetune_budget, finetune_case, finetune_size
+from effnet_repro.paths import local_path
 from effnet_repro.runs.resume import has_begun, settle_case, stored_budget
 from effnet_repro.small_sets import explain_small
 
@@ -54,7 +55,7 @@ def settle_fields(
 
 def training_folder(case: Case, run_dir=None) -> Path:
     """Return where the run of a case is written: `run_dir`, or runs/<name of the case>."""
-    return Path(run_dir) if run_dir else Path("runs") / case.name
+    return Path("runs") / case.name if run_dir is None else local_path(run_dir, "run_dir")
 
 
 def choose_budget(
@@ -138,8 +139,12 @@ def resolve_finetuning(
     name, batches = finetune_budget(budget, data_given)
     own = {**batches, **{n: value for n, value in overrides.items() if value is not None}}
     case = finetune_case(trained, size, protocol, parts, **own)
-    run_dir = Path(run_dir) if run_dir else folder_of(Path(init)) / f"finetune-{size}"
+    run_dir = (
+        local_path(run_dir, "run_dir")
+        if run_dir is not None
+        else folder_of(local_path(init, "init")) / f"finetune-{size}"
+    )
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     own = dict(named=_named(overrides), begun=has_begun(run_dir))
-    return Resolved(case, trained, name, run_dir, fields, notes, Path(init), **own)
+    return Resolved(case, trained, name, run_dir, fields, notes, local_path(init, "init"), **own)

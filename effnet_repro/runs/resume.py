@@ -16,6 +16,7 @@ from effnet_repro.config import (
     say_earlier,
 )
 from effnet_repro.messages import say
+from effnet_repro.paths import local_path
 
 
 def average_until(
@@ -176,7 +177,9 @@ def check_init(
 
 def _stored(run_dir):
     "The newest checkpoint of a run that can be read, and what it says; damaged ones are the recorder's to tell"
-    for path in sorted((Path(run_dir) / "checkpoints").glob("epoch-*.safetensors"), reverse=True):
+    for path in sorted(
+        (local_path(run_dir, "run_dir") / "checkpoints").glob("epoch-*.safetensors"), reverse=True
+    ):
         with contextlib.suppress(ValueError, OSError):
             return path, checkpoints.read_metadata(path)
     return None, None

@@ -6,7 +6,8 @@ from typing import NamedTuple, Sequence
 
 import numpy as np
 
-from effnet_repro.messages import say
+from effnet_repro.messages import say, shown
+from effnet_repro.paths import local_path
 from effnet_repro.runs.lock import wait_for_folder
 from effnet_repro.runs.tables import read_rows, write_rows
 
@@ -71,8 +72,8 @@ def plot_confusion(
 
     c = scores.confusion
     mistakes = c.sum(0) + c.sum(1) - 2 * np.diag(c)
-    shown = np.sort(np.argsort(-mistakes, kind="stable")[:most])
-    c, names = c[np.ix_(shown, shown)], [class_names[i][:16] for i in shown]
+    most = np.sort(np.argsort(-mistakes, kind="stable")[:most])
+    c, names = c[np.ix_(most, most)], [shown(class_names[i])[:16] for i in most]
     if ax is None:
         side = 2.2 + 0.22 * len(names)
         _, ax = plt.subplots(figsize=(side, side), layout="constrained")
@@ -88,8 +89,8 @@ def plot_confusion(
             fontsize=6,
             color="#fefefe" if dark else "#111111",
         )
-    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
-    ax.set_yticks(range(len(names)), names, fontsize=7)
+    ax.set_xticks(range(len(names)), names, rotation=90, fontsize=7, parse_math=False)
+    ax.set_yticks(range(len(names)), names, fontsize=7, parse_math=False)
     ax.set(
         xlabel="guess",
         ylabel="truth",
@@ -122,7 +123,7 @@ def measured_data(
 ) -> dict:  # "data": its folder in full, "data_fingerprint": changes with every image
     "Say which images a validation is about"
     return {
-        "data": str(Path(data.root).resolve()),
+        "data": shown(Path(data.root).resolve()),
         "data_fingerprint": data.split_fingerprint("validation"),
     }
 
@@ -152,7 +153,7 @@ def write_scores(
     "Write or replace a row of validation.csv"
     place = data if isinstance(data, dict) else measured_data(data)
     row = {**score_row(weights, scores), "update": update, **place}
-    path, newer = Path(run_dir) / "validation.csv", []
+    path, newer = local_path(run_dir, "run_dir") / "validation.csv", []
 
     def keep(old):
         if not _gives_way(old, row):

@@ -1,6 +1,7 @@
-"""A request to stop, kept until the training step in hand is done."""
+"""Requests to stop: kept until the training step in hand is done, or outside a loop an end with one line."""
 
 import contextlib
+import os
 import signal
 import sys
 import threading
@@ -24,9 +25,7 @@ class StopSignals:
         self.follow, self.old, self.stop_requested = self if follow is None else follow, {}, False
 
     def __enter__(self):
-        if threading.current_thread() is threading.main_thread():
-            for number in set(_stop_signals()) - set(self.leave):
-                self.old[number] = signal.signal(number, self._ask)
+        self.old = _handle(set(_stop_signals()) - set(self.leave), self._ask)
         return self
 
     def check(self):
@@ -38,14 +37,50 @@ class StopSignals:
         if self.follow.stop_requested:
             raise KeyboardInterrupt("stopped within an update; the last checkpoint is good")
         self.follow.stop_requested = True
-        with contextlib.suppress(RuntimeError, OSError):  # while something was printed; no terminal
-            text = (
-                "stopping after this update (again: at once); run the same command again to go on"
-            )
-            say(text, sys.stderr)
+        say(
+            "stopping after this update (again: at once); run the same command again to go on",
+            sys.stderr,
+        )
 
     def __exit__(self, *error):
-        for number, handler in self.old.items():
+        _restore(self.old)
+
+
+class Interrupts:
+    """Turns SIGTERM and SIGHUP into what Ctrl-C is, a `KeyboardInterrupt`, while a command imports, compiles or ends.
+
+    A `StopSignals` within takes over, and gives back. `asked` tells whether a signal came: libraries may turn the
+    exception into one of their own, or lose it.
+    """
+
+    def __init__(self):
+        self.asked, self.old, self.status = False, {}, None
+
+    def __enter__(self):
+        self.old = _handle(_stop_signals(), self._interrupt)
+        return self
+
+    def _interrupt(self, number, frame):
+        if self.status is not None:  # all is done and said: only Python itself has to end
+            os._exit(self.status)
+        self.asked = True
+        raise KeyboardInterrupt
+
+    def __exit__(self, *error):
+        if self.status is None:
+            _restore(self.old)
+
+
+def _handle(numbers, handler):
+    "Let these signals call `handler`, where that is possible; returns what they called before"
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+def _restore(handlers):
+    for number, handler in handlers.items():
+        with contextlib.suppress(TypeError):  # set by C code, which Python cannot set again
             signal.signal(number, handler)
 
 

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 from effnet_repro.checkpoint import write_file
+from effnet_repro.messages import shown
+from effnet_repro.paths import local_path
 from effnet_repro.runs.lock import wait_for_folder
 
 
@@ -21,7 +23,7 @@ def read_rows(
     path,  # A CSV file; may be missing
 ):  # (rows: name -> text, messages about rows that are not whole)
     "Read the whole rows of a CSV file, whatever else is in it"
-    path = Path(path)
+    path = local_path(path)
     try:
         text = path.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
@@ -53,7 +55,7 @@ def write_rows(
     writer = csv.DictWriter(text, names)
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
+    write_file(path, shown(text.getvalue()).encode())
 
 
 def append_rows(

@@ -1,13 +1,25 @@
 """What is seen of a run while it trains: the progress bar, TensorBoard's events, the figure and a line an epoch."""
 
 import contextlib
+import logging
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 
-from effnet_repro.messages import say
+from effnet_repro.messages import BestEffort, say
 from effnet_repro.runs.metrics import save_curves
 from effnet_repro.runs.recorder import Recorder, describe_epoch
+
+LOG = logging.getLogger(__name__)
+
+
+def _installed(package):
+    "Whether a package is there; one that something odd was done to is, and says what is wrong when it is used"
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):
+        return True
 
 
 class ProgressBar:
@@ -19,16 +31,20 @@ class ProgressBar:
     """
 
     def __init__(self, total: int, done: int, shown: bool):
-        self.bar = None
-        with contextlib.suppress(ImportError):  # a POD's virtual environment may not have it
+        self.bar, self.effort = None, BestEffort("progress bar", LOG)
+        if not _installed("tqdm"):  # a POD's virtual environment may not have it
+            return
+        with self.effort:
             from tqdm import tqdm
 
             how = dict(unit="update", mininterval=2, dynamic_ncols=True)
             self.bar = tqdm(total=total, initial=done, disable=not shown, **how)
 
     def _draw(self, change, *values, **named):
-        with contextlib.suppress(OSError):  # the terminal is gone: the training is not
+        with self.effort, contextlib.suppress(OSError):  # the terminal is gone
             getattr(self.bar, change)(*values, **named)
+        if self.effort.failed:
+            self.bar = None
 
     def advance(self, steps: int):
         """Count training steps."""
@@ -51,25 +67,33 @@ class Events:
     """TensorBoard's scalars by training step; nothing is written where TensorBoard is not installed."""
 
     def __init__(self, folder: Path):
-        self.folder, self.writer = folder, None
+        self.folder, self.writer, self.effort = folder, None, BestEffort("events", LOG, quiet=True)
 
     def write(self, row: dict):
-        """Write the numbers of a row of metrics.csv."""
+        """Write the numbers of a row of metrics.csv. What goes wrong is one warning, and no more is written."""
+        if self.effort.failed or not _installed("tensorboard"):
+            return
         if "tensorflow" not in sys.modules:  # with this name TensorBoard leaves TensorFlow alone
             sys.modules.setdefault("tensorboard.compat.notf", ModuleType("notf"))
-        try:
+        with self.effort:
             from tensorboard.summary import Writer
-        except ImportError:
-            return
-        self.writer = self.writer or Writer(str(self.folder))
-        for name, value in row.items():
-            if name not in ("epoch", "update"):
-                self.writer.add_scalar(name, float(value), row["update"])
-        self.writer.flush()
+
+            self.writer = self.writer or Writer(str(self.folder))
+            for name, value in row.items():
+                if name not in ("epoch", "update"):
+                    self.writer.add_scalar(name, float(value), row["update"])
+            self.writer.flush()
 
 
-def show_epoch(recorder: Recorder, row: dict, events: Events):
-    """Write a row's events, draw the figure anew, and print the row."""
-    events.write(row)
-    save_curves(recorder.run_dir)
-    say(describe_epoch(row, recorder.course, recorder.newest))
+class Watch:
+    """What is shown of every epoch: the row's events, the figure drawn anew, and the row as a line."""
+
+    def __init__(self, run_dir: Path):
+        self.events, self.figure = Events(run_dir / "events"), BestEffort("figure", LOG, quiet=True)
+
+    def show_epoch(self, recorder: Recorder, row: dict):
+        """Show a row. Nothing that goes wrong here ends a run."""
+        self.events.write(row)
+        with self.figure:
+            save_curves(recorder.run_dir)
+        say(describe_epoch(row, recorder.course, recorder.newest))

@@ -16,7 +16,8 @@ import os
 from pathlib import Path
 from typing import Any, Callable
 
-from effnet_repro.data.cache import cache_folder
+from effnet_repro.data.cache import cache_folder, keep
+from effnet_repro.messages import BestEffort
 from effnet_repro.training.device import has_jax_gpu, has_other_processes
 
 LOG = logging.getLogger(__name__)
@@ -31,7 +32,9 @@ def keep_compiled() -> None:
         return
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    with BestEffort("kept programs", LOG):
+        if jax.config.jax_compilation_cache_dir is not None:
+            return
         folder = _folder()
         _make_room(folder)
         jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))
@@ -108,7 +111,7 @@ def compile_once(
         LOG.warning("%s is not used: %s", path, error)
     checks = [jax.export.DisabledSafetyCheck.custom_call(_KERNELS)]
     program = jax.export.export(jax.jit(function), disabled_checks=checks)(*args)
-    _keep(path, bytes(program.serialize()))
+    keep(path, bytes(program.serialize()))
     return _compiled(program, args, donate)
 
 
@@ -116,14 +119,3 @@ def _compiled(program, args, donate):
     import jax
 
     return jax.jit(program.call, donate_argnums=donate).lower(*args).compile()
-
-
-def _keep(path: Path, data: bytes) -> None:
-    "Write a file whole or not at all; a folder that cannot be written keeps nothing"
-    own = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        own.write_bytes(data)
-        os.replace(own, path)
-    except OSError as error:
-        LOG.warning("%s cannot be written: %s", path, error)

@@ -69,7 +69,7 @@ def _stored_decoder(run_dir, data):
     if run_dir is None:
         return None
     with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((Path(run_dir) / "config.json").read_text())
+        config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
         return config["decoder"] if "decoder" in config else _earlier(data)
     return None
 

@@ -4,6 +4,7 @@ Nothing is set when this module is imported. `configure` sets what a framework r
 device; commands, run notebooks, `train`, `finetune` and `validate` call it before that.
 """
 
+import contextlib
 import logging
 import os
 import sys
@@ -147,6 +148,34 @@ def environment() -> dict:  # What `environment.json` holds
     return describe_machine(keras.backend.backend(), device_name())
 
 
+def _computes_float16() -> bool:
+    "Whether the backend has every operation in float16 here"
+    if keras.backend.backend() != "tensorflow":
+        return True
+    import tensorflow as tf
+
+    return bool(tf.config.list_physical_devices("GPU"))
+
+
+@contextlib.contextmanager
+def plain_keras():  # A context
+    """Let Keras make float32 and NHWC within, whatever the user's keras.json asks of new layers and optimizers.
+
+    The precision of a run is its own: see `choose_precision`.
+    """
+    config = keras.config
+    before = config.floatx(), config.image_data_format(), config.epsilon()
+    try:
+        config.set_floatx("float32")
+        config.set_image_data_format("channels_last")
+        config.set_epsilon(1e-7)
+        yield
+    finally:
+        config.set_floatx(before[0])
+        config.set_image_data_format(before[1])
+        config.set_epsilon(before[2])
+
+
 def choose_precision(
     precision: str = "auto",  # "float32", "bfloat16", "float16", or "auto"
 ) -> str:  # Type to compute in; weights and statistics are float32 in any case
@@ -156,6 +185,11 @@ def choose_precision(
     """
     if precision not in PRECISIONS:
         raise unknown_name("precision", precision, PRECISIONS)
+    if precision == "float16" and not _computes_float16():
+        raise ValueError(
+            "precision float16 needs a GPU where TensorFlow computes: its group convolutions have no float16 on a "
+            "CPU. Use float32, or the backend jax."
+        )
     if precision != "auto":
         return precision
     return "bfloat16" if has_jax_gpu() else "float32"

@@ -1,7 +1,6 @@
 """Results for others: a row with where it is from, and images with their guesses."""
 
 import json
-from pathlib import Path
 from typing import Optional
 
 import numpy as np
@@ -10,6 +9,7 @@ from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict
 from effnet_repro.data import DataSet, plot_pictures, validation_arrays
+from effnet_repro.paths import local_path
 from effnet_repro.results import origin_of_run, write_rows
 from effnet_repro.runs import Scores, score_row
 from effnet_repro.scaling import ModelSpec
@@ -29,7 +29,9 @@ def record(
 
     ValueError where the run lacks something that a row needs.
     """
-    case = json.loads((Path(run_dir) / "config.json").read_text())["case"]
+    case = json.loads((local_path(run_dir, "run_dir") / "config.json").read_text(encoding="utf-8"))[
+        "case"
+    ]
     row = {"what": what, "data": data, **score_row("last", scores)}
     row.update(case=case["name"], epochs=case["epochs"], seconds=round(seconds))
     write_rows(path, [row], ("what",), origin_of_run(run_dir, command))

@@ -16,7 +16,7 @@ from effnet_repro.recipe import steps_per_epoch, total_updates, trained_segments
 from effnet_repro.runs import Runtime, Scores
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training.decoding import settle_decoder
-from effnet_repro.training.device import choose_precision, environment
+from effnet_repro.training.device import choose_precision, environment, plain_keras
 from effnet_repro.training.estimation import CostWatch, say_estimate
 from effnet_repro.training.evaluation import Evaluator
 from effnet_repro.training.state import set_slots, training_state
@@ -99,6 +99,7 @@ class KerasRuntime(Runtime):
         shared = use_devices(self.case, self.processes.count)
         if not self.shares:
             self.devices.enter_context(shared)
+        self.devices.enter_context(plain_keras())
         size = self.case.image_size
         network = build_model(self.program.spec, image_size=size, dtype="float32", seed=self.seed)
         if arrays is not None:

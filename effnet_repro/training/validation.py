@@ -1,5 +1,6 @@
 """Measure the weights of a run or a file, and write the scores beside them."""
 
+import logging
 from pathlib import Path
 from typing import Dict, Optional
 
@@ -9,6 +10,8 @@ from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import open_data
+from effnet_repro.messages import BestEffort
+from effnet_repro.paths import local_path
 from effnet_repro.runs import (
     Scores,
     measured_data,
@@ -22,6 +25,8 @@ from effnet_repro.training.compiled import keep_compiled
 from effnet_repro.training.decoding import settle_decoder
 from effnet_repro.training.device import choose_precision, configure
 from effnet_repro.training.evaluation import Evaluator
+
+LOG = logging.getLogger(__name__)
 
 
 def validate(
@@ -52,12 +57,12 @@ def validate(
             raise ValueError(
                 f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
             )
-    source, scores, evaluator = Path(source), {}, None
+    source, scores, evaluator = local_path(source, "source"), {}, None
     how = dict(on_corrupt=on_corrupt, decoder=decoder)
     how["validation_split"] = validation_split or stored_split(source)
     data = open_data(data_dir, data_format, **how)
     data = settle_decoder(data)
-    is_run, place = source.is_dir(), None
+    is_run, place, table = source.is_dir(), None, BestEffort("validation.csv", LOG)
     run_dir = source.parent if source.name == "checkpoints" else source
     files = _weight_files(source, weights)
     say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
@@ -77,7 +82,8 @@ def validate(
             say_scores(name, scores[name])
         if is_run:
             newest = read_update(run_dir, kind) <= update
-            write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
+            with table:  # what was measured is not lost for a folder that is read-only
+                write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
     return scores
 
 

@@ -1,0 +1,74 @@
+"""A command's standard streams: closed ones, ones that cannot show a name, and warnings as lines."""
+
+import contextlib
+import os
+import sys
+import warnings
+
+from effnet_repro.messages import shown
+
+
+def settle_streams() -> None:
+    """Make the three standard streams such that nothing that is printed can fail for its letters.
+
+    A stream that was closed when the process began becomes /dev/null, its number, too: a file that is opened later
+    must not get it, since libraries print there.
+    """
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest number that is free
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "r" if name == "stdin" else "w", encoding="utf-8"))
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            with contextlib.suppress(ValueError, OSError):
+                stream.reconfigure(errors="backslashreplace")
+
+
+def flush() -> None:
+    """Write out what was printed. Raises OSError where it cannot be; then Python does not try again at its end."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        leave_stdout()
+        raise
+
+
+def flush_or_leave() -> None:
+    """Write out what was printed, or where that cannot be, let it go: the work is done all the same."""
+    with contextlib.suppress(OSError, ValueError):
+        flush()
+
+
+def leave_stdout() -> None:
+    """Let what is still to be printed go nowhere: the reader is gone, or its disk is full."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def tell(line: str) -> None:
+    """Print a line on standard error, if there is still somebody to read it."""
+    with contextlib.suppress(OSError, ValueError):
+        print(shown(line), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def plain_warnings(name: str, every: bool):
+    """Show warnings of this project as lines of the command `name`; those of libraries only where `every`."""
+    before = warnings.showwarning
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+    def show(message, category, filename, lineno, file=None, line=None):
+        if every:
+            before(message, category, filename, lineno, file, line)
+        elif os.path.abspath(filename).startswith(here):
+            tell(f"{name}: warning: {' '.join(str(message).split())}")
+
+    warnings.showwarning = show
+    try:
+        yield
+    finally:
+        warnings.showwarning = before

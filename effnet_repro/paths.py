@@ -1,0 +1,54 @@
+"""Paths as users write them: one rule for every file and folder that a command or a function is given.
+
+`~` is the home folder. `gs://bucket/run` and the like are refused: `pathlib` would make a folder `gs:` of it. Bytes and
+names that are not UTF-8 are good, and a whole number is the name that it looks like, since notebooks' parameters and
+YAML make numbers of such names.
+"""
+
+import os
+import re
+from pathlib import Path
+
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
+# What `pathlib` leaves of some of them before they come here.
+_SHORTENED = re.compile(r"(gs|gcs|s3a?|https?|ftp|file|hdfs|abfss?|wasbs?|az|dbfs|hf):/[^/]")
+
+
+def _text(path, name):
+    "A path as text"
+    if isinstance(path, int) and not isinstance(path, bool):
+        return str(path)
+    if isinstance(path, (str, bytes, os.PathLike)):
+        return os.fsdecode(os.fspath(path)) if not isinstance(path, str) else path
+    raise ValueError(f"`{name}` must be a path. Received: {name}={path!r}.")
+
+
+def local_path(
+    path,  # Text, bytes, `Path`, or a whole number, which is a name
+    name: str = "path",  # What the user calls it: a message begins with it
+) -> Path:
+    """Return what a user gave as a path of this machine, with `~` expanded. It need not exist.
+
+    Raises ValueError where it is no path: another type, empty, a place such as `gs://bucket`, or `~` without a home.
+    """
+    text = _text(path, name)
+    if not text or "\0" in text:
+        what = "is empty" if not text else "holds a zero byte"
+        raise ValueError(f"`{name}` {what}. Give a file or a folder.")
+    if _ELSEWHERE.match(text) or _SHORTENED.match(text):
+        raise ValueError(
+            f"`{name}` must be on this machine. Received: {text}. Copy it here, or mount it."
+        )
+    found = os.path.expanduser(text)
+    if found.startswith("~") and not os.path.lexists(found):
+        user = found.split(os.sep)[0]
+        if user == "~" or os.sep in found:
+            raise ValueError(
+                f"`{name}` begins with {user}, but no home folder is known for it. Write the whole path."
+            )
+    return Path(found)
+
+
+def optional_path(path, name: str = "path"):
+    """Return `local_path` of a path, or None for None."""
+    return None if path is None else local_path(path, name)

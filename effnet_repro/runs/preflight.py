@@ -1,0 +1,83 @@
+"""What a run will need, asked for before it begins: `--dry-run` and the doctor accept what the run accepts."""
+
+import os
+from pathlib import Path
+from typing import List, NamedTuple, Optional
+
+from effnet_repro import checkpoint as checkpoints
+from effnet_repro.averaging import load_weights
+from effnet_repro.classes import match_classes, match_run
+from effnet_repro.config import case_from_dict
+from effnet_repro.data import DataSet, open_data
+from effnet_repro.recipe import total_updates
+from effnet_repro.runs.resolved import Resolved
+from effnet_repro.runs.resume import check_init, refuse_other_run, stored_split
+from effnet_repro.runs.task import Options, Task
+from effnet_repro.scaling import blocks
+
+
+class Reading(NamedTuple):
+    """Where the images are, and how they are read: what `open_data` takes."""
+
+    data_dir: Optional[str] = None
+    data_format: Optional[str] = None
+    decoder: str = "auto"
+    validation_split: Optional[float] = None
+
+
+def notes_on(case, data: DataSet) -> List[str]:
+    """Return what is legal in a case and a data set, but perhaps not what was meant, a sentence each."""
+    notes = []
+    sizes = [block.channels_per_group for block in blocks(case.network)]
+    if set(sizes) != {case.group_size}:
+        found = ", ".join(map(str, sorted(set(sizes))))
+        notes.append(
+            f"group_size={case.group_size} does not divide the channels of every block: the real sizes are {found}"
+        )
+    if data.num_classes == 1:
+        notes.append(
+            f"{data.root} has one class, {data.class_names[0]!r}: every guess is right. Give a folder for each class"
+        )
+    return notes
+
+
+def check_folder(run_dir) -> None:
+    """Raise OSError where a run could not write: a file in the way, or no right to."""
+    path = Path(run_dir).absolute()
+    there = next(p for p in (path, *path.parents) if os.path.lexists(str(p)))
+    if not there.is_dir():
+        raise NotADirectoryError(f"Cannot write {run_dir}: {there} is no folder.")
+    if not os.access(str(there), os.W_OK | os.X_OK):
+        raise PermissionError(
+            f"Cannot write {run_dir}: {there} is read-only for you. Choose another folder."
+        )
+
+
+def check_run(
+    plan: Resolved,  # What will be done
+    reading: Reading,
+    options: Options,
+    init=None,  # Run folder or checkpoint to begin from; None = fresh weights
+    weights: str = "auto",  # Which of its weights
+) -> DataSet:
+    """Check all that can be checked without computing, and return the data of the run.
+
+    The data is listed, but no image is decoded. Raises ValueError or OSError, as the run itself would.
+    """
+    share = reading.validation_split or stored_split(plan.run_dir, init)
+    how = dict(decoder=reading.decoder, validation_split=share, verbose=False)
+    data = plan.data or open_data(reading.data_dir, reading.data_format, **how)
+    if init is not None:
+        metadata = load_weights(init, weights)[1]
+        data = match_classes(init, metadata, data)
+        check_init(init, metadata, data, plan.case)
+    data = match_run(plan.run_dir, data)
+    course = Task(plan.case, data, plan.run_dir, None, options).course()
+    total_updates(plan.case, course.schedule)
+    check_folder(plan.run_dir)
+    for path in reversed(checkpoints.find_checkpoints(plan.run_dir / "checkpoints")[0]):
+        metadata = checkpoints.read_metadata(path)
+        case_from_dict(metadata["case"])
+        refuse_other_run(path, metadata, data, plan.case, options.seed)
+        break
+    return data

@@ -1,0 +1,357 @@
+"""What could cost hours: a run goes on without whatever it can do without, and is stopped by nothing but a reason."""
+
+import errno
+import io
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+from test_loop import Toy, once, train
+from tiny import POSIX, PYTHON
+
+from effnet_repro import checkpoint, cli
+from effnet_repro.cli.kit import run_program
+from effnet_repro.data import open_data
+from effnet_repro.messages import BestEffort, say
+from effnet_repro.runs import metrics, read_rows, watch
+
+
+@pytest.fixture
+def no_events(monkeypatch):
+    "TensorBoard would start TensorFlow"
+    monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
+
+
+def warned(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+# ---------------------------------------------------------------- optional things
+
+
+class BrokenModule(types.ModuleType):
+    "An installed package that cannot be imported, for another reason than being absent"
+
+    def __getattr__(self, name):
+        raise RuntimeError("libfoo.so.3 is of another version")
+
+
+def _events_are_a_file(run_dir, monkeypatch):
+    pytest.importorskip("tensorboard")
+    run_dir.mkdir(parents=True)
+    (run_dir / "events").write_text("in the way")
+
+
+def _no_tensorboard(run_dir, monkeypatch):
+    for name in ("tensorboard", "tensorboard.summary"):
+        monkeypatch.setitem(sys.modules, name, BrokenModule(name))
+
+
+def _figure_fails(run_dir, monkeypatch):
+    def fail(*_):
+        raise TypeError("no axes today")
+
+    monkeypatch.setattr(metrics, "_draw", fail)
+
+
+def _bar_fails(run_dir, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tqdm", BrokenModule("tqdm"))
+
+
+def _figure_cannot_be_written(run_dir, monkeypatch):
+    (run_dir / "curves.png").mkdir(parents=True)
+
+
+OPTIONAL = {  # kind: (what is broken, the words of its only warning)
+    "events is a file": (_events_are_a_file, "events: left out"),
+    "TensorBoard is broken": (_no_tensorboard, "events: left out (libfoo.so.3 is of another"),
+    "the figure fails": (_figure_fails, "figure: left out (no axes today)"),
+    "the bar fails": (_bar_fails, "progress bar: left out (libfoo.so.3"),
+    "the figure is a folder": (_figure_cannot_be_written, "figure: left out (Cannot write"),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIONAL)
+def test_what_is_optional_ends_no_run(tmp_path, monkeypatch, caplog, kind):
+    "Four epochs, one warning."
+    break_it, words = OPTIONAL[kind]
+    if "vents" not in kind and "Tensor" not in kind:
+        monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
+    else:
+        monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    break_it(tmp_path / "run", monkeypatch)
+    run = train(tmp_path / "run", progress=True)
+    assert run.finished and len(read_rows(run.run_dir / "metrics.csv")[0]) == 4
+    (line,) = warned(caplog)
+    assert words in line and "\n" not in line
+
+
+@pytest.mark.parametrize("key, value", [("text.usetex", True), ("figure.dpi", 3000)])
+def test_a_users_settings_of_matplotlib_do_not_matter(
+    tmp_path, monkeypatch, no_events, caplog, key, value
+):
+    import matplotlib
+
+    monkeypatch.setitem(matplotlib.rcParams, key, value)
+    monkeypatch.setitem(matplotlib.rcParams, "backend", "module://backend_interagg")
+    run = train(tmp_path / "run")
+    assert run.finished and warned(caplog) == []
+    assert (run.run_dir / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert matplotlib.rcParams[key] == value  # the user's, as they were
+
+
+MPLBACKEND = """
+import sys
+from pathlib import Path
+from effnet_repro.runs.metrics import save_curves
+save_curves(Path(sys.argv[1]))
+assert "matplotlib.pyplot" not in sys.modules
+"""
+
+
+@pytest.mark.parametrize("name", ["module://backend_interagg", "nonsense"])
+def test_a_back_end_of_matplotlib_that_is_not_there(tmp_path, no_events, name):
+    train(tmp_path / "run", Toy(), validate_every=None)
+    (tmp_path / "run" / "curves.png").unlink()
+    where = {**PYTHON, "MPLBACKEND": name}
+    done = subprocess.run(
+        [sys.executable, "-c", MPLBACKEND, str(tmp_path / "run")], env=where, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_a_run_without_pandas_goes_on(tmp_path, monkeypatch, no_events):
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    assert not train(tmp_path, Toy(at=once("step 5", ask))).finished
+    assert train(tmp_path).finished
+
+
+def test_a_best_effort_lets_ctrl_c_through(caplog):
+    effort = BestEffort("thing")
+    with pytest.raises(KeyboardInterrupt):
+        with effort:
+            raise KeyboardInterrupt
+    for _ in range(3):
+        with effort:
+            sys.exit("a library gives up")
+    assert warned(caplog) == ["thing: left out (a library gives up)."]
+
+
+# ---------------------------------------------------------------- disks
+
+
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOSYS, errno.ENOTSUP])
+def test_a_disk_that_cannot_be_forced_is_written_all_the_same(
+    tmp_path, monkeypatch, no_events, number
+):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+
+    def refuse(descriptor):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    assert train(tmp_path / "run").finished
+
+
+def test_a_folder_that_cannot_be_opened_is_written_all_the_same(tmp_path, monkeypatch):
+    opened = os.open
+
+    def refuse(path, *how, **named):
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, "Is a directory")
+        return opened(path, *how, **named)
+
+    monkeypatch.setattr(os, "open", refuse)
+    assert checkpoint.write_file(tmp_path / "a" / "b", b"whole").read_bytes() == b"whole"
+
+
+GONE = {
+    "metrics.csv": lambda run_dir: (run_dir / "metrics.csv").unlink(),
+    "config.json": lambda run_dir: (run_dir / "config.json").unlink(),
+    "the folder": lambda run_dir: shutil.rmtree(run_dir),
+}
+
+
+@pytest.mark.parametrize("kind", GONE)
+def test_what_vanishes_from_a_run_folder_is_written_anew(
+    tmp_path, monkeypatch, no_events, caplog, kind
+):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    run_dir = tmp_path / "run"
+    train(run_dir, Toy(at=once("step 5", lambda: GONE[kind](run_dir))))
+    assert {"config.json", "environment.json", "metrics.csv"} <= set(os.listdir(run_dir))
+    assert [row["update"] for row in read_rows(run_dir / "metrics.csv")[0]] == ["3", "6", "9", "12"]
+    (line,) = warned(caplog)
+    assert "vanished while it trained; written anew" in line
+
+
+def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, caplog):
+    from effnet_repro.data import sample
+
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("EFFNET_REPRO_CACHE", str(tmp_path / "file" / "cache"))
+    monkeypatch.setattr(sample, "SAMPLE_CROPS", {"train": 2, "validation": 1})
+    data = open_data(verbose=False)
+    assert data.builtin and data.train_count == 20
+    assert open_data(verbose=False, on_corrupt="skip").train_count == 20
+    assert any("the sample set is in" in line for line in warned(caplog))
+
+
+def test_no_home_folder_is_no_reason_to_stop(tmp_path, monkeypatch):
+    from effnet_repro.data.cache import cache_folder
+
+    monkeypatch.delenv("EFFNET_REPRO_CACHE", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+    assert "effnet_repro-" in str(cache_folder())
+
+
+def test_a_sample_set_without_one_of_its_files_is_made_anew(tmp_path, monkeypatch):
+    from effnet_repro.data import sample
+
+    monkeypatch.setattr(sample, "SAMPLE_CROPS", {"train": 2, "validation": 1})
+    folder = sample.sample_set(tmp_path)
+    whole = (folder / "train-00001-of-00002").read_bytes()
+    (folder / "train-00001-of-00002").unlink()
+    (tmp_path / ".sample-left").mkdir()
+    os.utime(tmp_path / ".sample-left", (0, 0))
+    assert open_data(None, cache_dir=tmp_path, verbose=False).train_count == 20
+    assert (folder / "train-00001-of-00002").read_bytes() == whole
+    assert not (tmp_path / ".sample-left").exists()
+
+
+# ---------------------------------------------------------------- signals
+
+
+def command(run):
+    return cli.COMMANDS["cases"]._replace(run=run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_a_command_with_a_line(capsys, number):
+    before = signal.getsignal(number)
+    assert run_program(command(lambda args: os.kill(os.getpid(), number)), []) == 130
+    assert capsys.readouterr().err == "effnet-cases: interrupted\n"
+    assert signal.getsignal(number) == before
+
+
+def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(capsys):
+    def swallow(args):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:
+            raise ImportError("initialization of _core failed") from None
+
+    assert run_program(command(swallow), []) == 130
+    assert capsys.readouterr().err == "effnet-cases: interrupted\n"
+
+
+@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_second_signal_while_the_stop_is_written_down(
+    tmp_path, monkeypatch, capsys, no_events, again
+):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    saved = checkpoint.save
+
+    def slow(path, arrays, metadata):
+        if "update" in path.name:  # of the stop, within an epoch
+            os.kill(os.getpid(), again)
+        return saved(path, arrays, metadata)
+
+    monkeypatch.setattr(checkpoint, "save", slow)
+    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    run = lambda args: train(tmp_path, Toy(at=once("step 5", ask))).finished
+    assert run_program(command(run), []) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "effnet-cases: interrupted"
+    monkeypatch.undo()
+    assert checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001.safetensors"
+
+
+def test_a_hangup_that_was_ignored_stays_ignored(capsys):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert run_program(command(lambda args: os.kill(os.getpid(), signal.SIGHUP)), []) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+EARLY = """
+import os, signal, sys
+sys.argv[0] = "/usr/local/bin/effnet-train"
+class Kill:
+    def find_spec(self, name, path=None, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+sys.meta_path.insert(0, Kill())
+import effnet_repro.cli
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
+def test_a_signal_while_a_command_is_imported(name):
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY, name], env=PYTHON, capture_output=True, text=True
+    )
+    assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
+
+
+# ---------------------------------------------------------------- standard streams
+
+
+class Gone(io.TextIOBase):
+    "A terminal that is not there any more"
+
+    encoding = "utf-8"
+
+    def write(self, text):
+        raise OSError(errno.EIO, "Input/output error")
+
+
+class Ascii(io.TextIOWrapper):
+    def __init__(self):
+        super().__init__(io.BytesIO(), encoding="ascii")
+
+
+@pytest.mark.parametrize("stream", [Gone, io.StringIO, Ascii, lambda: None])
+def test_a_run_does_not_need_its_standard_streams(tmp_path, monkeypatch, no_events, stream):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    there = stream()
+    if isinstance(there, io.StringIO):
+        there.close()
+    monkeypatch.setattr(sys, "stdout", there)
+    monkeypatch.setattr(sys, "stderr", there)
+    assert train(tmp_path / "caf\udce9 é", progress=True).finished
+    say("é \udce9")
+
+
+SHELL = [  # what is done to the streams -> status, lines on stderr
+    (">&-", 0, 0),
+    ("2>&-", 0, 0),
+    ("<&- >&- 2>&-", 0, 0),
+    ("> /dev/full", 1, 1),
+    ("| head -n 1", 0, 0),
+]
+
+
+@pytest.mark.parametrize("redirect, status, lines", SHELL)
+def test_closed_and_full_streams(redirect, status, lines):
+    line = f"set -o pipefail; {sys.executable} -m effnet_repro.cli cases {redirect}"
+    done = subprocess.run(["bash", "-c", line], env=PYTHON, capture_output=True, text=True)
+    assert len(done.stderr.splitlines()) == lines and "Traceback" not in done.stderr, done.stderr
+    assert done.returncode in (status, 141 if "head" in redirect else status)
+
+
+def test_what_is_printed_of_names_never_fails(tmp_path):
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.yml")
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_repro.cli", "cases", "--config-path", name],
+        env={**PYTHON, **POSIX},
+        capture_output=True,
+    )
+    assert done.returncode == 2 and b"caf\\xe9.yml" in done.stderr, done.stderr

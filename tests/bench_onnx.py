@@ -16,7 +16,6 @@ shows in any network that has learned something.
 """
 
 import argparse
-import os
 import statistics
 import sys
 import tempfile
@@ -63,16 +62,22 @@ def random_subject(name, size):
 
 
 def write_keras(path, size):
-    "keras.applications' B0 as Keras itself writes it"
-    os.environ.setdefault("KERAS_BACKEND", "tensorflow")
+    "keras.applications' B0 as tf2onnx writes it; what Keras' own export writes with it lacks two constants"
     import keras
+    import tensorflow as tf
+    import tf2onnx
+    from tensorflow.python.framework import convert_to_constants as constants
 
     shape = (size, size, 3)
     model = keras.applications.EfficientNetB0(
         weights=None, input_shape=shape, classifier_activation=None
     )
-    model(np.zeros((1, *shape), "float32"))
-    model.export(str(path), format="onnx", verbose=False)
+    call = tf.function(lambda images: model(images, training=False))
+    call = call.get_concrete_function(tf.TensorSpec((None, *shape), "float32"))
+    frozen = constants.convert_variables_to_constants_v2(call)
+    names = [[t.name for t in tensors] for tensors in (frozen.inputs, frozen.outputs)]
+    graph = frozen.graph.as_graph_def()
+    tf2onnx.convert.from_graph_def(graph, None, *names, output_path=str(path))
 
 
 def write_timm(path, size):

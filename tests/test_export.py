@@ -1,5 +1,6 @@
 """Exported files: each agrees with the network in its own runtime, or is not there."""
 
+import errno
 import json
 import re
 import sys
@@ -184,6 +185,16 @@ def test_weights_that_are_no_numbers_are_refused(folder, value):
     assert names(folder) == ["w.safetensors"]
 
 
+def test_a_full_disk_is_explained(folder, monkeypatch):
+    def full(self, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(OSError, match="Cannot write .*a.onnx.*Make room"):
+        exporting.written(subject_of(spec_of()), folder / "a.onnx", "onnx")
+    assert names(folder) == []
+
+
 def test_what_a_killed_export_left_goes(folder):
     (folder / ".a.onnx.0123abcd.tmp.onnx").write_bytes(b"half")
     (folder / ".b.onnx.0123abcd.tmp.onnx").write_bytes(b"another's")
@@ -213,7 +224,7 @@ def test_the_command_writes_a_file_and_a_card(run, folder):
     [
         (["a.onx"], "none of a format's"),
         (["a.onnx", "--format", "onxx"], "Unknown format 'onxx'"),
-        (["a.onnx", "--batch-size", "0"], "--micro-batch-size|--batch-size"),
+        (["a.onnx", "--batch-size", "0"], "--batch-size must be at least 1"),
         (["a.onnx", "--image-size", "16"], "at least 32"),
         (["a.tflite", "--format", "keras"], r"\*\.keras only"),
         (["file/a.onnx"], "is a file"),

@@ -1,5 +1,6 @@
 """Every format with every arm, B0 to B5, and networks of other libraries: minutes, so only in the long run."""
 
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -7,7 +8,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conversions import write_timm
-from test_export import ARMS, spec_of, subject_of
+from test_export import ARMS, RUN, spec_of, subject_of
+from test_task_pages import commands
 from tiny import PYTHON, TINY
 
 from effnet_repro.config import override
@@ -54,6 +56,17 @@ def test_a_network_of_keras_applications(tmp_path, kind):
     theirs = np.asarray(source(images.astype("float32")))
     ours = exporting.WRITERS[kind].opened(path)(images)
     assert np.abs(ours - theirs).max() < 1e-4 * np.abs(theirs).max()
+
+
+def test_the_commands_of_the_page_run(tmp_path, monkeypatch, run):
+    shutil.copytree(RUN, tmp_path / "runs" / "b1")
+    monkeypatch.chdir(tmp_path)
+    lines = commands("07_export")
+    assert {"b1.onnx", "b1", "b1.tflite", "b1.stablehlo", "b1.keras"} <= {li[2] for li in lines}
+    for name, *words in lines:
+        status, out, err = run(name.partition("-")[2], *words, "--overwrite")
+        assert (status, err) == (0, "") and "agrees with the network" in out
+    assert {"b1.onnx", "b1", "MODEL_CARD.md"} <= {p.name for p in tmp_path.iterdir()}
 
 
 def test_int8_keeps_the_classes_of_a_trained_network(tmp_path):

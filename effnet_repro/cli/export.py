@@ -75,7 +75,9 @@ def _export_arguments(parser):
 )
 def export_command(args):
     "Write a trained network as a file of another program, which opens and checks it."
-    check_given(micro_batch_size=args.batch_size, image_size=args.image_size)
+    check_given(image_size=args.image_size)
+    if args.batch_size is not None and args.batch_size < 1:
+        raise UsageError("--batch-size must be at least 1.")
     options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
     if args.class_names:
         options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple, Optional, Tuple
 
+from effnet_repro.checkpoint import explain_writing
 from effnet_repro.config import unknown_name
 from effnet_repro.export import keras_file, onnx_file, stablehlo_file
 from effnet_repro.export.agreement import Agreement, compare
@@ -69,7 +70,8 @@ def written(
     writer, kept = WRITERS[to], None
     runtime = writer.runtime()  # a missing program is told before the work
     with new_place(target) as temporary:
-        writer.write(subject, temporary)
+        with explain_writing(target):
+            writer.write(subject, temporary)
         agreement = compare(subject, writer.opened(temporary), target.name)
         if int8 is not None:
             kept = write_int8(subject, temporary, int8)

@@ -323,7 +323,7 @@ SOME_FLAGS = {
     "--groups": st.integers(0, 8),
     "--cutmix-lambda": st.floats(-0.5, 1.5),
     "--lr-schedule": st.sampled_from(["cosine", "exponential", "Cosine"]),
-    "--budget": st.sampled_from(["case", "demo", "smoke", "auto"]),
+    "--budget": st.sampled_from(["case", "small", "demo", "smoke", "auto"]),
     "--variable-filter": st.lists(st.sampled_from(["Top", "block7", ""]), min_size=1, max_size=2),
     "--train-with-valid-preprocessing": st.just([]),
     "--no-eight-bit-io": st.just([]),

@@ -57,8 +57,10 @@ def collect(folder: Path) -> dict:
         for row in rows("packed.csv")
         if row["packed"] != "original"
     }
-    fed = [float(r["images_per_s"]) for r in rows("feed.csv") if r["reader"].endswith("training")]
-    readers["photographs"] = {"images_per_s": median(fed), "projected": False}
+    for name, decoder in (("photographs", "simplejpeg"), ("photographs, GPU", "nvimagecodec")):
+        found = [r for r in rows("feed.csv") if r["reader"] == f"{decoder}: training"]
+        rate = median(float(r["images_per_s"]) for r in found)
+        readers[name] = {"images_per_s": rate, "projected": False}
     first = rows("gpu_speed.csv")[0]
     origin = {n: first[n] for n in ("device", "revision", "date")}
     origin["versions"], origin["command"] = (

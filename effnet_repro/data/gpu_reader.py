@@ -2,7 +2,7 @@
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
 JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. Where
-the GPU's pixels are those of the host exactly, the cores decode a share of all images, too (`Balance`).
+the GPU's pixels are those of the host exactly, the cores decode a share of all images, too, where that pays (`Balance`).
 
 Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
 in other processes: with reading in threads, the one interpreter lock let 9,600 images/s through.
@@ -11,6 +11,8 @@ in other processes: with reading in threads, the one interpreter lock let 9,600 
 import contextlib
 import itertools
 import queue
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
@@ -127,24 +129,59 @@ class _Read(NamedTuple):
 
 
 class Balance:
-    """Which share of the images the cores make beside a GPU: as many as let both be done at the same time.
+    """Which share of the images the cores make beside a GPU: as much as makes the batches come faster.
 
-    The pixels are the same, so nothing depends on the share but the time.
+    The pixels are the same, so nothing depends on the share but the time. Now and then a larger share is tried for some
+    batches, or a smaller one: a larger one stays if batches come faster by `gain`, a smaller one if they come as fast.
+    Where the network is what all wait for, the cores so end up with nothing.
     """
 
-    step, most = 1 / 64, 0.35
+    step, most, gain = 0.07, 0.35, 0.02
+    left_out, window = 6, 10  # Batches after a change; batches that are then timed
+    pauses = 4, 64  # Windows to the next trial after a failure, and after many: each doubles them
 
-    def __init__(self, share: float = 0.1):
-        self.share = share
+    def __init__(self, clock: Callable[[], float] = time.perf_counter):
+        self.share, self._settled, self._clock, self._lock = 0.0, 0.0, clock, threading.Lock()
+        self._seen, self._images, self._since, self._rate = 0, 0, 0.0, None
+        self._up, self._wait, self._pause = True, 1, self.pauses[0]
 
     def count(self, images: int) -> int:
         """Return how many of so many images the cores make."""
         return int(self.share * images)
 
-    def learn(self, cores_wait: bool):
-        """Take in whether the cores were done first."""
-        change = self.step if cores_wait else -self.step
-        self.share = min(max(self.share + change, self.step), self.most)
+    def done(self, images: int):
+        """Take in that a batch of so many images is done."""
+        with self._lock:
+            self._seen += 1
+            if self._seen <= self.left_out:
+                self._images, self._since = 0, self._clock()
+                return
+            self._images += images
+            if self._seen >= self.left_out + self.window:
+                self._judge(self._images / max(self._clock() - self._since, 1e-9))
+                self._seen = 0
+
+    def _judge(self, rate):
+        "Keep what was tried, or go back; and try again, at once after a success"
+        tried = self.share != self._settled
+        if tried and rate > self._rate * (1 + self.gain if self._up else 1 - self.gain / 2):
+            self._settled, self._wait, self._pause = self.share, 0, self.pauses[0]
+        elif tried:
+            self.share = self._settled
+            return self._turn()
+        self._rate = rate
+        self._wait -= 1
+        if self._wait <= 0:
+            aim = self._settled + (self.step if self._up else -self.step)
+            if not 0 <= round(aim, 6) <= self.most:
+                return self._turn()
+            self.share = max(aim, 0.0)
+        return None
+
+    def _turn(self):
+        "Try the other way, later"
+        self._up, self._wait = not self._up, self._pause
+        self._pause = min(2 * self._pause, self.pauses[1])
 
 
 def spare_cores() -> int:
@@ -192,12 +229,12 @@ class _Stream:
 
     def _open(self, first):
         pays = pays_processes(len(self.request.dataset.splits[self.split].label))
-        room, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
-        team = lambda *args: self.pools.enter_context(Team(*args))
-        self.readers = team(ReadJob(self.request, self.split), room, count)
-        spare = spare_cores() // self.gpus
-        if first.exact and spare and self.split == "train":
-            self.cores = team(RectanglesJob(self.request), room, spare)
+        self.space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
+        job = ReadJob(self.request, self.split)
+        self.readers = self.pools.enter_context(Team(job, self.space, count))
+        self.spare = 0  # Cores that may decode
+        if first.exact and self.split == "train":
+            self.spare = spare_cores() // self.gpus
         pool = lambda count: self.pools.enter_context(ThreadPoolExecutor(count))
         self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
 
@@ -216,11 +253,14 @@ class _Stream:
     def begin(self, batch):
         "Hand out the work of a batch; the future gives its array and labels"
         numbers, places = batch.numbers, batch.places
-        shared = self.balance.count(len(numbers)) if self.cores else 0
+        shared = self.balance.count(len(numbers)) if self.spare else 0
         own, stage, pieces = len(numbers) - shared, None, []
         parts = np.array_split(np.arange(own), -(-own // SLICE))
         slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
         if shared:
+            if self.cores is None:
+                team = Team(RectanglesJob(self.request), self.space, self.spare)
+                self.cores = self.pools.enter_context(team)
             stage = kept(self.make.stage, self.gpu)
             stage.begin(self.room * shared)
             for at in range(own, len(numbers), PIECE):
@@ -241,9 +281,9 @@ class _Stream:
                 producer.write(images, rows[part], out, part.start, self.published, sent)
                 self._give_back(sent)
             if pieces:
-                self.balance.learn(all(one.done() for one in pieces))
                 more = self._from_cores(producer, out, own, stage, pieces)
                 labels = np.concatenate([labels, more])
+            self.balance.done(len(labels))
             return out, labels
         except BaseException:
             producer = None  # what it was about to do is unknown

@@ -1,11 +1,11 @@
 """The reader whose images are decoded on a GPU: processes read files, producers decode, cut and resize.
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
-JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. Where
-the GPU's pixels are those of the host exactly, the cores decode a share of all images, too, where that pays (`Balance`).
+JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. If the
+GPU's pixels are those of the host exactly, the cores decode a share of all images, too, where that pays (`Balance`).
 
 Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
-in other processes: with reading in threads, the one interpreter lock let 9,600 images/s through.
+in other processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
 """
 
 import contextlib

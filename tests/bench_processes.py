@@ -54,10 +54,10 @@ def model(a):
             row["rate"] = "projected" if projected else "measured"
             for gbit in LINKS:
                 row[f"most_gpus_{gbit}"] = most_gpus(case, rate, gpus, gbit)
-                many = 16 * gpus  # with as many images a GPU as the case has in all
-                weak = override(case, global_batch_size=many * case.global_batch_size)
-                share = gradient_share(weak, rate, 16, gpus, gbit)
-                row[f"weak_share_{gbit}"] = round(share, 4)
+                alone = rate / (
+                    16 * gpus
+                )  # a step takes as long as one GPU needs for the whole batch
+                row[f"weak_share_{gbit}"] = round(gradient_share(case, alone, 16, gpus, gbit), 4)
             rows.append(row)
     words = "python tests/bench_processes.py model --results results"
     about = origin(f"modelled from {known['device']}", words, NO_SEED, 1)

@@ -96,6 +96,7 @@ PARAMETERS: Dict[str, Parameter] = {
     "new_head": Parameter(_truth, False),
     "seed": Parameter(_whole(0), 0),
     "ipus": Parameter(_whole(1)),
+    "distributed": Parameter(_truth, False),
     "validate_every": Parameter(_whole(0)),
 }
 

@@ -23,7 +23,9 @@ import numpy as np
 
 from effnet_repro.data.threads import core_count
 
-KEPT_BYTES = 2**31  # Of a GPU's memory that decoded images leave, and the next ones take
+KEPT = (
+    32  # The part of a GPU's memory, 1 / KEPT, that decoded images may leave and the next ones take
+)
 PRODUCERS = 3  # While one waits for its kernel or draws crops, the others' images are decoded
 
 ROW = np.dtype(
@@ -119,8 +121,9 @@ def _context(ordinal):
         AttributeError, TypeError, RuntimeError
     ):  # images come and go: keep their memory
         memory = _checked(driver.cuDeviceGetDefaultMemPool(device))
+        total = int(_checked(driver.cuDeviceTotalMem(device)))
         most = driver.CUmemPool_attribute.CU_MEMPOOL_ATTR_RELEASE_THRESHOLD
-        _checked(driver.cuMemPoolSetAttribute(memory, most, driver.cuuint64_t(KEPT_BYTES)))
+        _checked(driver.cuMemPoolSetAttribute(memory, most, driver.cuuint64_t(total // KEPT)))
     kind = driver.CUdevice_attribute
     names = (
         "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
@@ -277,8 +280,8 @@ class Producer:
         self.exact = self._codec.exact
         self._table = Stage(ordinal)
 
-    def decode(self, data: Sequence[bytes]) -> List[Optional[Image]]:
-        """Decode JPEGs; None for one that nvImageCodec refuses."""
+    def decode(self, data: Sequence[np.ndarray]) -> List[Optional[Image]]:
+        """Decode JPEGs, arrays of bytes; None for one that nvImageCodec refuses."""
         _checked(self._driver.cuCtxSetCurrent(self._context))
         return [_described(one) for one in self._codec.decode(data, int(self._stream))]
 
@@ -366,7 +369,7 @@ def problem() -> Optional[str]:
         producer, rows = kept(Producer, 0), np.zeros(1, ROW)
         out = empty((1, 8, 8, 3))
         rows["height"], rows["width"], rows["scale"] = 192, 256, (24, 32)
-        (image,) = producer.decode([file.getvalue()])
+        (image,) = producer.decode([np.frombuffer(file.getvalue(), np.uint8)])
         if image is None:
             return "nvJPEG refuses a plain JPEG"
         producer.write([image], rows, out, 0, True)

@@ -201,6 +201,15 @@ def sources(soup):
                 break
 
 
+def answers(soup):
+    "What the code of an answer puts out is folded with it: a reader may think first."
+    for fold in soup.select("main details.code-fold"):
+        cell = fold.find_parent("div", class_="cell")
+        if cell and fold.find("summary").get_text(strip=True) == "Answer":
+            for output in cell.find_all("div", class_="cell-output", recursive=False):
+                fold.append(output.extract())
+
+
 def wrap_sentences(soup):
     "What was printed wraps when it is long (`flow`: for a phone), unless it is laid out in columns."
     for pre in soup.select("main .cell-output > pre"):
@@ -339,6 +348,7 @@ def finish_page(path, card=None):
     for table in soup.select("main table"):
         tidy_table(soup, table)
     sources(soup)
+    answers(soup)
     wrap_sentences(soup)
     code_lines(soup)
     one_button_a_section(soup)

@@ -150,6 +150,17 @@ def test_lines_of_code_are_told_apart():
         assert [line.get("style") for line in soup.select(".line")] == indents
 
 
+@pytest.mark.parametrize("summary, inside", [("Answer", 1), ("Code", 0)])
+def test_what_an_answer_puts_out_is_folded_with_it(summary, inside):
+    code = f'<details class="code-fold"><summary>{summary}</summary><pre>6 * 7</pre></details>'
+    output = '<div class="cell-output cell-output-display"><pre>42</pre></div>'
+    page = f'<main><div class="cell">{code}{output}</div></main>'
+    soup = BeautifulSoup(page, "html.parser")
+    finish.answers(soup)
+    assert len(soup.select("details .cell-output")) == inside
+    assert len(soup.select(".cell-output")) == 1
+
+
 def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
     drawn = RENDERED.replace("</main>", MATPLOTLIB * 2 + "</main>")
     (tmp_path / "index.html").write_text(drawn)

@@ -28,6 +28,7 @@ def test_a_story_is_read_without_scrolling_sideways(visit, name):  # noqa: F811
         "main details:not([open])", has=page.locator("summary", has_text="Answer")
     )
     assert folded.count() >= 2
+    assert folded.locator(".cell-output").count() == folded.count()  # not shown before asked
     without = "(svgs) => svgs.filter((s) => !s.getAttribute('aria-label')).length"
     assert page.locator("main svg.figure").count() >= 1
     assert page.eval_on_selector_all("main svg.figure", without) == 0

@@ -16,6 +16,7 @@ shows in any network that has learned something.
 """
 
 import argparse
+import os
 import statistics
 import sys
 import tempfile
@@ -171,6 +172,7 @@ def speed(rounds, threads, quick=False):
             peers = [] if base is None else taken[base, b]
             ratios = [mine[which] / peer[which] for mine, peer in zip(pairs, peers)]
             row[column] = round(statistics.median(ratios), 3) if ratios else ""
+        row["load"] = round(os.getloadavg()[0], 1)  # 1 for each process that would compute
         yield row
 
 

@@ -2,7 +2,7 @@
 
 Everything is (N, C, H, W) inside, which its convolutions want; the input is turned once. A layer norm is one
 `InstanceNormalization` of the image as a single channel, and what follows it one `BatchNormalization`: two kernels
-instead of the fifteen small ones of a norm that is spelled out.
+instead of the dozen and more small ones of a norm that is spelled out.
 """
 
 import json

@@ -60,6 +60,14 @@ def _convert_arguments(parser):
 _CONVERT_OPTIONS = "weights image_size num_classes arch input_mean input_std".split()
 
 
+def _names_in(path):
+    "The class names of a file, a name a line"
+    names = read_lines(path)
+    if not names or not all(name.strip() for name in names):
+        raise UsageError(f"{path} has an empty line: it needs a class name in each.")
+    return names
+
+
 def _convert_options(args):
     "The flags of effnet-convert that were given, as `read` takes them"
     given = {n: getattr(args, n) for n in _CONVERT_OPTIONS if getattr(args, n) is not None}
@@ -67,7 +75,10 @@ def _convert_options(args):
     if given.get("num_classes", 1) < 1:
         raise UsageError("--num-classes must be at least 1.")
     if args.class_names:
-        given["class_names"] = read_lines(args.class_names)
+        given["class_names"] = _names_in(args.class_names)
+    named = any(word.split("=")[0] == "--config-path" for word in args.words)
+    if named and not args.case:
+        raise UsageError("--config-path names the file of a case: pass --case, too.")
     if args.case:
         given["case"] = named_case(args.case, args.config_path)
     return given

@@ -16,6 +16,7 @@ from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle
 from effnet_repro.config import list_some, unknown_name
 from effnet_repro.distributed import here
 from effnet_repro.messages import shown
+from effnet_repro.outside import file_kind, read_file
 from effnet_repro.paths import local_path
 from effnet_repro.runs.signals import Interrupts
 
@@ -299,9 +300,12 @@ def user_path(text):
 def read_lines(path):
     """Return the lines of a text file. Raises UsageError, which names the file, where it cannot be read."""
     try:
-        return local_path(path).read_bytes().decode("utf-8-sig").splitlines()
+        path = local_path(path)
+        return read_file(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not text in UTF-8.") from None
+        raise UsageError(f"{path} is not text in UTF-8: it is {file_kind(path)}.") from None
+    except ValueError as e:
+        raise UsageError(str(e)) from None
     except OSError as e:
         raise UsageError(f"Cannot read {path}: {e.strerror}.") from None
 

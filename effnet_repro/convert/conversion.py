@@ -8,7 +8,7 @@ from effnet_repro.convert.formats import FORMATS, format_of, target_format
 from effnet_repro.convert.keras_files import find_keras, write_keras
 from effnet_repro.convert.ours import read_ours, write_ours
 from effnet_repro.convert.replace import remove_leftovers
-from effnet_repro.convert.settle import settle
+from effnet_repro.convert.settle import as_asked, settle
 from effnet_repro.convert.tf1 import find_tf1, tf1_prefix, write_weights_tf1
 from effnet_repro.convert.torch_files import TorchOptions, find_torch, write_torch
 from effnet_repro.convert.weights import Weights
@@ -42,8 +42,13 @@ def read(
         raise ValueError(
             f"{asked[0]} is for PyTorch files. Received: {path.name}, which is {kind}."
         )
+    if weights != "auto" and not path.is_dir():
+        raise ValueError(
+            f"weights={weights!r} chooses among those of a run folder. Received: {path.name}."
+        )
     if kind == "ours":
-        return read_ours(path, weights, given)
+        found = read_ours(path, weights, given)
+        return as_asked(found, path, num_classes, image_size, class_names)
     found = find_torch(path, options) if kind == "torch" else _FINDERS[kind](path)
     return settle(path, found, given, num_classes, image_size, class_names)
 
@@ -54,6 +59,16 @@ _WRITERS = {
     "keras": write_keras,
     "torch": write_torch,
 }
+
+
+def _refuse_lost(target, to, options):
+    "Refuse what a caller says of weights where the target has no place for it"
+    if to == "tf1" or (to == "torch" and target.suffix != ".safetensors"):
+        for name in ("class_names", "image_size"):
+            if options.get(name) is not None:
+                raise ValueError(
+                    f"{target.name} has no place for {name}: leave it out, or write a .safetensors file."
+                )
 
 
 def convert(
@@ -73,6 +88,7 @@ def convert(
     there = Path(f"{tf1_prefix(target)}.index") if to == "tf1" else target
     if there.exists() and not overwrite:
         raise FileExistsError(f"{there} exists. Pass overwrite, or choose another name.")
+    _refuse_lost(target, to, options)
     weights = read(source, kind, **options)
     remove_leftovers(there)
     return weights._replace(notes=weights.notes + _WRITERS[to](target, weights))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from effnet_repro.convert.tf1 import indexed, tf1_prefix
 from effnet_repro.convert.torch_files import open_safetensors
+from effnet_repro.outside import file_kind
 from effnet_repro.paths import local_path
 
 FORMATS = ("ours", "tf1", "keras", "torch")
@@ -28,6 +29,8 @@ def format_of(
         )
     if Path(f"{tf1_prefix(path)}.index").is_file():
         return "tf1"
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is {file_kind(path)}, not a file of weights.")
     if not path.is_file():
         raise FileNotFoundError(f"No file, run folder or TensorFlow checkpoint {path}.")
     if path.suffix in (".keras", ".h5"):
@@ -39,7 +42,7 @@ def format_of(
         return "ours" if "effnet_repro" in header else "torch"
     endings = (".safetensors", ".keras", ".h5", *_TORCH_ENDINGS, ".index")
     raise ValueError(
-        f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder."
+        f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder. It is {file_kind(path)}."
     )
 
 

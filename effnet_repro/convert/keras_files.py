@@ -5,18 +5,29 @@ and classes are read off the shapes first, since Keras must know them. The case 
 read.
 """
 
+import contextlib
 import io
 import json
+import math
 import tempfile
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import Path
 
 from effnet_repro.checkpoint import explain_writing, write_file
-from effnet_repro.config import case_from_dict, case_to_dict, list_some
+from effnet_repro.config import case_to_dict, list_some
 from effnet_repro.convert.recognize import case_for
-from effnet_repro.convert.weights import CASE_KEY, Found, needed
+from effnet_repro.convert.weights import CASE_KEY, Found, case_in, names_in, needed, object_in
 from effnet_repro.network import params
+from effnet_repro.outside import (
+    MOST_CLASSES,
+    check_archive,
+    check_numbers,
+    file_kind,
+    head_of,
+    kind_of,
+)
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec
 
 
@@ -25,9 +36,13 @@ def _h5_shapes(path):
     h5py, shapes = needed("h5py", "A Keras file"), {}
 
     def note(name, item):
-        if hasattr(item, "shape") and not name.startswith("optimizer"):
-            shapes[name] = item.shape
+        if hasattr(item, "shape"):
+            check_numbers(path, math.prod(item.shape or ()))
+            if not name.startswith("optimizer"):
+                shapes[name] = item.shape
 
+    if path.suffix == ".keras" and kind_of(head_of(path)) == "a ZIP archive":
+        check_archive(path)
     try:
         data = path
         if path.suffix == ".keras":
@@ -35,12 +50,50 @@ def _h5_shapes(path):
                 data = io.BytesIO(archive.read("model.weights.h5"))
         with h5py.File(data if isinstance(data, io.BytesIO) else str(data), "r") as file:
             file.visititems(note)
-    except (OSError, zipfile.BadZipFile, KeyError, RuntimeError) as e:
+    except (OSError, zipfile.BadZipFile, zlib.error, LookupError, RuntimeError, EOFError) as e:
         raise ValueError(
             f"{path} is not a whole Keras file: cut off while copying, or another kind of file "
-            f"({str(e).splitlines()[0][:200]})."
+            f"(it is {file_kind(path)}; {(str(e).splitlines() or [type(e).__name__])[0][:200]})."
         ) from None
+    check_numbers(path, sum(math.prod(shape or ()) for shape in shapes.values()))
     return shapes
+
+
+_WIDTHS = ("units", "filters", "input_dim", "output_dim", "num_classes")
+
+
+def _check_config(path, text):
+    "Raise `ValueError` for a model whose layers are wider than any of an EfficientNet: Keras makes them at once"
+    waiting = [object_in(text, f"config.json in {path}")]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, dict):
+            for name, value in one.items():
+                if name in _WIDTHS and isinstance(value, (int, float)) and value > MOST_CLASSES:
+                    raise ValueError(
+                        f"{path} asks for {name}={value:,}: it is no EfficientNet of ours or Keras'."
+                    )
+        waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else []
+
+
+def _check_layers(path, shapes):
+    """Raise `ValueError` for a whole model whose configuration cannot belong to its arrays.
+
+    Keras makes every layer before it reads an array, so what the configuration asks for takes memory first.
+    """
+    if path.suffix == ".keras":
+        with zipfile.ZipFile(str(path)) as archive:
+            if "config.json" not in archive.namelist():
+                raise ValueError(
+                    f"{path} is not a whole Keras file: there is no config.json in it."
+                )
+            text = archive.read("config.json")
+    else:
+        with needed("h5py", "A Keras file").File(str(path), "r") as file:
+            text = file.attrs.get("model_config", "{}")
+    _check_config(path, text)
+    if len(shapes) < 100:
+        raise ValueError(f"{path} holds {len(shapes)} arrays: it is no EfficientNet.")
 
 
 def _keras_network(path, shapes):
@@ -63,28 +116,50 @@ def _keras_network(path, shapes):
     )
 
 
-def _put_case(path, case):
-    "Keep a case in a Keras file: an entry of the archive, or an attribute of the HDF5 file; Keras reads neither"
-    text = json.dumps(case_to_dict(case))
+def _put_case(path, weights):
+    "Keep case and class names in a Keras file: entries of the archive, or attributes; Keras reads neither"
+    kept = {CASE_KEY: case_to_dict(weights.case), _NAMES_KEY: list(weights.class_names)}
     if path.suffix == ".keras":
         with zipfile.ZipFile(str(path), "a") as archive:
-            archive.writestr(f"{CASE_KEY}.json", text)
+            for name, value in kept.items():
+                archive.writestr(f"{name}.json", json.dumps(value))
         return
     with needed("h5py", "A Keras file").File(str(path), "a") as file:
-        file.attrs[CASE_KEY] = text
+        for name, value in kept.items():
+            text = json.dumps(value)
+            if len(text) < 2**15:  # an attribute has 64 KiB at most
+                file.attrs[name] = text
 
 
-def _case_in_keras(path):
-    "What `_put_case` kept, or None"
+_NAMES_KEY = "effnet_repro/class_names"
+
+
+def _kept_in_keras(path):
+    "Case and class names that `_put_case` kept, None where there are none"
     if path.suffix == ".keras":
         with zipfile.ZipFile(str(path)) as archive:
-            if f"{CASE_KEY}.json" not in archive.namelist():
-                return None
-            text = archive.read(f"{CASE_KEY}.json")
+            names = archive.namelist()
+            read = lambda key: archive.read(f"{key}.json") if f"{key}.json" in names else None
+            case, classes = read(CASE_KEY), read(_NAMES_KEY)
     else:
         with needed("h5py", "A Keras file").File(str(path), "r") as file:
-            text = file.attrs.get(CASE_KEY)
-    return text and case_from_dict(json.loads(text))
+            case, classes = file.attrs.get(CASE_KEY), file.attrs.get(_NAMES_KEY)
+    what = f"{CASE_KEY} in {path}"
+    said = {} if case is None else {"case": object_in(case, what)}
+    if classes is not None:
+        with contextlib.suppress(ValueError, TypeError):  # then there are no names
+            said["class_names"] = json.loads(classes)
+    return case_in(said, path), names_in(said, path)
+
+
+def _load_model(keras, path):
+    try:
+        return keras.models.load_model(str(path), compile=False)
+    except MemoryError:
+        raise
+    except Exception as e:  # of a damaged configuration Keras raises whatever its layers raise
+        text = " ".join(str(e).split())[:200] or type(e).__name__
+        raise ValueError(f"{path} is a Keras file that Keras cannot load ({text}).") from None
 
 
 def find_keras(path):
@@ -92,18 +167,20 @@ def find_keras(path):
     keras = needed("keras", "A Keras file")
     from effnet_repro import efficientnet
 
-    shapes, source, case = _h5_shapes(path), str(path), _case_in_keras(path)
+    shapes, source = _h5_shapes(path), str(path)
+    case, names = _kept_in_keras(path)
     if path.suffix == ".keras" or any(n.startswith("model_weights/") for n in shapes):
-        source = keras.models.load_model(str(path), compile=False)
+        _check_layers(path, shapes)
+        source = _load_model(keras, path)
         if any(isinstance(layer, efficientnet.SegmentLayer) for layer in source.layers):
             spec, arrays = efficientnet.spec_of(source), efficientnet.get_weights(source)
             affine = arrays.pop("input/scale", None), arrays.pop("input/shift", None)
             affine = affine if spec.input_norm == "keras" else None
-            return Found(arrays, affine=affine, case=case or case_for(spec))
+            return Found(arrays, affine=affine, case=case or case_for(spec), class_names=names)
     spec = _keras_network(path, list(shapes.values()))
     arrays = efficientnet.from_keras_applications(spec, source)
     affine = arrays.pop("input/scale"), arrays.pop("input/shift")
-    return Found(arrays, affine=affine, case=case)
+    return Found(arrays, affine=affine, case=case, class_names=names)
 
 
 def write_keras(path, weights):
@@ -120,6 +197,6 @@ def write_keras(path, weights):
     with explain_writing(path), tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / path.name  # Keras asks for its own endings, and writes in place
         model.save(str(file)) if whole else model.save_weights(str(file))
-        _put_case(file, weights.case)
+        _put_case(file, weights)
         write_file(path, file.read_bytes())
     return ("Keras' model ends with a softmax; ours gives logits.",) if whole else ()

@@ -43,6 +43,16 @@ def _new_classifier(path, arrays, spec, wanted):
     return arrays, spec, (f"The classifier is new: {wanted} classes, untrained.",)
 
 
+def as_asked(weights: Weights, path, num_classes, image_size, class_names) -> Weights:
+    """Return weights of ours with what the caller says of them; `ValueError` where it does not fit them."""
+    arrays, spec, _ = _new_classifier(path, weights.arrays, weights.spec, num_classes)
+    names = weights.class_names if class_names is None else tuple(class_names)
+    if len(names) != spec.num_classes:
+        raise ValueError(f"{len(names)} class names for {spec.num_classes} classes of {path}.")
+    case = weights.case if image_size is None else replace(weights.case, image_size=image_size)
+    return weights._replace(arrays=arrays, case=case, class_names=names)
+
+
 def _fit_case(found, guess, given, image_size):
     "The case of a file's weights, and what was assumed for it"
     base = given or found.case

@@ -9,6 +9,7 @@ killed, the index that is there finds its own data.
 """
 
 import json
+import math
 import os
 import re
 import uuid
@@ -21,8 +22,9 @@ from effnet_repro.checkpoint import explain_writing, sync
 from effnet_repro.config import EARLIER, list_some
 from effnet_repro.convert.recognize import case_for
 from effnet_repro.convert.replace import remove_leftovers
-from effnet_repro.convert.weights import CASE_KEY, Found, needed, text_of
+from effnet_repro.convert.weights import CASE_KEY, Found, needed, object_in, text_of
 from effnet_repro.network import input_affine, pack, statistics_note, unpack
+from effnet_repro.outside import check_numbers
 
 
 def tf1_prefix(path):
@@ -68,6 +70,8 @@ def read_tf1(
         reader = tf.train.load_checkpoint(str(prefix))
         kinds = reader.get_variable_to_dtype_map()
         weights, others = split_variables(kinds)
+        shapes = reader.get_variable_to_shape_map()
+        check_numbers(prefix, sum(math.prod(shapes[n]) for n in weights))
         source = lambda n: n  # 16.16 cases keep the float32 copy of a float16 weight in a slot
         if any(kinds[n] == tf.float16 for n in weights):
             copies = {n.rpartition("/")[0]: n for n in others if "fp32" in n.rpartition("/")[2]}
@@ -172,7 +176,10 @@ def _trained_in_tf1(path):
     import tensorflow as tf
 
     reader = tf.train.load_checkpoint(str(tf1_prefix(path)))
-    kept = json.loads(reader.get_tensor(CASE_KEY).tobytes()) if reader.has_tensor(CASE_KEY) else {}
+    if not reader.has_tensor(CASE_KEY):
+        return {}
+    kept = reader.get_tensor(CASE_KEY)
+    kept = object_in(kept.tobytes() if hasattr(kept, "tobytes") else kept, f"{CASE_KEY} in {path}")
     return {name: value for name, value in kept.items() if name in EARLIER}
 
 

@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
 from effnet_repro.checkpoint import write_file
-from effnet_repro.config import case_from_dict, case_to_dict, earlier_note, list_some, unknown_name
+from effnet_repro.config import case_to_dict, earlier_note, list_some, unknown_name
 from effnet_repro.convert.torch_names import (
     has_timm_twin,
     own_layout,
@@ -24,8 +24,17 @@ from effnet_repro.convert.torch_names import (
     to_state_dict,
     torch_name,
 )
-from effnet_repro.convert.weights import Found, needed, text_of
+from effnet_repro.convert.weights import (
+    Found,
+    case_in,
+    checked_object,
+    names_in,
+    needed,
+    object_in,
+    text_of,
+)
 from effnet_repro.network import IMAGENET_STD, input_affine
+from effnet_repro.outside import check_archive, check_numbers, file_kind
 
 
 @dataclass(frozen=True)
@@ -79,7 +88,7 @@ def open_safetensors(path, read):
     except (SafetensorError, TypeError) as e:  # TypeError: a type of numbers that NumPy lacks
         raise ValueError(
             f"{path} is not a whole safetensors file that NumPy can hold: cut off while copying, or "
-            f"another kind of file ({e}). Copy it again."
+            f"another kind of file (it is {file_kind(path)}; {e}). Copy it again."
         ) from None
 
 
@@ -87,27 +96,42 @@ def _read_safetensors(path):
     "State dict of a safetensors file, and what its header says"
     said = open_safetensors(path, lambda file: (file.metadata() or {}).get(_HEADER, "{}"))
     arrays = lambda file: {n: file.get_tensor(n) for n in file.keys()}
-    return open_safetensors(path, arrays), json.loads(said)
+    check_numbers(path, path.stat().st_size // 4)
+    return open_safetensors(path, arrays), object_in(said, f"The header of {path}")
 
 
 def _read_pth(path):
     "State dict of a file that torch.save wrote, and what stands beside it"
     save_there = "safetensors.torch.save_file(state_dict, 'model.safetensors')"
     way_out = f"Install torch, or save the state dict where it is: {save_there}."
+    check_numbers(path, path.stat().st_size // 4)
+    kind = file_kind(path)
+    if kind == "a ZIP archive":
+        check_archive(path)
+    elif kind not in ("a pickle", "of no known kind"):
+        raise ValueError(f"{path} is {kind}, not a whole file of weights. Copy it again.")
     torch = needed("torch", f"Reading {path.name}", way_out)
     try:
         loaded = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its unpickler, archive reader or allocator raise
         raise ValueError(
             f"{path} is not a whole file of weights: cut off, or with other objects than tensors in "
-            f"it, which are not run ({str(e).split('. ')[0][:200] or type(e).__name__})."
+            f"it, which are not run (it is {file_kind(path)}; {' '.join(str(e).split('. ')[0].split())[:200]})."
         ) from None
     if not isinstance(loaded, dict):
-        raise ValueError(f"{path} holds a {type(loaded).__name__}, not a dictionary of tensors.")
+        kind = "one tensor" if hasattr(loaded, "detach") else f"a {type(loaded).__name__}"
+        raise ValueError(f"{path} holds {kind}, not a dictionary of tensors.")
     state = next((loaded[k] for k in _STATE_KEYS if isinstance(loaded.get(k), dict)), loaded)
     arch = loaded.get("arch") if isinstance(loaded.get("arch"), str) else None
-    tensors = {n: v for n, v in state.items() if hasattr(v, "detach")}
-    return {n: v.detach().float().numpy() for n, v in tensors.items()}, {"arch": arch}
+    tensors = {str(n): v for n, v in state.items() if hasattr(v, "detach")}
+    check_numbers(
+        path, sum(v.numel() for v in tensors.values())
+    )  # a view may be larger than its file
+    try:
+        arrays = {n: v.detach().float().numpy() for n, v in tensors.items()}
+    except (RuntimeError, TypeError) as e:  # sparse or quantized ones
+        raise ValueError(f"{path} holds tensors that are no plain numbers ({e}).") from None
+    return arrays, {"arch": arch}
 
 
 _DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), tuple(s / 255 for s in IMAGENET_STD)
@@ -115,19 +139,33 @@ _DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), tuple(s / 255 for s in IMAG
 
 def _beside(path):
     "What timm's config.json beside a file says"
+    beside = path.parent / "config.json"
     try:
-        said = json.loads(text_of(path.parent / "config.json") or "{}")
-    except ValueError:
+        said = json.loads(text_of(beside) or "{}")
+    except (ValueError, RecursionError):
         return {}
-    about = said.get("pretrained_cfg", {})
+    if not isinstance(said, dict) or not ({"pretrained_cfg", "architecture"} & set(said)):
+        return {}  # of another program
+    about = checked_object(said.get("pretrained_cfg") or {}, f"`pretrained_cfg` in {beside}")
     about = {n: about.get(n) for n in ("mean", "std", "crop_pct")}
     about["arch"] = said.get("architecture")
     return {k: v for k, v in about.items() if v}
 
 
+def _crop_pct(value, path):
+    "timm's `crop_pct`, None where nothing says it"
+    if value is None or (type(value) in (int, float) and 0.01 < value <= 1):
+        return value
+    raise ValueError(f"`crop_pct` of {path} must be a number up to 1. Received: {str(value)[:80]}.")
+
+
 def _three(name, values):
     "Three positive or zero numbers, one a colour"
-    values = np.asarray(values, "float64").reshape(-1)
+    try:
+        values = np.asarray(values, "float64").reshape(-1)
+    except (TypeError, ValueError):
+        text = f"`{name}` is three numbers of 0..1 pixels. Received: {str(values)[:80]}."
+        raise ValueError(text) from None
     if values.size not in (1, 3) or not np.isfinite(values).all():
         raise ValueError(f"`{name}` is three numbers of 0..1 pixels. Received: {values.tolist()}.")
     return np.broadcast_to(values, 3)
@@ -152,14 +190,14 @@ def find_torch(path, options):
     said = {**_beside(path), **{k: v for k, v in said.items() if v}}
     state = {n[7:] if n.startswith("module.") else n: v for n, v in state.items()}
     state = {n: own_layout(v) for n, v in state.items() if not n.endswith("num_batches_tracked")}
-    case = case_from_dict(said["case"]) if "case" in said else None
+    case = case_in(said, path)
     affine, notes = _torch_affine(said, options.input_mean, options.input_std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
         affine, notes = None, ()  # ours, centred as published unless the header says otherwise
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
-    about = dict(affine=affine, case=case, class_names=said.get("class_names"), notes=notes)
-    about["crop_pct"] = said.get("crop_pct")
+    about = dict(affine=affine, case=case, class_names=names_in(said, path), notes=notes)
+    about["crop_pct"] = _crop_pct(said.get("crop_pct"), path)
     if "block0.conv.weight" in state:
         return Found(state, torch_name, **about)
     if "conv_stem.weight" not in state:

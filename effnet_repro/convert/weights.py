@@ -1,11 +1,13 @@
 """What passes between formats: a network's weights with what is known of them, and what a reader finds in a file."""
 
 import importlib
+import json
 from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
-from effnet_repro.config import Case
+from effnet_repro.config import Case, case_from_dict
+from effnet_repro.outside import read_file
 from effnet_repro.scaling import ModelSpec
 
 
@@ -55,7 +57,49 @@ def needed(
 
 def text_of(path):
     "Text of a file, empty where there is none"
-    return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    return read_file(path).decode("utf-8", "replace") if path.is_file() else ""
+
+
+_JSON = {list: "a list", str: "a text", bool: "true or false", int: "a number", float: "a number"}
+
+
+def object_in(text, what) -> dict:
+    """Return the JSON object in a text; `what` names file and place in the `ValueError` for anything else."""
+    try:
+        found = json.loads(text)
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError(f"{what} is no JSON. Copy the file again.") from None
+    return checked_object(found, what)
+
+
+def checked_object(found, what) -> dict:
+    """Return what JSON gave, if it is an object; `ValueError` says what it is otherwise."""
+    if not isinstance(found, dict):
+        kind = _JSON.get(type(found), "null")
+        raise ValueError(f"{what} is {kind}, where an object is needed. Copy the file again.")
+    return found
+
+
+def case_in(said, what) -> Optional[Case]:
+    """Return the case that a file names, None where it names none; `what` names the file in a `ValueError`."""
+    if said.get("case") is None:
+        return None
+    fields = checked_object(said["case"], f"`case` in {what}")
+    try:
+        return case_from_dict(fields)
+    except (TypeError, AttributeError, ArithmeticError, LookupError, ValueError) as error:
+        text = str(error) if isinstance(error, ValueError) else "a field has a wrong type"
+        raise ValueError(f"`case` in {what} is none: {text}") from None
+
+
+def names_in(said, what) -> Optional[Tuple[str, ...]]:
+    """Return the class names that a file gives, None where it gives none; `what` names it in a `ValueError`."""
+    names = said.get("class_names")
+    if names is None:
+        return None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"`class_names` in {what} is not a list of texts.")
+    return tuple(names)
 
 
 def class_names_of(n):

@@ -7,7 +7,7 @@ import shlex
 import pytest
 from conversions import convert
 from pictures import ROOT, encode, folders, picture
-from tiny import TINY, small_network  # noqa: F401
+from tiny import STAGES, TINY, small_network  # noqa: F401
 
 from effnet_repro import cli
 from effnet_repro.config import override
@@ -81,3 +81,25 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
     status, out, err = run("pack", "packed", "--data-dir", "photographs")
     ((name, *words),) = next_lines(out)
     assert run(name.partition("-")[2], *words, "--budget", "case", "--dry-run")[0] == 0
+
+
+def test_the_program_on_home_runs(tmp_path, monkeypatch):
+    "As it stands, on a folder of 200 images; the network of the training is smaller, and it takes one step."
+    from effnet_repro import training
+
+    text = (ROOT / "nbs" / "index.ipynb").read_text()
+    cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
+    (program,) = [p for c in cells for p in re.findall(r"(?ms)^```python\n(.*?)^```", c)]
+    monkeypatch.chdir(tmp_path)
+    image = lambda i, light: encode(picture(40, 40, i) // 2 + light)
+    kinds = {"cat": 0, "dog": 100}
+    places = {f"{k}/{i}.jpg": image(i, v) for k, v in kinds.items() for i in range(100)}
+    folders(tmp_path / "pictures", places)
+    brief = dict(net_stages=STAGES, top_filters=128, max_steps=1, progress=False)
+    real = training.train
+    monkeypatch.setattr(training, "train", lambda *words, **how: real(*words, **how, **brief))
+    found = {}
+    exec(compile(program, "home", "exec"), found)
+    run = found["run"]
+    assert run.update == 1 and run.finished and run.case.global_batch_size == 16
+    assert run.case.image_size == 96 and found["model"].output_shape == (None, 10)

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import keras
 import numpy as np
 import pytest
-from tiny import PYTHON, TINY, small_network  # noqa: F401
+from tiny import PYTHON, STAGES, TINY, small_network  # noqa: F401
 
 from effnet_repro.config import override
 from effnet_repro.data import open_data
@@ -16,7 +17,7 @@ from effnet_repro.recipe import trained_segments
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training import Program, TrainingModel, make_optimizer, updates
 
-SPEC = ModelSpec.from_name("CIFAR-G1-BN", num_classes=0)
+SPEC = replace(ModelSpec.from_name("CIFAR-G1-BN", num_classes=0), net_stages=STAGES)
 X = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype("float32")
 
 

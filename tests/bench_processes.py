@@ -31,6 +31,7 @@ from effnet_repro.config import for_one_device, get_case, load_cases, override  
 from effnet_repro.distributed.traffic import gradient_bytes, gradient_share, most_gpus  # noqa: E402
 from effnet_repro.gpu_plan import rates, step_rate  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
+from tests.process_runs import FAST  # noqa: E402
 
 SEED, ROUNDS = 0, 5
 GPUS_OF_A_LINK, LINKS = (1, 8), (10, 100, 400)  # Gbit/s
@@ -74,10 +75,9 @@ def one_case(name, images, rehearse):
     case = for_one_device(get_case(name))
     if not rehearse:
         return override(case, global_batch_size=images)
-    from tiny import SMALL
-
-    case = override(for_one_device(case, 4, 16), model_size="cifar", image_size=32, **SMALL)
-    return override(case, mix_group_size=4)
+    blocks = "r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o16"
+    case = override(for_one_device(case, 4, 4), model_size="cifar", net_stages=blocks)
+    return override(case, image_size=32, top_filters=32, mix_group_size=4)
 
 
 def work(a):
@@ -113,6 +113,7 @@ def work(a):
     processes.lead(lambda: None)
     micro = case.micro_batch_size
     row = {"rounds": found, "compile_s": compiled, "device": device_name(), "micro_batch": micro}
+    row["images"] = case.global_batch_size
     print(json.dumps(row), flush=True)
     runtime.close()
     processes.close()
@@ -139,6 +140,8 @@ def started(a, name, images, processes, gpus):
     running = []
     for i in range(processes):
         env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+        if a.rehearse:
+            env["XLA_FLAGS"] = FAST
         env["CUDA_VISIBLE_DEVICES"] = str(i) if processes > 1 else ",".join(map(str, range(gpus)))
         if processes > 1:
             env.update(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes))
@@ -162,6 +165,7 @@ def measure(a):
     "Write process_speed.csv, a row as soon as it is measured"
     wanted = [(B0, "strong", lambda n: 768), (B4, "strong", lambda n: 768)]
     wanted += [(B0, "weak", lambda n: 768 * n)]
+    wanted = wanted[:1] if a.rehearse else wanted
     first = {}
     for name, kind, images in wanted:
         for gpus in a.gpus:
@@ -174,7 +178,7 @@ def measure(a):
                 speed = statistics.median(found["rounds"])
                 first.setdefault(name, speed if gpus == 1 else None)
                 row = {"case": name, "kind": kind, "gpus": gpus, "processes": processes}
-                row.update(images=images(gpus), micro_batch=found["micro_batch"])
+                row.update(images=found["images"], micro_batch=found["micro_batch"])
                 row.update(images_per_s=round(speed, 1), lowest=round(min(found["rounds"]), 1))
                 row.update(highest=round(max(found["rounds"]), 1), steps=a.steps)
                 row["compile_s"] = round(found["compile_s"], 1)

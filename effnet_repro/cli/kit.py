@@ -213,6 +213,7 @@ def _do(command, argv, interrupts):
         if "--debug" in argv:
             traceback.print_exc()
         status = _status_of(e, interrupts)
+        here().linger(e)
         if getattr(e, "told", False) and here().index:  # another process says it
             return status
         line = "interrupted" if status == 130 else one_line(e)

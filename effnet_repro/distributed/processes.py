@@ -25,7 +25,7 @@ from effnet_repro.messages import mute, say
 JOIN_SECONDS = 300
 #: Seconds without a sign of life after which the runtime gives up a process. It looks at most once in that time.
 HEARTBEAT_SECONDS = 10
-_SHUTDOWN_SECONDS = 10
+_SHUTDOWN_SECONDS, _LINGER = 10, 2
 _SMALL = 2**20  # Bytes of a message that goes through the store
 _LONG = 24 * 3600 * 1000  # Milliseconds: process 0 may write or measure for long
 _LOST = re.compile(r"gloo|nccl|coordination service|unhealthy|CoordinationService", re.IGNORECASE)
@@ -44,7 +44,7 @@ class Processes:
     - `index`, `count`: which of how many this is. The first one reads and writes for all.
     - `client`: of JAX's distributed runtime; None where there is one process.
 
-    All methods but `fail` are called by every process, in the same order.
+    `lead`, `gather`, `add`, `compare`, `stops` and `close` are called by every process, in the same order.
     """
 
     def __init__(self, index: int = 0, count: int = 1, client: Any = None):
@@ -127,12 +127,13 @@ class Processes:
         """Raise ValueError in every process unless all have the same facts; it names the first that differ."""
         if self.count == 1:
             return
-        key = self._key()
+        key, facts = self._key(), {"host": socket.gethostname(), **facts}
         self._client.key_value_set_bytes(f"{key}/{self.index}", pickle.dumps(facts))
         every = [
             pickle.loads(self._client.blocking_key_value_get_bytes(f"{key}/{i}", _LONG))
             for i in range(self.count)
         ]
+        self._client.wait_at_barrier(f"{key}/read", _LONG)  # the store ends with process 0
         for i, theirs in enumerate(every):
             other = [n for n in every[0] if n != "host" and theirs.get(n) != every[0][n]]
             if other:
@@ -173,10 +174,15 @@ class Processes:
         text = f"process {self.index} of {self.count}: {' '.join(str(error).split())[:700]}"
         try:
             self._client.key_value_set(_FAILED, text)
-            time.sleep(1.5 if self.index == 0 else 0)  # the store ends with process 0
+            time.sleep(0 if self.index else _LINGER)  # the store ends with process 0
         except Exception:  # another one was first, or the runtime is gone
             return self.reason()
         return None
+
+    def linger(self, error: BaseException) -> None:
+        """Wait a moment in process 0 before it leaves with an error that all have: the runtime ends with it."""
+        if self.count > 1 and self.index == 0 and getattr(error, "told", False):
+            time.sleep(_LINGER)
 
     def reason(self, seconds: float = 2.0) -> Optional[str]:
         """Return why another process has failed, where it said so within some seconds."""
@@ -370,8 +376,8 @@ def join_others(ranks: Optional[Ranks] = None, seconds: float = JOIN_SECONDS) ->
 @contextlib.contextmanager
 def told(processes: Processes, same: Dict[str, Any]):
     """Check that all processes do the `same`, and tell the others where what is done here fails."""
-    processes.compare({"host": socket.gethostname(), **same})
     try:
+        processes.compare(same)
         yield
         processes.lead(lambda: None)  # nobody leaves before all is written
     except BaseException as error:
@@ -380,6 +386,7 @@ def told(processes: Processes, same: Dict[str, Any]):
             failed = RuntimeError(why)
             failed.told = True
             raise failed from None
+        processes.linger(error)
         raise
 
 

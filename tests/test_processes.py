@@ -172,10 +172,10 @@ def test_an_error_of_one_process_is_the_line_of_all(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoints").write_text("a file where a folder should be")
     runs = Runs(tmp_path).start("--max-steps", 1)
-    begin = time.monotonic()
     assert runs.wait() == [1, 1]
-    assert time.monotonic() - begin < 120
-    assert "checkpoints" in runs.err(0) and len(runs.err(0).splitlines()) == 1
+    for index in (0, 1):
+        (line,) = runs.err(index).splitlines()
+        assert "Cannot write" in line and "checkpoints" in line
 
 
 class Slow:

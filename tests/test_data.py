@@ -133,7 +133,7 @@ def test_sample_set_is_written_whole_or_not(tmp_path, monkeypatch):
     monkeypatch.setattr(sample_module, "_write_sample_set", fail)
     with pytest.raises(KeyboardInterrupt):
         d.sample_set(tmp_path)
-    assert list(tmp_path.iterdir()) == []
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == []
 
 
 def test_sample_set_from_two_processes(tmp_path, sample):

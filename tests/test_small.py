@@ -128,13 +128,10 @@ def test_norms_do_not_decay():
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
-def test_a_fine_tuning_leaves_adamw_and_its_decay(protocol):
+def test_a_fine_tuning_has_its_protocol_s_optimizer_and_decay(protocol):
     small = resolve(CASE, "small", images=7_500)[0]
-    tuned = finetune_case(small, 224, protocol)
-    assert (tuned.optimizer, tuned.weight_decay) == (
-        finetune_case(CASE, 224, protocol).optimizer,
-        CASE.weight_decay,
-    )
+    of = lambda case: (case.optimizer, case.weight_decay)
+    assert of(finetune_case(small, 224, protocol)) == of(finetune_case(CASE, 224, protocol))
     assert finetune_case(small, 224, protocol, optimizer="adamw").optimizer == "adamw"
 
 

@@ -37,8 +37,17 @@ class _UniqueKeys(yaml.SafeLoader):
     def construct_object(self, node, deep=False):
         try:
             return super().construct_object(node, deep)
-        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as e:
-            if isinstance(e, _Unreadable):
+        except (
+            ArithmeticError,
+            AttributeError,
+            LookupError,
+            TypeError,
+            ValueError,
+            yaml.YAMLError,
+        ) as e:
+            if isinstance(e, _Unreadable) or (
+                isinstance(e, yaml.YAMLError) and "base64" not in str(e)
+            ):
                 raise
             kind = node.tag.rpartition(":")[2]
             line, text = node.start_mark.line + 1, str(getattr(node, "value", ""))[:40]

@@ -417,7 +417,7 @@ def budget_overrides(
     if budget == "auto":
         budget = automatic_budget(data_given, images if "small" in budgets else None)
     if budget not in budgets:
-        raise unknown_name("budget", budget, [*budgets, "auto"])
+        raise unknown_name("budget", budget, [*budgets, "auto"], str(path or ""))
     return budget, dict(budgets[budget])
 
 # %% ../nbs/00_config.ipynb #696abaab

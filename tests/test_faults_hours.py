@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import types
 
 import pytest
@@ -328,6 +329,18 @@ def test_a_run_does_not_need_its_standard_streams(tmp_path, monkeypatch, no_even
     monkeypatch.setattr(sys, "stderr", there)
     assert train(tmp_path / "caf\udce9 é", progress=True).finished
     say("é \udce9")
+    from tqdm import tqdm
+
+    lock, free = tqdm.get_lock(), []
+
+    def take():
+        with lock:
+            free.append(True)
+
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(5)
+    assert free, "the lock of all bars was kept: others would wait for ever"
 
 
 SHELL = [  # what is done to the streams -> status, lines on stderr

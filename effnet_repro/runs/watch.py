@@ -22,6 +22,12 @@ def _installed(package):
         return True
 
 
+def _free_lock():
+    "Free the lock of all bars: tqdm keeps it where it cannot print, and other threads would wait for it"
+    with contextlib.suppress(Exception):
+        sys.modules["tqdm"].tqdm.get_lock().release()
+
+
 class ProgressBar:
     """A bar on stderr that counts training steps. Nothing is drawn where tqdm is missing or the terminal is gone.
 
@@ -32,19 +38,29 @@ class ProgressBar:
 
     def __init__(self, total: int, done: int, shown: bool):
         self.bar, self.effort = None, BestEffort("progress bar", LOG)
-        if not _installed("tqdm"):  # a POD's virtual environment may not have it
+        if sys.stderr is None or not _installed("tqdm"):  # a POD's environment may not have it
             return
         with self.effort:
             from tqdm import tqdm
 
             how = dict(unit="update", mininterval=2, dynamic_ncols=True)
             self.bar = tqdm(total=total, initial=done, disable=not shown, **how)
+        if self.effort.failed:
+            _free_lock()
 
     def _draw(self, change, *values, **named):
-        with self.effort, contextlib.suppress(OSError):  # the terminal is gone
-            getattr(self.bar, change)(*values, **named)
-        if self.effort.failed:
-            self.bar = None
+        with self.effort:
+            try:
+                getattr(self.bar, change)(*values, **named)
+                return
+            except OSError:  # the terminal is gone: nobody needs to be told
+                pass
+        self._give_up()
+
+    def _give_up(self):
+        "Draw no more"
+        self.bar.disable, self.bar = True, None
+        _free_lock()
 
     def advance(self, steps: int):
         """Count training steps."""

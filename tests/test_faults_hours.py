@@ -145,6 +145,32 @@ def test_a_best_effort_lets_ctrl_c_through(caplog):
     assert warned(caplog) == ["thing: left out (a library gives up)."]
 
 
+def test_names_of_classes_are_no_mathematics(tmp_path):
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    from effnet_repro.data import plot_pictures
+    from effnet_repro.runs import Scores, plot_confusion
+
+    names = ["$\\frac$", "caf\udce9", "a_b^c", "$"]
+    scores = Scores(1.0, 1.0, 0.0, 4, 32, 1.0, np.eye(4, dtype=int))
+    ax = plot_confusion(scores, names)
+    ax.figure.savefig(tmp_path / "a.png")
+    axes = plot_pictures(np.zeros((4, 8, 8, 3), "uint8"), names)
+    axes[0, 0].figure.savefig(tmp_path / "b.png")
+    plt.close("all")
+
+
+def test_another_precision_is_told_where_a_run_goes_on(tmp_path, monkeypatch, no_events, capsys):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    train(tmp_path, Toy(at=once("step 5", ask)))
+    other = Toy()
+    other.precision = "float16"
+    assert train(tmp_path, other).finished
+    assert "precision: float64 so far, float16 from here on" in capsys.readouterr().out
+
+
 # ---------------------------------------------------------------- disks
 
 

@@ -101,6 +101,8 @@ FLAGS = [
     (("convert", "x"), ("", "--class-names", "--config-path")),
     (("convert",), ("",)),
     (("pack",), ("", "--data-dir")),
+    (("export", "x"), ("", "--class-names", "--int8")),
+    (("export",), ("",)),
     (("doctor",), ("--data-dir", "--config-path")),
     (("plan", "CASE"), ("--figure", "--config-path")),
     (("cases",), ("--config-path",)),

@@ -3,10 +3,9 @@
 import contextlib
 import os
 import sys
-from pathlib import Path
 
 from effnet_repro.cli.fields import check_given
-from effnet_repro.cli.kit import UsageError, choice, program, whole_number
+from effnet_repro.cli.kit import UsageError, choice, program, read_lines, user_path, whole_number
 from effnet_repro.cli.options import BACKENDS, chosen_backend
 
 _FORMATS = ("onnx", "saved_model", "litert", "stablehlo", "keras")
@@ -15,10 +14,13 @@ _FORMATS = ("onnx", "saved_model", "litert", "stablehlo", "keras")
 def _export_arguments(parser):
     parser.add_argument(
         "source",
+        type=user_path,
         metavar="RUN_OR_FILE",
         help="run folder, checkpoint, or a file of keras.applications or timm",
     )
-    parser.add_argument("target", metavar="OUT", help="file to write; for saved_model a folder")
+    parser.add_argument(
+        "target", type=user_path, metavar="OUT", help="file to write; for saved_model a folder"
+    )
     parser.add_argument(
         "--format",
         type=choice("format", _FORMATS),
@@ -42,7 +44,10 @@ def _export_arguments(parser):
         help="of a run folder: last, average, auto (the average of a long run)",
     )
     parser.add_argument(
-        "--class-names", metavar="FILE", help="a name a line, by label; default: the file's own"
+        "--class-names",
+        type=user_path,
+        metavar="FILE",
+        help="a name a line, by label; default: the file's own",
     )
     parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
     parser.add_argument(
@@ -56,6 +61,7 @@ def _export_arguments(parser):
     )
     parser.add_argument(
         "--int8",
+        type=user_path,
         metavar="DIR",
         help="quantize an ONNX file; images of this data set give the ranges and check it",
     )
@@ -80,7 +86,7 @@ def export_command(args):
         raise UsageError("--batch-size must be at least 1.")
     options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
     if args.class_names:
-        options["class_names"] = Path(args.class_names).read_text(encoding="utf-8").splitlines()
+        options["class_names"] = read_lines(args.class_names)
     if "keras" not in sys.modules:
         os.environ["KERAS_BACKEND"] = chosen_backend(args)
     if not args.debug:

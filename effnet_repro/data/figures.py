@@ -5,6 +5,8 @@ from typing import Sequence
 
 import numpy as np
 
+from effnet_repro.messages import shown
+
 
 def plot_pictures(
     images,  # Pictures, (n, H, W, 3) uint8
@@ -23,6 +25,6 @@ def plot_pictures(
         ax.axis("off")
     for ax, image, title in itertools.zip_longest(axes.flat[: len(images)], images, titles):
         ax.imshow(np.asarray(image))
-        ax.set_title(title or "", fontsize=8, pad=2)
+        ax.set_title(shown(title or ""), fontsize=8, pad=2, parse_math=False)
     fig.tight_layout(pad=0.2)
     return axes

@@ -12,6 +12,7 @@ from effnet_repro.export.int8 import Kept, write_int8
 from effnet_repro.export.place import check_target, new_place
 from effnet_repro.export.subject import Subject, read_subject
 from effnet_repro.export.tensorflow_files import litert, saved_model
+from effnet_repro.paths import local_path
 
 #: Format -> what writes it, opens it, and reads what it says of itself.
 WRITERS = {
@@ -96,7 +97,7 @@ def export(
     **reading,  # `predict.Reading`: weights, class_names, arch
 ) -> Exported:
     "Write a trained network as a file of another program, and a model card beside it"
-    target = Path(target)
+    target = local_path(target, "target")
     kind = export_format(target, to)
     check_target(target, kind == "saved_model", overwrite)
     subject = read_subject(source, image_size=image_size, batch=batch, **reading)

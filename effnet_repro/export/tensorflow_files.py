@@ -48,7 +48,9 @@ def write_saved_model(subject, path) -> None:
     module, signature = _module(subject)
     _tensorflow("A SavedModel").saved_model.save(module, str(path), {"serving_default": signature})
     (Path(path) / EXTRA).mkdir()
-    (Path(path) / EXTRA / ABOUT).write_text(json.dumps(subject.metadata, indent=1))
+    (Path(path) / EXTRA / ABOUT).write_text(
+        json.dumps(subject.metadata, indent=1), encoding="utf-8"
+    )
 
 
 def open_saved_model(path) -> Callable:
@@ -60,7 +62,7 @@ def open_saved_model(path) -> Callable:
 
 def read_saved_metadata(path) -> dict:
     """Return what a SavedModel says of itself."""
-    return json.loads((Path(path) / EXTRA / ABOUT).read_text())
+    return json.loads((Path(path) / EXTRA / ABOUT).read_text(encoding="utf-8"))
 
 
 def write_litert(subject, path) -> None:
@@ -70,7 +72,7 @@ def write_litert(subject, path) -> None:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], module)
     Path(path).write_bytes(converter.convert())
     with zipfile.ZipFile(str(path), "a") as archive:
-        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1))
+        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1), encoding="utf-8")
         archive.writestr("labels.txt", "\n".join(subject.class_names) + "\n")
 
 

@@ -76,7 +76,7 @@ def one_case(name, images, rehearse):
     if not rehearse:
         return override(case, global_batch_size=images)
     blocks = "r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o16"
-    case = override(for_one_device(case, 4, 4), model_size="cifar", net_stages=blocks)
+    case = override(for_one_device(case, 4, 16), model_size="cifar", net_stages=blocks)
     return override(case, image_size=32, top_filters=32, mix_group_size=4)
 
 

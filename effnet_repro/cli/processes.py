@@ -18,7 +18,7 @@ from effnet_repro.distributed import (
 
 # What may differ between the processes of a training
 _OWN = {"process", "data_dir", "run_dir", "restore_path", "init_path", "source", "config_path"}
-_OWN |= {"words", "debug", "no_progress", "restarts", "join_timeout"}
+_OWN |= {"words", "given_once", "debug", "no_progress", "restarts", "join_timeout"}
 
 
 def distributed_arguments(parser):
@@ -96,7 +96,8 @@ def join_by_flags(args):
     """Join the processes that flags and variables speak of, and check that all have the same flags."""
     watch_parent()
     processes = join_others(ranks_of(args), args.join_timeout)
-    processes.compare({n: v for n, v in vars(args).items() if n not in _OWN})
+    same = {n: v for n, v in vars(args).items() if n not in _OWN}
+    processes.compare({n: v for n, v in same.items() if not isinstance(v, dict)})
 
 
 def lead_plan(work):

@@ -235,8 +235,8 @@ FILES = {  # kind -> [(text of a file, words of the answer)]
         ("cases:\n  mine: !!timestamp 'x'", "line 2: 'x' is no value of the kind timestamp"),
         ("cases: {mine: !!float '_'}", "is no value of the kind float"),
         ("cases: {mine: !!bool ''}", "is no value of the kind bool"),
-        ("cases: {mine: !!binary 'ü'}", "mine"),
-        ("cases: {mine: !!set x}", "mine"),
+        ("cases: {mine: !!binary 'ü'}", "'ü' is no value of the kind binary"),
+        ("cases: {mine: !!set x}", "is not a valid configuration: line 1"),
     ],
     "budgets": [
         ("cases: {}\nbudgets: {mine: {epoch: 3}}", "Unknown field 'epoch' in budget 'mine'"),

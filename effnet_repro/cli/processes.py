@@ -17,7 +17,16 @@ from effnet_repro.distributed import (
 )
 
 # What may differ between the processes of a training
-_OWN = {"process", "data_dir", "run_dir", "restore_path", "init_path", "source", "config_path"}
+_OWN = {
+    "process",
+    "coordinator",
+    "data_dir",
+    "run_dir",
+    "restore_path",
+    "init_path",
+    "source",
+    "config_path",
+}
 _OWN |= {"words", "given_once", "debug", "no_progress", "restarts", "join_timeout"}
 
 

@@ -6,6 +6,7 @@ A repeated key, an unknown section and a syntax error are refused with the place
 import copy
 import functools
 import math
+import re
 from pathlib import Path
 
 import yaml
@@ -160,6 +161,7 @@ def read_sections(
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         text = " ".join(str(problem or e).split()).rstrip(".")
+        text = re.sub(r"'[\w-]+' codec can't .*", "bytes that are no text", text)
         raise ValueError(
             f"{path} is not a valid configuration: {place}{text}. Compare it with the published config.yml."
         ) from None

@@ -237,6 +237,7 @@ FILES = {  # kind -> [(text of a file, words of the answer)]
         ("cases: {mine: !!bool ''}", "is no value of the kind bool"),
         ("cases: {mine: !!binary 'ü'}", "'ü' is no value of the kind binary"),
         ("cases: {mine: !!set x}", "is not a valid configuration: line 1"),
+        ("!%a0", "line 1, column 2: bytes that are no text"),
     ],
     "budgets": [
         ("cases: {}\nbudgets: {mine: {epoch: 3}}", "Unknown field 'epoch' in budget 'mine'"),

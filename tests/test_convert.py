@@ -293,7 +293,7 @@ def test_the_command_end_to_end(tmp_path, command):
         ),
         ("ours.safetensors out.ckpt --case B0-G1-GN-Native_16IPU_2x8", 1, "holds CIFAR-G16-LN_PN"),
         ("ours.safetensors out.ckpt --image-size 8", 2, "--image-size must be at least 32"),
-        ("ours.safetensors out.ckpt --class-names none.txt", 1, "none.txt"),
+        ("ours.safetensors out.ckpt --class-names none.txt", 2, "none.txt"),
         ("ours.safetensors out.ckpt --arch efficientnet_b0", 1, "arch is for PyTorch files"),
         ("ours.safetensors out.ckpt --weights best", 2, "Unknown weights 'best'"),
         ("ours.safetensors ours.safetensors --to ours", 1, "exists. Pass overwrite"),

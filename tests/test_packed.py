@@ -201,7 +201,7 @@ def test_the_command(source, tmp_path, capsys):
     words = [str(tmp_path / "p"), "--data-dir", source.root, "--short-side", "48", "--workers", "1"]
     assert cli.pack_command(words) == 0
     said = capsys.readouterr().out
-    assert "16 images" in said and "effnet-train CASE --data-dir" in said
+    assert "16 images" in said and "effnet-train B0-G16-LN_PN-Half_16IPU_2x8 --data-dir" in said
     assert cli.pack_command(words) == 0 and "2 files were there already" in capsys.readouterr().out
     assert cli.pack_command([*words, "--quality", "0"]) == 2
     assert cli.pack_command([*words, "--form", "raw"]) == 1

@@ -7,6 +7,7 @@ A state dict does not tell timm's two kinds apart (`tf_efficientnet_b*` pads as 
 
 import io
 import json
+import math
 import re
 from dataclasses import dataclass
 from typing import Optional, Sequence
@@ -34,7 +35,7 @@ from effnet_repro.convert.weights import (
     text_of,
 )
 from effnet_repro.network import IMAGENET_STD, input_affine
-from effnet_repro.outside import check_archive, check_numbers, file_kind
+from effnet_repro.outside import check_archive, check_numbers, file_kind, head_of
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,7 @@ def _read_pth(path):
     kind = file_kind(path)
     if kind == "a ZIP archive":
         check_archive(path)
-    elif kind not in ("a pickle", "of no known kind"):
+    elif kind not in ("a pickle", "of no known kind") and head_of(path, 2) != b"PK":
         raise ValueError(f"{path} is {kind}, not a whole file of weights. Copy it again.")
     torch = needed("torch", f"Reading {path.name}", way_out)
     try:
@@ -125,7 +126,7 @@ def _read_pth(path):
     arch = loaded.get("arch") if isinstance(loaded.get("arch"), str) else None
     tensors = {str(n): v for n, v in state.items() if hasattr(v, "detach")}
     check_numbers(
-        path, sum(v.numel() for v in tensors.values())
+        path, sum(math.prod(getattr(v, "shape", ())) for v in tensors.values())
     )  # a view may be larger than its file
     try:
         arrays = {n: v.detach().float().numpy() for n, v in tensors.items()}

@@ -80,7 +80,8 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
         assert run(name.partition("-")[2], *words)[0] == 0
     status, out, err = run("pack", "packed", "--data-dir", "photographs")
     ((name, *words),) = next_lines(out)
-    assert run(name.partition("-")[2], *words, "--budget", "case", "--dry-run")[0] == 0
+    how = ("--budget", "case", "--global-batch-size", 8, "--dry-run")  # of 24 images
+    assert run(name.partition("-")[2], *words, *how)[0] == 0
 
 
 def test_the_program_on_home_runs(tmp_path, monkeypatch):

@@ -211,11 +211,9 @@ def load_weights(
     metadata, is_average = load_metadata(last), read_metadata(last).get("kind") == "average"
     if source != last:
         case = case_from_dict(metadata["case"])
-        first = case.weight_average_decay ** max(
-            case.epochs - 1, 0
-        )  # share of the first epoch's weights
-        long = first <= DECAY ** (LONG_RUN - 1)
-        is_average = weights == "average" or (weights == "auto" and long)
+        first = case.weight_average_decay ** max(case.epochs - 1, 0)  # the first epoch's share
+        good = first <= DECAY ** (LONG_RUN - 1) and has_average(last)
+        is_average = weights == "average" or (weights == "auto" and good)
     own = latest(last.parent) if is_average and source == last else last
     arrays = load(own, without=("slots/", AVERAGE))[0]  # the average has no input norm
     if not is_average:

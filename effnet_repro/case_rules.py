@@ -54,15 +54,16 @@ def check_forms(case, spec: ModelSpec) -> None:
             "Use 1 for none, or 128."
         )
     if case.variable_filter is not None:
-        _check_filter(case.variable_filter, segment_names(spec))
+        _check_filter(case, segment_names(spec))
 
 
-def _check_filter(parts, names):
+def _check_filter(case, names):
     "Each part of a filter is the beginning of a segment's name"
+    parts = case.variable_filter
     if not parts:
         raise ValueError(
             "`variable_filter` must be None (train everything) or a list of beginnings of segment "
-            "names. Received: (). Use e.g. ('Top', 'block7')."
+            f"names. Received: () ({case.name}). Use e.g. ('Top', 'block7')."
         )
     for part in parts:
         if not any(name.startswith(part) for name in names):

@@ -3,11 +3,11 @@
 from pathlib import Path
 from typing import Optional, Sequence, Union
 
-from effnet_repro.config import Case, budget_overrides, get_case
+from effnet_repro.config import Case, budget_overrides
 from effnet_repro.finetuning import finetune_case, finetune_size
 from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ipus
 from effnet_repro.paths import local_path
-from effnet_repro.runs import Resolved, folder_of, settle_fields, trained_case
+from effnet_repro.runs import Resolved, folder_of, settle_fields, starting_case, trained_case
 
 
 def _same_rate(case):
@@ -29,9 +29,7 @@ def resolve_training(
     **overrides,  # Fields of the case; None means what the case says
 ) -> Resolved:
     """Work out what `ipu.train` does with these arguments. ValueError where they contradict each other."""
-    if not isinstance(case, (str, Case)):
-        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
-    start = get_case(case) if isinstance(case, str) else case
+    start = starting_case(case)
     name = budget_overrides(budget, data_given)[0]
     whole = _same_rate(resolve_for_ipus(start, ipus, budget, data_given, **overrides))
     run_dir = local_path(run_dir, "run_dir") if run_dir is not None else Path("runs") / start.name

@@ -23,6 +23,7 @@ from effnet_repro.runs.resolved import (
     resolve_finetuning,
     resolve_training,
     settle_fields,
+    starting_case,
     trained_case,
     training_folder,
 )
@@ -109,6 +110,7 @@ __all__ = [
     "score_table",
     "settle_case",
     "settle_fields",
+    "starting_case",
     "stored_split",
     "trained_case",
     "training_folder",

@@ -53,6 +53,13 @@ def settle_fields(
     return whole, tuple(differing_fields(case, whole))
 
 
+def starting_case(case: Union[str, Case], config_path=None) -> Case:
+    """Return the case that a call names or gives. ValueError for anything else."""
+    if not isinstance(case, (str, Case)):
+        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
+    return get_case(case, config_path) if isinstance(case, str) else case
+
+
 def training_folder(case: Case, run_dir=None) -> Path:
     """Return where the run of a case is written: `run_dir`, or runs/<name of the case>."""
     return Path("runs") / case.name if run_dir is None else local_path(run_dir, "run_dir")
@@ -82,9 +89,7 @@ def resolve_training(
     **overrides,  # Fields of the case; None means what the case says
 ) -> Resolved:
     """Work out what `train` does with these arguments. ValueError where they contradict each other."""
-    if not isinstance(case, (str, Case)):
-        raise ValueError(f"`case` must be a name or a `Case`. Received: case={case!r}.")
-    start = get_case(case, config_path) if isinstance(case, str) else case
+    start = starting_case(case, config_path)
     run_dir, images = training_folder(start, run_dir), None if data is None else data.train_count
     scratch = data if overrides.get("variable_filter") is None else None
     name = choose_budget(budget, run_dir, data_given, config_path, scratch)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Optional, Sequence, Union
 
-from effnet_repro.config import Case, get_case
+from effnet_repro.config import Case
 from effnet_repro.data import open_data, say_found
 from effnet_repro.distributed import ALONE, join_others, told
 from effnet_repro.messages import say
@@ -17,6 +17,7 @@ from effnet_repro.runs import (
     refuse_more,
     resolve_finetuning,
     resolve_training,
+    starting_case,
     stored_split,
     training_folder,
 )
@@ -67,7 +68,7 @@ def train(
             plan = case
             data = plan.data or _open_training_set(data_dir, plan.run_dir, lead, *reading)
         else:
-            start = get_case(case, config_path) if isinstance(case, str) else case
+            start = starting_case(case, config_path)
             run_dir = training_folder(start, run_dir)
             data = _open_training_set(data_dir, run_dir, lead, *reading)
             how = (start, run_dir, budget, given, config_path, data)

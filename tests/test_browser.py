@@ -163,6 +163,9 @@ def unrendered(page):
 
 
 def shoot(page, name):
+    "Keep a picture of the page for who looks at it; nobody does where the whole check runs."
+    if os.environ.get("CI") == "true":
+        return
     SHOTS.mkdir(exist_ok=True)
     height = page.evaluate("document.documentElement.scrollHeight")
     size = {**page.viewport_size, "height": min(height, TALLEST_SHOT)}

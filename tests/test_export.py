@@ -15,6 +15,7 @@ from tiny import STAGES
 
 from effnet_repro import convert, network
 from effnet_repro.export import (
+    FORMATS,
     Disagreement,
     agreement,
     export,
@@ -54,7 +55,24 @@ def names(folder):
     return sorted(p.name for p in folder.iterdir())
 
 
+ENDING = {kind: end for end, kind in exporting.SUFFIXES.items()}
+
+
+def check_file(folder, kind, arm, batch=None):
+    "Write a file of one format, which its own runtime opens; what it says of itself comes back"
+    path = folder / f"a{ENDING[kind]}"
+    subject = subject_of(spec_of(arm), batch)
+    found, *_ = exporting.written(subject, path, kind)
+    assert found.difference < 2e-5 and names(folder) == [path.name]
+    assert read_metadata(path) == subject.metadata
+
+
 # ---------------------------------------------------------------- the network in a file
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format(tmp_path, kind):
+    check_file(tmp_path, kind, "G16-LN_PN")
 
 
 @pytest.mark.parametrize("arm", ARMS)

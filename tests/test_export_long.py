@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from conversions import write_timm
-from test_export import ARMS, RUN, spec_of, subject_of
+from test_export import ARMS, ENDING, RUN, check_file, spec_of, subject_of
 from test_task_pages import commands
 from tiny import PYTHON, TINY
 
@@ -17,18 +17,13 @@ from effnet_repro.export import FORMATS, export, exporting, read_metadata
 from effnet_repro.scaling import ModelSpec
 
 pytestmark = pytest.mark.long
-ENDING = {kind: end for end, kind in exporting.SUFFIXES.items()}
 
 
 @pytest.mark.parametrize("arm", ARMS)
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("batch", [None, 2])
 def test_every_format_with_every_arm(tmp_path, kind, arm, batch):
-    path = tmp_path / f"a{ENDING[kind]}"
-    subject = subject_of(spec_of(arm), batch)
-    found, *_ = exporting.written(subject, path, kind)
-    assert found.difference < 2e-5 and [p.name for p in tmp_path.iterdir()] == [path.name]
-    assert read_metadata(path) == subject.metadata
+    check_file(tmp_path, kind, arm, batch)
 
 
 @pytest.mark.parametrize("size", range(6))

@@ -72,7 +72,7 @@ def write_litert(subject, path) -> None:
     converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], module)
     Path(path).write_bytes(converter.convert())
     with zipfile.ZipFile(str(path), "a") as archive:
-        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1), encoding="utf-8")
+        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1))
         archive.writestr("labels.txt", "\n".join(subject.class_names) + "\n")
 
 

@@ -322,8 +322,13 @@ import effnet_repro.cli
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_a_signal_while_a_command_is_imported(name):
+    heard = lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)  # even in the background
     done = subprocess.run(
-        [sys.executable, "-c", EARLY, name], env=PYTHON, capture_output=True, text=True
+        [sys.executable, "-c", EARLY, name],
+        env=PYTHON,
+        capture_output=True,
+        text=True,
+        preexec_fn=heard,
     )
     assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
 

@@ -1,23 +1,16 @@
 """`effnet-export`: a trained network as a file that another program runs."""
 
 import contextlib
-import os
-import sys
 
 from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.kit import UsageError, choice, program, read_lines, user_path, whole_number
-from effnet_repro.cli.options import BACKENDS, chosen_backend
+from effnet_repro.cli.options import BACKENDS, classifier_arguments, set_backend
 
 _FORMATS = ("onnx", "saved_model", "litert", "stablehlo", "keras")
 
 
 def _export_arguments(parser):
-    parser.add_argument(
-        "source",
-        type=user_path,
-        metavar="RUN_OR_FILE",
-        help="run folder, checkpoint, or a file of keras.applications or timm",
-    )
+    classifier_arguments(parser)
     parser.add_argument(
         "target", type=user_path, metavar="OUT", help="file to write; for saved_model a folder"
     )
@@ -33,23 +26,6 @@ def _export_arguments(parser):
         metavar="N",
         help="images at a time, where the other program needs to know; default: any number",
     )
-    parser.add_argument(
-        "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
-    )
-    parser.add_argument(
-        "--weights",
-        type=choice("weights", ("auto", "last", "average")),
-        default="auto",
-        metavar="NAME",
-        help="of a run folder: last, average, auto (the average of a long run)",
-    )
-    parser.add_argument(
-        "--class-names",
-        type=user_path,
-        metavar="FILE",
-        help="a name a line, by label; default: the file's own",
-    )
-    parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
     parser.add_argument(
         "--license", default="other", metavar="NAME", help="of the weights, for MODEL_CARD.md"
     )
@@ -87,10 +63,7 @@ def export_command(args):
     options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
     if args.class_names:
         options["class_names"] = read_lines(args.class_names)
-    if "keras" not in sys.modules:
-        os.environ["KERAS_BACKEND"] = chosen_backend(args)
-    if not args.debug:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    set_backend(args)
     from effnet_repro.export import export
     from effnet_repro.runs.environment import quiet_stderr
 

@@ -105,6 +105,28 @@ def weights_argument(parser, names, help):
     parser.add_argument("--weights", type=kind, default=names[0], metavar="NAME", help=help)
 
 
+def classifier_arguments(parser):
+    "Flags that name a trained network, of this project or another, and how it is read."
+    parser.add_argument(
+        "source",
+        type=user_path,
+        metavar="RUN_OR_FILE",
+        help="run folder, checkpoint, or a file of keras.applications or timm",
+    )
+    of_run = "of a run folder: last, average, auto (the average of a long run)"
+    weights_argument(parser, ("auto", "last", "average"), of_run)
+    parser.add_argument(
+        "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
+    )
+    parser.add_argument(
+        "--class-names",
+        type=user_path,
+        metavar="FILE",
+        help="a name a line, by label; default: the file's own",
+    )
+    parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
+
+
 def run_arguments(parser):
     "Flags of a run that are no fields of a case."
     parser.add_argument(
@@ -305,6 +327,14 @@ def chosen_backend(args) -> str:
     return chosen
 
 
+def set_backend(args) -> None:
+    """Name Keras' backend in the environment, before Keras is imported, and let TensorFlow write errors only."""
+    if "keras" not in sys.modules:
+        os.environ["KERAS_BACKEND"] = chosen_backend(args)
+    if not args.debug:
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def start_keras(args):
     """Choose Keras' backend before Keras is imported, and set what the device reads at its first use.
 
@@ -324,10 +354,7 @@ def start_keras(args):
                 else ""
             )
         )
-    if "keras" not in sys.modules:
-        os.environ["KERAS_BACKEND"] = chosen
-    if not args.debug:
-        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    set_backend(args)
     quiet = contextlib.nullcontext if args.debug else quiet_stderr
     with quiet(), _hidden("sklearn", "pandas", "matplotlib", "matplotlib.pyplot"):
         from effnet_repro.training import configure, device_name

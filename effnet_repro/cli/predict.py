@@ -17,21 +17,16 @@ from effnet_repro.cli.kit import (
     whole_number,
 )
 from effnet_repro.cli.options import (
+    classifier_arguments,
     machine_arguments,
     precision_of,
     start_keras,
-    weights_argument,
 )
 from effnet_repro.data.files import find_images
 
 
 def _predict_arguments(parser):
-    parser.add_argument(
-        "source",
-        type=user_path,
-        metavar="RUN_OR_FILE",
-        help="run folder, checkpoint, or a file of keras.applications or timm",
-    )
+    classifier_arguments(parser)
     parser.add_argument(
         "paths",
         nargs="+",
@@ -42,11 +37,6 @@ def _predict_arguments(parser):
     parser.add_argument(
         "--top", type=whole_number, default=5, metavar="N", help="guesses for each image; default 5"
     )
-    of_run = "of a run folder: last, average, auto (the average of a long run)"
-    weights_argument(parser, ("auto", "last", "average"), of_run)
-    parser.add_argument(
-        "--image-size", type=whole_number, metavar="N", help="pixels; default: as trained"
-    )
     parser.add_argument(
         "--micro-batch-size",
         "--batch-size",
@@ -54,13 +44,6 @@ def _predict_arguments(parser):
         metavar="N",
         help="images at a time; default: what suits the device",
     )
-    parser.add_argument(
-        "--class-names",
-        type=user_path,
-        metavar="FILE",
-        help="a name a line, by label; default: the file's own",
-    )
-    parser.add_argument("--arch", metavar="NAME", help="timm's, e.g. tf_efficientnet_b0")
     machine_arguments(parser)
     format_arguments(parser)
 

@@ -20,6 +20,7 @@ import numpy as np
 from effnet_repro.distributed.child import AGAIN, is_child
 from effnet_repro.distributed.ranks import Ranks, count_gpus, find_ranks, own_gpus
 from effnet_repro.messages import mute, say
+from effnet_repro.runs.environment import quiet
 
 #: Seconds to wait for the other processes at the start.
 JOIN_SECONDS = 300
@@ -337,23 +338,9 @@ def join(
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
     _JOINED.append(Processes(ranks.index, ranks.count, _client()))
-    with _quiet():
+    with quiet(1):  # gloo counts its peers there
         here().gather(np.zeros(1, np.uint8))  # connects all devices while all are here
     return here()
-
-
-@contextlib.contextmanager
-def _quiet():
-    "Keep what a library's own code writes to standard output, such as gloo's counts of peers"
-    sys.stdout.flush()
-    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    try:
-        os.dup2(nothing, 1)
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nothing)
 
 
 def join_others(ranks: Optional[Ranks] = None, seconds: float = JOIN_SECONDS) -> Processes:

@@ -12,23 +12,31 @@ from typing import Optional
 
 
 @contextlib.contextmanager
-def quiet_stderr():  # A context
-    "Drop what libraries write to the process's stderr; exceptions still come through"
+def quiet(
+    number: int,  # Of the stream: 1 = standard output, 2 = standard error
+):  # A context
+    "Drop what libraries write to a stream of the process; exceptions still come through"
+    stream = {1: sys.stdout, 2: sys.stderr}[number]
     try:
-        if sys.stderr is not None:
-            sys.stderr.flush()
-        saved = os.dup(2)
+        if stream is not None:
+            stream.flush()
+        saved = os.dup(number)
     except (OSError, ValueError):  # closed, or a terminal that is gone: it is quiet already
         yield
         return
     nowhere = os.open(os.devnull, os.O_WRONLY)
     try:
-        os.dup2(nowhere, 2)
+        os.dup2(nowhere, number)
         yield
     finally:
-        os.dup2(saved, 2)
+        os.dup2(saved, number)
         os.close(saved)
         os.close(nowhere)
+
+
+def quiet_stderr():  # A context
+    "Drop what libraries write to the process's standard error: see `quiet`"
+    return quiet(2)
 
 
 def _version(package):

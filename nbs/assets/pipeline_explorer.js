@@ -35,18 +35,7 @@
 
   const box = document.getElementById("pipeline-explorer");
   if (!box) return;
-  const make = (tag, attributes = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
-  const draw = (tag, attributes, text) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
+  const { make, draw } = window.elements;
   const labelled = (text, control) => make("label", {}, text, control);
 
   const ALL = "All three";

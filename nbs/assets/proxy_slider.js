@@ -35,18 +35,7 @@
 
   const box = document.getElementById("proxy-slider");
   if (!box) return;
-  const make = (tag, attributes = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
-  const draw = (tag, attributes, text) => {
-    const element = document.createElementNS("http://www.w3.org/2000/svg", tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    if (text !== undefined) element.textContent = text;
-    return element;
-  };
+  const { make, draw } = window.elements;
 
   const slider = (name, low, high) => {
     const input = make("input", { type: "range", min: low, max: high, step: 0.05 });

@@ -2,6 +2,23 @@
 (() => {
   "use strict";
 
+  // For the pages' own scripts: an element of HTML with attributes and children, and one of SVG with a text.
+  const filled = (element, attributes) => {
+    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
+    return element;
+  };
+  const make = (tag, attributes = {}, ...children) => {
+    const element = filled(document.createElement(tag), attributes);
+    element.append(...children);
+    return element;
+  };
+  const draw = (tag, attributes, text) => {
+    const element = filled(document.createElementNS("http://www.w3.org/2000/svg", tag), attributes);
+    if (text !== undefined) element.textContent = text;
+    return element;
+  };
+  window.elements = { make, draw };
+
   // Opened as a file, a page may not fetch the search index; a script may bring it.
   if (location.protocol === "file:") {
     const fetched = window.fetch;

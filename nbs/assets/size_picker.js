@@ -15,12 +15,7 @@
   const box = document.getElementById("size-picker");
   if (!box) return;
   const data = JSON.parse(document.getElementById("size-data").textContent);
-  const make = (tag, attributes = {}, ...children) => {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(attributes)) element.setAttribute(name, value);
-    element.append(...children);
-    return element;
-  };
+  const { make } = window.elements;
 
   const cases = make("select");
   for (const name of Object.keys(data.cases)) cases.append(make("option", {}, name));

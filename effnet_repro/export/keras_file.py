@@ -1,12 +1,11 @@
 """Files of Keras made of its own layers only: `keras.models.load_model` opens them without this package."""
 
-import json
-import zipfile
 from typing import Callable
 
 import numpy as np
 
 from effnet_repro.convert.weights import needed
+from effnet_repro.export.archive import append_metadata, read_appended
 from effnet_repro.export.layers import LayerOps, Tensor
 from effnet_repro.network import run
 
@@ -95,8 +94,7 @@ def keras_model(subject):
 def write(subject, path) -> None:
     """Write a `Subject` as a Keras file."""
     keras_model(subject).save(str(path))
-    with zipfile.ZipFile(str(path), "a") as archive:
-        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1))
+    append_metadata(path, subject.metadata, ABOUT)
 
 
 def opened(path) -> Callable:
@@ -114,5 +112,4 @@ def runtime() -> str:
 
 def read_metadata(path) -> dict:
     """Return what a file says of itself."""
-    with zipfile.ZipFile(str(path)) as archive:
-        return json.loads(archive.read(ABOUT))
+    return read_appended(path, ABOUT)

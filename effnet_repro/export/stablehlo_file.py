@@ -1,19 +1,17 @@
 """StableHLO files: the bytes of `jax.export`, which JAX runs on a CPU, a GPU and a TPU without this package."""
 
-import json
-import zipfile
 from pathlib import Path
 from typing import Callable
 
 import numpy as np
 
 from effnet_repro.convert.weights import needed
+from effnet_repro.export.archive import append_metadata, read_appended
 from effnet_repro.network import run
 from effnet_repro.ops import JAXOps
 
 HINT = "In the project's folder, run: pip install -e '.[jax]'."
 PLATFORMS = ("cpu", "cuda", "tpu")
-ABOUT = "metadata.json"  # In an archive at the file's end, which JAX does not read
 
 
 def _jax_export(what):
@@ -30,8 +28,7 @@ def write(subject, path) -> None:
     logits = lambda images: run(ops, spec, arrays, ops.cast(images, "float32"))
     data = export.export(ops.jax.jit(logits), platforms=PLATFORMS)(images).serialize()
     Path(path).write_bytes(data)
-    with zipfile.ZipFile(str(path), "a") as archive:
-        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1))
+    append_metadata(path, subject.metadata)
 
 
 def opened(path) -> Callable:
@@ -48,5 +45,4 @@ def runtime() -> str:
 
 def read_metadata(path) -> dict:
     """Return what a file says of itself."""
-    with zipfile.ZipFile(str(path)) as archive:
-        return json.loads(archive.read(ABOUT))
+    return read_appended(path)

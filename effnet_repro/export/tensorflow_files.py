@@ -2,7 +2,6 @@
 
 import json
 import warnings
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,11 +10,11 @@ from typing import Callable
 import numpy as np
 
 from effnet_repro.convert.weights import needed
+from effnet_repro.export.archive import ABOUT, append_metadata, read_appended
 from effnet_repro.network import run
 from effnet_repro.ops import TFOps
 
 HINT = "In the project's folder, run: pip install -e '.[keras]'."
-ABOUT = "metadata.json"
 EXTRA = "assets.extra"  # The folder of a SavedModel that is its owner's
 
 
@@ -71,9 +70,8 @@ def write_litert(subject, path) -> None:
     module, signature = _module(subject)
     converter = tf.lite.TFLiteConverter.from_concrete_functions([signature], module)
     Path(path).write_bytes(converter.convert())
-    with zipfile.ZipFile(str(path), "a") as archive:
-        archive.writestr(ABOUT, json.dumps(subject.metadata, indent=1))
-        archive.writestr("labels.txt", "\n".join(subject.class_names) + "\n")
+    labels = "\n".join(subject.class_names) + "\n"
+    append_metadata(path, subject.metadata, texts={"labels.txt": labels})
 
 
 def _litert():
@@ -108,8 +106,7 @@ def open_litert(path) -> Callable:
 
 def read_litert_metadata(path) -> dict:
     """Return what a LiteRT file says of itself."""
-    with zipfile.ZipFile(str(path)) as archive:
-        return json.loads(archive.read(ABOUT))
+    return read_appended(path)
 
 
 def _tf_version():

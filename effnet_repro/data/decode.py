@@ -46,6 +46,11 @@ def image_facts(data: bytes) -> ImageFacts:
     return ImageFacts(orientation=orientation)
 
 
+def is_whole_jpeg(data: bytes) -> bool:
+    """Return whether bytes begin as a JPEG and hold the mark of its end, looked for from the end: for speed."""
+    return data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") >= 0
+
+
 def _orientation(tiff):
     "The orientation, 1 to 8, that EXIF data name; 1 where they name none"
     order = {b"II*\0": "<", b"MM\0*": ">"}.get(bytes(tiff[:4]))
@@ -160,7 +165,7 @@ def _decode_accurate(data):
     # What is wrong with a file is an error or nothing: Pillow's warnings tell it in Python's words.
     warnings.filterwarnings("ignore", module=r"PIL\.")
     try:
-        if data[:2] == b"\xff\xd8" and data.rfind(b"\xff\xd9") < 0:
+        if data[:2] == b"\xff\xd8" and not is_whole_jpeg(data):
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
         image = Image.open(io.BytesIO(_plain_png(data)))
         check_pixels(*image.size[::-1])
@@ -183,7 +188,7 @@ def _decode_accurate(data):
 
 def _decode_turbo(data, fast, strict):
     "A JPEG decoded by simplejpeg, fast DCT or not; None where that cannot be done, or only with a warning"
-    if data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0 or not has_fast_dct():
+    if not is_whole_jpeg(data) or not has_fast_dct():
         return None
     import simplejpeg
 
@@ -278,7 +283,7 @@ def _agreed(data, upright):
     if height and width and channels in (1, 3):
         if orientation == 1 or not upright:
             check_pixels(height, width)
-            if data.rfind(b"\xff\xd9") < 0:  # some decoders make it up, others refuse
+            if not is_whole_jpeg(data):  # some decoders make an end up, others refuse
                 raise ValueError("Not a picture that can be decoded (a JPEG without an end).")
             return data, (height, width), orientation
         pixels = decode_image(data)

@@ -125,10 +125,10 @@ def _about(entry, listing):
         if suffix and not is_image_name(entry.name):
             listing.leave(entry.path)
             return None
-        text = f"{entry.path} cannot be read: {error.strerror}."
         if entry.is_symlink():
-            text = f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there."
-        listing.damage("link" if entry.is_symlink() else "file", text)
+            listing.damage_link(entry.path)
+        else:
+            listing.damage("file", f"{entry.path} cannot be read: {error.strerror}.")
         return None
 
 
@@ -162,8 +162,7 @@ def _class_folders(folder, listing):
         elif path.is_dir():
             names.append(path.name)
         elif path.is_symlink() and not path.exists() and not path.suffix:
-            text = f"{path} is a link to {os.readlink(path)}, which is not there."
-            listing.damage("link", text)
+            listing.damage_link(path)
     return names
 
 

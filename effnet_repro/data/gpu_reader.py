@@ -20,7 +20,13 @@ from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
 import numpy as np
 
 from effnet_repro.data.catalog import one_split
-from effnet_repro.data.decode import decode_image, located, read_image, wants_fast_dct
+from effnet_repro.data.decode import (
+    decode_image,
+    is_whole_jpeg,
+    located,
+    read_image,
+    wants_fast_dct,
+)
 from effnet_repro.data.device import whole_images
 from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty, keep, kept
 from effnet_repro.data.rectangles import PIECE, ROOM, RectanglesJob
@@ -71,7 +77,7 @@ def _read(dataset, split, numbers, upright):
     found, sizes, turns = [], [], []
     for number in numbers:
         data, size, turn = read_image(dataset, split, number, True, upright)
-        if isinstance(data, bytes) and (data[:2] != b"\xff\xd8" or data.rfind(b"\xff\xd9") < 0):
+        if isinstance(data, bytes) and not is_whole_jpeg(data):
             with located(dataset, split, number):
                 data = decode_image(data)
         found.append(data)

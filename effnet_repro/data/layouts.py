@@ -180,8 +180,7 @@ def _record_files(root, split, listing=None):
         if path.is_file() and (_RECORD_NAME.fullmatch(path.name) or is_tfrecord(path)):
             found.append(path)
         elif listing and path.is_symlink() and not path.exists():
-            text = f"{path} is a link to {os.readlink(path)}, which is not there."
-            listing.damage("link", text)
+            listing.damage_link(path)
         elif listing and not path.is_file():
             listing.damage("special file", f"{path} is {file_kind(path)}, not a file of records.")
         elif listing and compressed.match(kind_of(head_of(path))):

@@ -106,6 +106,10 @@ class Listing:
             )
         self.damaged.append(Damage(kind, text))
 
+    def damage_link(self, path) -> None:
+        """Leave out a link to nothing, or raise `ValueError`, as `damage` does."""
+        self.damage("link", f"{path} is a link to {os.readlink(path)}, which is not there.")
+
     def leave(self, path, kind: str = "") -> None:
         """Count a file that is not meant as an image; its kind is its suffix unless `kind` says otherwise."""
         suffix = os.path.splitext(path)[1].lower()

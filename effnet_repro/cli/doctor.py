@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 
 from effnet_repro import __version__
@@ -25,7 +26,7 @@ from effnet_repro.cli.options import (
     precision_of,
     start_keras,
 )
-from effnet_repro.cli.resolve import plan_training, show_plan
+from effnet_repro.cli.resolve import open_data_of, plan_training, show_plan
 from effnet_repro.config import CHOICES, override
 from effnet_repro.runs import Options, Reading, check_run, notes_on
 
@@ -270,13 +271,11 @@ def _cache(problems):
 
 def _data(args, plan, problems):
     "The data set, None where it cannot be used, and what is said of it"
-    from effnet_repro.data import open_data
     from effnet_repro.data.decoders import DECODERS, is_installed
 
     try:
-        how = {"on_corrupt": args.on_corrupt, "decoder": args.decoder, "verbose": False}
-        how["validation_split"] = args.validation_split
-        data = open_data(data_dir_of(args), args.data_format, **how)
+        known = plan and plan.resolved.data  # where the number of images decided the budget
+        data = known or open_data_of(args, plan and plan.resolved.run_dir)
     except (ImportError, ValueError, OSError) as e:
         problems.append(one_line(e))
         return None, {"found": "nothing usable"}
@@ -293,7 +292,7 @@ def _run_of(args, plan, data, problems, starts):
     "What the planned run would take here; what it would be refused for is a problem"
     where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
     try:
-        check_run(plan.resolved, Reading(*where), Options())
+        check_run(replace(plan.resolved, data=data), Reading(*where), Options())
         if not starts or any("does not work" in p for p in problems):
             return {"not tried": "see the problems"}
         return _cost(plan, data, args)

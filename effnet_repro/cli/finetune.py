@@ -20,6 +20,7 @@ from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import (
     LAYOUT_FIELDS,
     batch_fields,
+    open_data_of,
     plan_of,
     settled_on_device,
     show_notes,
@@ -27,9 +28,8 @@ from effnet_repro.cli.resolve import (
 )
 from effnet_repro.config import CHOICES, NETWORK_FIELDS
 from effnet_repro.convert import format_of
-from effnet_repro.data import open_data
 from effnet_repro.distributed import here, is_child
-from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning, stored_split
+from effnet_repro.runs import PROTOCOLS, finetune_budget, resolve_finetuning
 from effnet_repro.transfer import read_body, resolve_transfer, transfer_batches
 
 
@@ -85,9 +85,7 @@ def _plan_transfer(args):
     if args.config and format_of(source) == "ours":
         checked_source(args, init_path=args.init_path)
     start_keras(args)
-    share = args.validation_split or stored_split(args.run_dir)
-    how = dict(on_corrupt=args.on_corrupt, decoder=args.decoder, validation_split=share)
-    data = open_data(data_dir_of(args), args.data_format, verbose=False, **how)
+    data = open_data_of(args, args.run_dir)
     body = read_body(source, args.weights, args.arch)
     try:
         batches = transfer_batches(data.train_count, given)

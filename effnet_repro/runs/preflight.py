@@ -75,9 +75,9 @@ def check_run(
     course = Task(plan.case, data, plan.run_dir, None, options).course()
     total_updates(plan.case, course.schedule)
     check_folder(plan.run_dir)
-    for path in reversed(checkpoints.find_checkpoints(plan.run_dir / "checkpoints")[0]):
-        metadata = checkpoints.read_metadata(path)
+    found, _ = checkpoints.find_checkpoints(plan.run_dir / "checkpoints")
+    if found:
+        metadata = checkpoints.read_metadata(found[-1])
         case_from_dict(metadata["case"])
-        refuse_other_run(path, metadata, data, plan.case, options.seed)
-        break
+        refuse_other_run(found[-1], metadata, data, plan.case, options.seed)
     return data

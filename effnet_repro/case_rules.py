@@ -8,7 +8,7 @@ import math
 from effnet_repro.fields import unknown_name
 from effnet_repro.scaling import ModelSpec, conv_table
 
-_LEGAL_FILTERS = ("Top", *(f"block{i}" for i in range(7, -1, -1)))
+LEGAL_FILTERS = ("Top", *(f"block{i}" for i in range(7, -1, -1)))
 
 
 @functools.lru_cache(maxsize=256)
@@ -68,7 +68,7 @@ def _check_filter(case, names):
     for part in parts:
         if not any(name.startswith(part) for name in names):
             raise ValueError(
-                f"`variable_filter` names no segment: {part!r}. Legal: {', '.join(_LEGAL_FILTERS)}, "
+                f"`variable_filter` names no segment: {part!r}. Legal: {', '.join(LEGAL_FILTERS)}, "
                 f"block for all blocks, or one such as block6c. This network ends with "
                 f"{', '.join(names[-4:])}."
             )

@@ -277,10 +277,8 @@ class Pipeline:
         replica: int = 0,  # Index of the replica
     ) -> Gradients:
         "Run all micro-batches forward and backward"
-        count, names = (
-            len(micro_batches),
-            [[p.name for p in _params([stage])] for stage in self.stages],
-        )
+        count = len(micro_batches)
+        names = [[p.name for p in _params([stage])] for stage in self.stages]
         number = lambda n: self.ops.const(n, "int32")
         travelling = {(m, 0): x for m, (x, _) in enumerate(micro_batches)}
         stash, alive, sums, losses = [{} for _ in names], [0] * len(names), {}, []

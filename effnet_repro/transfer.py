@@ -25,7 +25,7 @@ _CLASSIFIER = "all/Top/logits/dense/"
 #: Training steps of a run, as far as these numbers of epochs allow it.
 STEPS, LEAST_EPOCHS, MOST_EPOCHS = 200, 20, 100
 MOST_AT_A_TIME = 32  # Images of a step; more are accumulated
-RATE_BATCH = 16  # Images of a step that the protocol's rate was measured with
+RATE_BATCH = 16  # Images of a step that the protocol's rate is meant for
 
 
 class NewHead(NamedTuple):

@@ -1,13 +1,19 @@
 """What a run on IPUs will do, worked out once: a command shows it, and `ipu.train` or `ipu.finetune` does just that."""
 
-from pathlib import Path
 from typing import Optional, Sequence, Union
 
 from effnet_repro.config import Case, budget_overrides
 from effnet_repro.finetuning import finetune_case, finetune_size
 from effnet_repro.ipu.layout import DEVICE_LOOP, finetune_layout, resolve_for_ipus
 from effnet_repro.paths import local_path
-from effnet_repro.runs import Resolved, folder_of, settle_fields, starting_case, trained_case
+from effnet_repro.runs import (
+    Resolved,
+    folder_of,
+    settle_fields,
+    starting_case,
+    trained_case,
+    training_folder,
+)
 
 
 def _same_rate(case):
@@ -32,7 +38,7 @@ def resolve_training(
     start = starting_case(case)
     name = budget_overrides(budget, data_given)[0]
     whole = _same_rate(resolve_for_ipus(start, ipus, budget, data_given, **overrides))
-    run_dir = local_path(run_dir, "run_dir") if run_dir is not None else Path("runs") / start.name
+    run_dir = training_folder(start, run_dir)
     settled, fields = settle_fields(whole, run_dir, overrides, DEVICE_LOOP)
     return Resolved(settled, start, name, run_dir, fields, {"kind": "train"})
 

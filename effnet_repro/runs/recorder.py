@@ -189,12 +189,8 @@ class Recorder:
     """
 
     def __init__(self, run_dir, course: Course, facts: dict, skipped: int = 0, process=(0, 1)):
-        self.run_dir, self.course, self.facts, self.skipped = (
-            local_path(run_dir, "run_dir"),
-            course,
-            facts,
-            skipped,
-        )
+        self.run_dir = local_path(run_dir, "run_dir")
+        self.course, self.facts, self.skipped = course, facts, skipped
         self.process, self.writes = process, process[0] == 0
         self.folder, self.metrics = self.run_dir / "checkpoints", self.run_dir / "metrics.csv"
         self.step, self.started = 0, time.perf_counter()

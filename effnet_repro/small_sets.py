@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SMALL_SET', 'STEPS_AN_EPOCH', 'LEAST_BATCH', 'MOST_BATCH', 'IMAGES_OF_A_RUN', 'LEAST_EPOCHS', 'MOST_EPOCHS',
            'RATE_EXPONENT', 'RATE_BATCH', 'automatic_budget', 'small_batch', 'small_epochs', 'average_decay',
-           'small_run', 'explain_small']
+           'fit_schedule', 'small_run', 'explain_small']
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0003
 import math
@@ -50,6 +50,20 @@ def average_decay(
     "Choose the decay of the average over epochs that looks back a tenth of a run"
     return round(max(0.0, 1 - 10 / epochs), 4)
 
+# %% ../nbs/25_small_sets.ipynb #5e7a0020
+def fit_schedule(
+    epochs: float,  # Of the run
+    batch: int,  # Images of a training step
+    exponent: float,  # The rate for each image is 2**exponent ...
+    at_batch: int,  # ... where a training step has so many images
+) -> Dict[str, float]:  # Fields of `Case`: warm-up, rate and averaging
+    "Fit the schedule of an AdamW run to its length and its batch"
+    return {
+        "warmup_epochs": epochs / 20,
+        "base_learning_rate_exponent": round(exponent - math.log2(batch / at_batch) / 2, 4),
+        "weight_average_decay": average_decay(epochs),
+    }
+
 # %% ../nbs/25_small_sets.ipynb #5e7a0014
 RATE_EXPONENT, RATE_BATCH = -16, 128  # The rate for each image is 2**-16 at this batch
 
@@ -69,14 +83,11 @@ def small_run(
     epochs = given.get("epochs") or small_epochs(images)
     batch = given.get("global_batch_size") or small_batch(images)
     fields = {} if given.get("global_batch_size") else {"micro_batch_size": min(batch, 32)}
-    exponent = RATE_EXPONENT - math.log2(batch / RATE_BATCH) / 2
     return {
         **fields,
         "epochs": epochs,
         "global_batch_size": batch,
-        "warmup_epochs": epochs / 20,
-        "base_learning_rate_exponent": round(exponent, 4),
-        "weight_average_decay": average_decay(epochs),
+        **fit_schedule(epochs, batch, RATE_EXPONENT, RATE_BATCH),
     }
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0018

@@ -5,7 +5,6 @@ their part of the classifier. Which segments train then, and at which rate, is a
 fine-tuning: `finetuning.PROTOCOLS["transfer"]`.
 """
 
-import math
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Dict, NamedTuple, Optional, Sequence, Tuple
@@ -19,7 +18,7 @@ from effnet_repro.network import drop_statistics, initial_value, params
 from effnet_repro.paths import local_path
 from effnet_repro.runs.resolved import Resolved, folder_of, settle_fields
 from effnet_repro.scaling import ModelSpec
-from effnet_repro.small_sets import average_decay, small_batch
+from effnet_repro.small_sets import fit_schedule, small_batch
 
 _CLASSIFIER = "all/Top/logits/dense/"
 #: Training steps of a run, as far as these numbers of epochs allow it.
@@ -106,13 +105,7 @@ def transfer_length(train_count: int, whole: int, given: dict) -> Dict[str, floa
     a_epoch = max(1, train_count // whole)
     epochs = given.get("epochs") or min(max(-(-STEPS // a_epoch), LEAST_EPOCHS), MOST_EPOCHS)
     usual = PROTOCOLS["transfer"]["base_learning_rate_exponent"]
-    exponent = usual - math.log2(whole / RATE_BATCH) / 2
-    return {
-        "epochs": epochs,
-        "warmup_epochs": epochs / 20,
-        "base_learning_rate_exponent": round(exponent, 4),
-        "weight_average_decay": average_decay(epochs),
-    }
+    return {"epochs": epochs, **fit_schedule(epochs, whole, usual, RATE_BATCH)}
 
 
 def run_folder(source, data) -> Path:

@@ -1,9 +1,10 @@
 """Measure the GPU's kernels alone: the part `kernels` of bench_gpu.py.
 
 Each kernel is a small program of its own, traced by the profiler: times are those of the device. Shapes are those of
-B0-G16-LN_PN at 224 pixels, 256 pictures. Writes gpu_kernels.csv and gpu_convs.csv into the folder that is named.
+B0-G16-LN_PN at 224 pixels, 256 images. Writes gpu_kernels.csv and gpu_convs.csv into the folder that is named, and
+gpu_groups.csv: convolutions in groups of 1, 8, 16 and 32 channels by the library and by ours.
 
-    python tests/bench_kernels.py results
+    python tests/bench_kernels.py results [kernels convs groups]
 """
 
 import glob
@@ -27,7 +28,19 @@ PICTURES, CALLS, REPEATS = 256, 5, 3
 KEYS = {  # what tells the rows of a file apart
     "gpu_kernels.csv": ("kernel", "height", "channels", "place"),
     "gpu_convs.csv": ("product", "way", "channels", "image_size", "kernel_size", "strides"),
+    "gpu_groups.csv": (
+        "group_size",
+        "product",
+        "way",
+        "channels",
+        "image_size",
+        "kernel_size",
+        "strides",
+    ),
 }
+PARTS = ("kernels", "convs", "groups")
+GROUP_SIZES = (1, 8, 16, 32)
+ANY_GROUP = [(64, 112, 3, 2), (96, 56, 3, 1), (192, 28, 5, 1), (480, 14, 5, 1), (1152, 7, 5, 1)]
 WIDE = [(112, 32), (112, 64), (56, 96), (28, 160), (14, 448), (7, 768)]  # height, channels
 THIN = [(112, 32, 32), (112, 16, 64), (56, 24, 96)]  # height, thin, channels
 CONVS = [  # channels, height, kernel size, strides
@@ -103,24 +116,45 @@ def product_jobs():
         yield dict(at, kernel="both gradients"), product_norm._product_gradients, ins, size(x, x, g)
 
 
-def conv_jobs():
-    plain = get_ops("jax").conv
-    for c, h, k, strides in CONVS:
-        x, kernel = draw(0, PICTURES, h, h, c, kind="bfloat16"), draw(1, k, k, 16, c) / 10
-        kernel, out = kernel.astype("bfloat16"), -(-h // strides)
-        dy = draw(2, PICTURES, out, out, c, kind="bfloat16")
-        library = lambda x, w, s=strides: plain(x, w, s)
-        own = lambda x, w, s=strides: conv.grouped_conv(x, w, s)
-        about = dict(channels=c, image_size=h, kernel_size=k, strides=strides)
-        about["macs"] = dy.size * 16 * k * k
-        for way, f, turn in (("library", library, lambda v: v), ("strips", own, tiles.by_groups)):
-            ins = (turn(x), kernel, turn(dy))
-            forward = lambda x, w, dy, f=f: f(x, w)
-            to_x = lambda x, w, dy, f=f: jax.vjp(lambda x: f(x, w), x)[1](dy)[0]
-            to_w = lambda x, w, dy, f=f: jax.vjp(lambda w: f(x, w), w)[1](dy)[0]
-            products = (("output", forward), ("input gradient", to_x), ("weight gradient", to_w))
-            for product, g in products:
-                yield dict(about, product=product, way=way), g, ins, size(x, dy)
+def conv_jobs(shape, group_size, ways):
+    "The three products of a group convolution's training step, each way"
+    (c, h, k, strides), out = shape, -(-shape[1] // shape[3])
+    x, kernel = draw(0, PICTURES, h, h, c, kind="bfloat16"), draw(1, k, k, group_size, c) / 10
+    kernel, dy = kernel.astype("bfloat16"), draw(2, PICTURES, out, out, c, kind="bfloat16")
+    about = dict(channels=c, image_size=h, kernel_size=k, strides=strides)
+    about["macs"] = dy.size * group_size * k * k
+    for way, (f, turn) in ways(strides).items():
+        ins = (turn(x), kernel, turn(dy))
+        forward = lambda x, w, dy, f=f: f(x, w)
+        to_x = lambda x, w, dy, f=f: jax.vjp(lambda x: f(x, w), x)[1](dy)[0]
+        to_w = lambda x, w, dy, f=f: jax.vjp(lambda w: f(x, w), w)[1](dy)[0]
+        products = (("output", forward), ("input gradient", to_x), ("weight gradient", to_w))
+        for product, g in products:
+            yield dict(about, product=product, way=way), g, ins, size(x, dy)
+
+
+def own_conv_jobs():
+    "Those of B0-G16-LN_PN, between neighbours that hold activations by groups"
+    library = lambda strides: lambda x, w: get_ops("jax").conv(x, w, strides)
+    strips = lambda strides: lambda x, w: conv.grouped_conv(x, w, strides)
+    ways = lambda s: dict(library=(library(s), lambda v: v), strips=(strips(s), tiles.by_groups))
+    for shape in CONVS:
+        yield from conv_jobs(shape, tiles.GROUP, ways)
+
+
+def group_jobs():
+    "Any group size; `strips, alone` begins and ends with activations by pixels, as in a network that is not ours"
+    library = lambda strides: lambda x, w: get_ops("jax").conv(x, w, strides)
+    strips = lambda strides: lambda x, w: conv.grouped_conv(x, conv.widen_groups(w), strides)
+    alone = lambda strides: lambda x, w: tiles.by_pixels(strips(strides)(tiles.by_groups(x), w))
+    same = lambda v: v
+    both = lambda s: {"strips": (strips(s), tiles.by_groups), "strips, alone": (alone(s), same)}
+    for shape in ANY_GROUP:
+        for group_size in GROUP_SIZES:
+            more = both if tiles.GROUP % group_size == 0 else lambda s: {}
+            ways = lambda s, more=more: {"library": (library(s), same), **more(s)}
+            for row, *job in conv_jobs(shape, group_size, ways):
+                yield dict(row, group_size=group_size), *job
 
 
 def peak_jobs():
@@ -157,18 +191,22 @@ def named(i, f):
     return jax.jit(job)
 
 
-def main(folder):
+def main(folder, *parts):
+    if unknown := set(parts) - set(PARTS):
+        sys.exit(f"no part called {', '.join(sorted(unknown))}. Parts: {', '.join(PARTS)}")
     if jax.default_backend() != "gpu":
         print("bench-gpu kernels: there is no GPU here, so there is nothing to measure")
         return
-    jobs = [*peak_jobs(), *norm_jobs(), *product_jobs(), *conv_jobs()]
+    making = dict(kernels=(norm_jobs, product_jobs), convs=(own_conv_jobs,), groups=(group_jobs,))
+    made = [make for part in parts or PARTS for make in making[part]]
+    jobs = [*peak_jobs(), *(job for make in made for job in make())]
     lowered = [named(i, f).lower(*args) for i, (_, f, args, _) in enumerate(jobs)]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         programs = [(f, job[2]) for f, job in zip(pool.map(lambda f: f.compile(), lowered), jobs)]
     jax.block_until_ready([f(*args) for f, args in programs][-1])
     traces = [device_ms(programs) for _ in range(REPEATS)]
     device = jax.devices()[0].device_kind
-    command = ["python", "tests/bench_gpu.py", "kernels"]  # which starts this program
+    command = ["python", "tests/bench_kernels.py", "results", *parts]
     about = origin(device, command, 0, CALLS * REPEATS)  # arrays have the seeds 0, 1, 2, ...
     rows = []
     for i, (row, _, _, moved) in enumerate(jobs):
@@ -183,11 +221,13 @@ def main(folder):
     rows[1].update(tflop_per_s=round(peak, 1), of_floor=1.0)
     rows[0]["tflop_per_s"] = ""
     for name, key in KEYS.items():
-        mine = [r for r in rows if key[0] in r]
+        mine = [r for r in rows if key[0] in r and ("group_size" in r) == (key[0] == "group_size")]
+        if len(mine) <= 2:  # a copy and a matrix product, which say what the machine can do
+            continue
         write_rows(Path(folder) / name, mine, key, about)
         for r in mine:
             print(*(f"{k}={r[k]}" for k in list(r)[:11] if r[k] != ""), r["of_floor"], flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

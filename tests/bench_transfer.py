@@ -12,8 +12,7 @@ Batch, length and rate of the last three are those of protocol `transfer`; nothi
 which are all validation images of the three classes. Rows go to results/transfer.csv as they come: mean top-1, half of
 its 95 % interval over seeds, and both of the gain over scratch, seed by seed.
 
-A start is one network, compiled once: each run puts its weights into it, and fresh slots. A step is the one that
-`effnet-finetune` takes (`training.compiled_steps`).
+A start is one network, compiled once: see `learner.py`.
 
     python tests/bench_transfer.py --data-dir imagenette128 [--body BN] [--seeds 5] [--starts scratch Top]
 
@@ -37,11 +36,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from effnet_repro.config import for_one_device, get_case, override  # noqa: E402
+from learner import Learner  # noqa: E402
+
+from effnet_repro.config import get_case, override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.data.decode import read_encoded  # noqa: E402
 from effnet_repro.finetuning import PROTOCOLS  # noqa: E402
-from effnet_repro.network import initial_weights  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 from effnet_repro.small_sets import RATE_BATCH, RATE_EXPONENT, small_batch  # noqa: E402
 from effnet_repro.transfer import new_head_for, transfer_length  # noqa: E402
@@ -81,54 +81,6 @@ def write_folder(data, folder, classes, images_a_class=None, seed=0):
     return open_data(folder, verbose=False)
 
 
-class Learner:
-    "A network that is compiled once and learns again and again"
-
-    def __init__(self, case, classes, parts, batch):
-        from effnet_repro.efficientnet import build_model
-        from effnet_repro.training import Evaluator, TrainingModel
-        from effnet_repro.training.runtime import make_program
-
-        self.case = for_one_device(override(case, variable_filter=parts), batch, batch)
-        program = make_program(self.case, _Classes(classes), "auto", 0)
-        self.spec = program.spec
-        network = build_model(self.spec, image_size=case.image_size, dtype="float32")
-        self.model = TrainingModel(network, program)
-        self.slots = [np.asarray(v.value) for v in self.model.optimizer.variables]
-        self.judge = Evaluator(self.spec, program.precision)
-
-    def learn(self, arrays, data, steps, seed, **fields):
-        "Train from these weights; returns the new ones"
-        from effnet_repro.efficientnet import get_weights, set_weights
-        from effnet_repro.training import updates
-        from effnet_repro.training.steps import compiled_steps
-
-        set_weights(self.model.network, arrays)
-        for variable, value in zip(self.model.optimizer.variables, self.slots):
-            variable.assign(value)
-        epochs = steps / (data.train_count // self.case.global_batch_size)
-        case = override(self.case, epochs=epochs, warmup_epochs=epochs / 20, **fields)
-        run = compiled_steps(self.model, updates(case, data, seed))
-        for _ in range(steps):
-            logs = run.do()
-        float(logs["loss"])
-        run.sync()
-        return get_weights(self.model.network)
-
-    def top1(self, arrays, data):
-        "On all validation images"
-        case = self.case
-        how = dict(image_resize=case.image_resize)
-        return self.judge.evaluate(arrays, data, case.image_size, **how).top1
-
-
-class _Classes:
-    "As much of a data set as a program asks for"
-
-    def __init__(self, num_classes):
-        self.num_classes = num_classes
-
-
 class Bench:
     "The old network, and those that learn the new classes"
 
@@ -153,8 +105,8 @@ class Bench:
     def learner(self, start):
         kind = start if start in ("Top", "last") else "all"
         if kind not in self.learners:
-            parts = self.parts(start)
-            self.learners[kind] = Learner(self.case, NEW_CLASSES, parts, self.args.batch)
+            how = dict(parts=self.parts(start), slows=start != "Top")
+            self.learners[kind] = Learner(self.case, NEW_CLASSES, self.args.batch, **how)
         return self.learners[kind]
 
     def train_old(self):
@@ -162,12 +114,11 @@ class Bench:
         from effnet_repro.convert import Weights
 
         data = write_folder(self.data, self.work / "old", self.old)
-        learner = Learner(self.case, len(self.old), ("Top", "block"), self.args.old_batch)
+        learner = Learner(self.case, len(self.old), self.args.old_batch)
         steps = round(self.args.old_epochs * (data.train_count // self.args.old_batch))
         fields = dict(base_learning_rate_exponent=scratch_exponent(self.args.old_batch))
-        begun = initial_weights(learner.spec, 0)
-        arrays = learner.learn(begun, data, steps, 0, **fields)
-        self.old_top1 = learner.top1(arrays, data)
+        arrays = learner.learn(learner.begin(0), data, steps, 0, **fields)
+        self.old_top1 = learner.judge(arrays, data).top1
         self.body = Weights(learner.spec, arrays, learner.case, data.class_names)
 
     def scores(self, count, seed):
@@ -186,12 +137,12 @@ class Bench:
             if start == "scratch":
                 steps *= self.args.scratch
                 fields.update(base_learning_rate_exponent=scratch_exponent(batch))
-                begun = initial_weights(learner.spec, seed + 1)
+                begun = learner.begin(seed + 1)
             else:
                 begun = new_head_for(self.body, data.class_names, seed).arrays
                 fields.update({} if start == "Top" else {"body_rate": self.args.body_rate})
             arrays = learner.learn(begun, data, steps, seed, **fields)
-            found[start] = learner.top1(arrays, data), steps
+            found[start] = learner.judge(arrays, data).top1, steps
         return found
 
 

@@ -1,0 +1,179 @@
+"""A network that is compiled once and learns again and again: what benchmarks of many trainings share.
+
+A training step is the one of `effnet-train` (`training.compiled_steps`). Seed, rate, schedule, weight decay and
+mixing are arguments of the compiled program, so trainings that differ in nothing else share it; network, batch, image
+size, trained parts and stochastic depth belong to it.
+
+    learner = Learner(case, data.num_classes, batch=128)
+    arrays = learner.learn(learner.begin(seed), data, steps=600, seed=seed, rate=0.002, weight_decay=0.05)
+    judged = learner.judge(arrays, data)  # top-1, loss, and which images are right
+
+Both backends; the images stay on a GPU under JAX.
+"""
+
+import math
+from typing import Dict, NamedTuple, Optional, Sequence
+
+import numpy as np
+
+from effnet_repro.config import for_one_device, override
+from effnet_repro.network import initial_weights
+
+TOGETHER = 500  # Images that are judged at a time
+
+
+class Judged(NamedTuple):
+    "What weights are worth on the validation images"
+
+    top1: float
+    loss: float  # Cross entropy in nats, without label smoothing
+    right: np.ndarray  # (n,) bool: whether each image's class was the first guess
+
+
+class Learner:
+    """A network that is compiled once and learns again and again.
+
+    - `case`: the network, its image size and the recipe; drop path and dropout are compiled in.
+    - `classes`: outputs of the classifier.
+    - `batch`: images of a training step, in one piece.
+    - `parts`: beginnings of the segments that learn, such as ("Top",); None = all.
+    - `slows`: whether `learn` may be given a `body_rate`.
+    - `clip`: largest norm of all gradients together; None = as they are.
+    """
+
+    def __init__(
+        self,
+        case,
+        classes: int,
+        batch: int,
+        parts: Optional[Sequence[str]] = None,
+        slows: bool = False,
+        clip: Optional[float] = None,
+    ):
+        from effnet_repro.efficientnet import build_model
+        from effnet_repro.training import Evaluator
+        from effnet_repro.training.runtime import make_program
+
+        own = {} if parts is None else {"variable_filter": tuple(parts)}
+        self.case = for_one_device(override(case, **own), batch, batch)
+        program = make_program(self.case, _Classes(classes), "auto", 0)
+        self.spec, self.slows, self.loss = program.spec, slows, math.nan
+        network = build_model(self.spec, image_size=case.image_size, dtype="float32")
+        self.model = _numbered_model(network, program)
+        self.model.optimizer.global_clipnorm = clip
+        self.slots = [np.asarray(v.value) for v in self.model.optimizer.variables]
+        self.evaluator = Evaluator(self.spec, program.precision)
+        self._validation = None, None, []
+
+    def begin(self, seed: int) -> Dict[str, np.ndarray]:
+        """Return fresh weights."""
+        return initial_weights(self.spec, seed)
+
+    def learn(self, arrays: Dict[str, np.ndarray], data, steps: int, seed: int, **numbers):
+        """Train from these weights and return the new ones; `self.loss` is the last step's.
+
+        - `numbers`: any field of `Case` that is not compiled in; `rate`, the highest learning rate, in place of its
+          exponent; `warmup`, the share of the steps that the rate rises for, 0.05 where it is not given.
+        """
+        from effnet_repro.efficientnet import get_weights, set_weights
+        from effnet_repro.training.steps import compiled_steps
+
+        set_weights(self.model.network, arrays)
+        for variable, value in zip(self.model.optimizer.variables, self.slots):
+            variable.assign(value)
+        run = compiled_steps(self.model, self._stream(self._run(data, steps, numbers), data, seed))
+        for _ in range(steps):
+            logs = run.do()
+        self.loss = float(logs["loss"])
+        run.sync()
+        return get_weights(self.model.network)
+
+    def judge(
+        self, arrays: Dict[str, np.ndarray], data, image_size: Optional[int] = None
+    ) -> Judged:
+        """Measure weights on every validation image, at the size of the case if no other is given."""
+        predict, right, losses = self.evaluator.predictor(arrays), [], []
+        for images, labels, mask in self._images(data, image_size or self.case.image_size):
+            logits = np.asarray(predict(images), "float64")
+            top = logits.max(1)
+            own = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
+            loss = top + np.log(np.exp(logits - top[:, None]).sum(1)) - own
+            real = np.asarray(mask) > 0
+            right.append((np.isfinite(logits).all(1) & (logits.argmax(1) == labels))[real])
+            losses.append(loss[real])
+        right, losses = np.concatenate(right), np.concatenate(losses)
+        return Judged(float(right.mean()), float(losses.mean()), right)
+
+    def _run(self, data, steps, numbers):
+        "The case of one training"
+        numbers = dict(numbers)
+        epochs = steps / (data.train_count // self.case.global_batch_size)
+        own = dict(epochs=epochs, warmup_epochs=epochs * numbers.pop("warmup", 0.05))
+        rate = numbers.pop("rate", None)
+        if rate is not None:
+            own.update(base_learning_rate_exponent=math.log2(rate / self.case.global_batch_size))
+        case = override(self.case, **{**own, **numbers})
+        if case.body_rate != 1 and not self.slows:
+            raise ValueError("A learner whose body is to be slow is made with slows=True.")
+        return case
+
+    def _stream(self, case, data, seed):
+        "Training steps with everything that is an argument of the compiled one"
+        from effnet_repro.training import updates
+
+        more = dict(seed=np.int32(seed), weight_decay=np.float32(case.weight_decay))
+        if self.slows:
+            more.update(body_rate=np.float32(case.body_rate))
+        stream = updates(case, data, seed)
+        if hasattr(stream, "map"):
+            return stream.map(lambda batch: {**batch, **more})
+        return _with_images(stream, case, more)
+
+    def _images(self, data, image_size):
+        "The validation images, decoded once"
+        from effnet_repro.data import validation_arrays
+
+        known, size, batches = self._validation
+        if known is not data or size != image_size:
+            each = min(TOGETHER, data.validation_count)
+            how = dict(image_resize=self.case.image_resize)
+            batches = list(validation_arrays(data, image_size, each, **how))
+            self._validation = data, image_size, batches
+        return batches
+
+
+class _Classes:
+    "As much of a data set as a program asks for"
+
+    def __init__(self, num_classes):
+        self.num_classes = num_classes
+
+
+def _with_images(stream, case, more):
+    "Cut the images of a resident set here: the compiled step then fits a set of any size"
+    from effnet_repro.data.device import cutter
+
+    for (batch,) in stream:
+        if "cuts" in batch:
+            pixels, cuts = batch.pop("pixels"), batch.pop("cuts")
+            batch["images"] = cutter(case.image_resize)(pixels, cuts, case.image_size)
+        yield ({**batch, **more},)
+
+
+def _numbered_model(network, program):
+    "A `TrainingModel` whose seed and weight decay come with each batch"
+    from effnet_repro.training import TrainingModel
+
+    class Numbered(TrainingModel):
+        def train_step(self, *args):
+            data, kept = args[-1], (self.program, self.optimizer.weight_decay)
+            batch = dict(data[0] if isinstance(data, tuple) else data)
+            self.program = kept[0]._replace(seed=batch.pop("seed"))
+            self.optimizer.weight_decay = batch.pop("weight_decay")
+            try:
+                data = (batch,) if isinstance(data, tuple) else batch
+                return super().train_step(*args[:-1], data)
+            finally:
+                self.program, self.optimizer.weight_decay = kept
+
+    return Numbered(network, program)

@@ -1,33 +1,39 @@
 """Measure what a trained network is worth for other classes: transfer against training from scratch.
 
-A network learns all classes of a data set but the last three (imagenette128: seven). The others are learned from 10,
-50 and 250 images a class, each with several seeds, which choose the images, the new classifier, order and crops:
+A network learns all classes of a data set but the last three (imagenette128: seven) with the recipe of budget `small`.
+The others are learned from 10, 50 and 250 images a class, each with several seeds, which choose the images, the new
+classifier, order and crops:
 
-- scratch: fresh weights, the rate of budget `small`, --scratch times as many training steps
+- scratch: fresh weights, the recipe of budget `small`, three times as many training steps
 - Top: the body at rest, a new classifier
-- last: the last stage of blocks learns, too, at a tenth of the classifier's rate
-- whole: all blocks learn, at a tenth of that rate
+- last: the last stage of blocks learns, too
+- whole: all blocks learn
 
-Batch, length and rate of the last three are those of protocol `transfer`; nothing was chosen on the images measured,
-which are all validation images of the three classes. Rows go to results/transfer.csv as they come: mean top-1, half of
-its 95 % interval over seeds, and both of the gain over scratch, seed by seed.
+Batch and length of the last three are those of protocol `transfer`. Every start chooses its rate, and `last` and
+`whole` that of the body, in a small grid on images that are not measured: 250 training images a class that nothing
+trains on, with draws of their own. What is measured are all validation images of the three classes.
 
-A start is one network, compiled once: see `learner.py`.
+Each training is a line of JSON in `--lines`, and a program that is started again goes on after the last of them, so
+several processes share the work and a time limit cuts it anywhere. `--merge` sums the lines up in results/transfer.csv:
+mean top-1, half of its 95 % interval over seeds, and both of the gain over scratch, seed by seed.
 
-    python tests/bench_transfer.py --data-dir imagenette128 [--body BN] [--seeds 5] [--starts scratch Top]
+    python tests/bench_transfer.py --data-dir imagenette128 [--body BN] [--starts scratch Top] [--lines FOLDER]
+    python tests/bench_transfer.py --merge FOLDER
 
 --small  a network of four blocks instead of B0
 --quick  the same on the built-in sample set, two seeds, a few steps: whether it runs
 """
 
 import argparse
-import contextlib
-import io
+import fcntl
+import itertools
+import json
 import math
 import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -38,15 +44,17 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 from learner import Learner  # noqa: E402
 
-from effnet_repro.config import get_case, override  # noqa: E402
+from effnet_repro import checkpoint  # noqa: E402
+from effnet_repro.config import get_case, override, resolve  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
-from effnet_repro.data.decode import read_encoded  # noqa: E402
+from effnet_repro.data.layouts import make_split  # noqa: E402
 from effnet_repro.finetuning import PROTOCOLS  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
-from effnet_repro.small_sets import RATE_BATCH, RATE_EXPONENT, small_batch  # noqa: E402
+from effnet_repro.small_sets import small_batch  # noqa: E402
 from effnet_repro.transfer import new_head_for, transfer_length  # noqa: E402
 
-KEY = ("case", "image_size", "images_a_class", "start")
+KEY = ("case", "image_size", "images_a_class", "start", "measured_on", "rate_exponent", "body_rate")
+STARTS = ("scratch", "Top", "last", "whole")
 BODIES = {  # What people have: this project's weights, and those of keras.applications and timm
     "LN_PN": {"name": "B0-G16-LN_PN"},
     "BN": dict(norm="BN", group_size=1, expand_ratio=6, norm_groups=1, name="B0-G1-BN"),
@@ -54,181 +62,325 @@ BODIES = {  # What people have: this project's weights, and those of keras.appli
 SMALL = dict(
     net_stages=("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40"), top_filters=128
 )
-NEW_CLASSES = 3
+NEW_CLASSES, HELD_BACK, TRIAL_SEEDS = 3, 250, (100, 101)
+LONGER = 3  # Training steps from scratch over those of a transfer
 # 97.5 % point of Student's t by degrees of freedom; 1.96 beyond.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
+
+
+def grid(start):
+    "(exponent of the rate, rate of the body over it) that a start chooses from"
+    if start in ("scratch", "Top"):
+        first = -15.5 if start == "scratch" else -13.5
+        return [(first + i, 1.0 if start == "scratch" else 0.0) for i in range(3)]
+    return list(itertools.product((-13.5, -12.5), (0.1, 0.3, 1.0)))
 
 
 def mean_interval(values):
     "Mean and half of the 95 % interval of a few numbers"
     values = np.asarray(values, "float64")
+    if len(values) < 2:
+        return float(values.mean()), math.nan
     t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
     return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
 
 
-def write_folder(data, folder, classes, images_a_class=None, seed=0):
-    "Class folders with the images of some classes; of the training images only so many, chosen by the seed"
-    for split in ("train", "validation"):
-        labels = data.splits[split].label
-        for label in classes:
-            own = np.flatnonzero(labels == label)
-            if split == "train" and images_a_class:
-                own = np.random.default_rng([seed, label]).permutation(own)[:images_a_class]
-            place = folder / split / data.class_names[label].replace("/", "_")
-            place.mkdir(parents=True)
-            for i in own:
-                (place / f"{i:06d}.jpg").write_bytes(read_encoded(data, split, i)[0])
-    return open_data(folder, verbose=False)
+def part_of(data, labels, train, validation):
+    """The data set with these classes only.
+
+    `train` and `validation` are the numbers of its images: (split they come from, numbers).
+    """
+    labels = list(labels)
+    new = np.full(data.num_classes, -1)
+    new[labels] = range(len(labels))
+
+    def taken(split, rows):
+        s = data.splits[split]
+        columns = (s.file[rows], s.offset[rows], s.length[rows], new[s.label[rows]])
+        return make_split(s.files, *columns)
+
+    splits = {"train": taken(*train), "validation": taken(*validation)}
+    names = tuple(data.class_names[label] for label in labels)
+    counts = dict(train_count=len(train[1]), validation_count=len(validation[1]))
+    return replace(data, splits=splits, class_names=names, num_classes=len(labels), **counts)
 
 
 class Bench:
     "The old network, and those that learn the new classes"
 
-    def __init__(self, args, work):
-        self.args, self.work = args, work
+    def __init__(self, args):
+        self.args, self.begin = args, time.perf_counter()
         self.data = open_data(args.data_dir, verbose=False)
         case = get_case("B0-G16-LN_PN-Half_16IPU_2x8")
         own = dict(BODIES[args.body])
         if args.small:
             own.update(SMALL, name=own["name"].replace("B0", "four blocks"))
-        recipe = {**PROTOCOLS["transfer"], "cutmix_lambda": 0.0, "device_loop": 1}
-        recipe.update(lr_schedule="cosine", mix_group_size=None)
-        self.case = override(case, image_size=args.image_size, **recipe, **own)
+        self.case = override(case, image_size=args.image_size, **own)
         labels = range(self.data.num_classes)
         self.old, self.new = labels[:-NEW_CLASSES], labels[-NEW_CLASSES:]
-        self.learners = {}
+        self.learners, self.seconds, self.known = {}, {}, None
+        self._set_apart()
+        self.folder = Path(args.lines)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.file = self.folder / f"{args.body}-{'-'.join(args.starts)}.jsonl"
+        self.lines = [json.loads(line) for path in self._files() for line in path.open()]
+        self.body_file = self.folder / f"{args.body}.safetensors"
 
-    def parts(self, start):
-        last = f"block{3 if self.args.small else 7}"
-        return {"Top": ("Top",), "last": ("Top", last)}.get(start, ("Top", "block"))
+    def _files(self):
+        return sorted(self.folder.glob("*.jsonl"))
+
+    def say(self, *text):
+        print(f"{time.perf_counter() - self.begin:.0f} s:", *text, file=sys.stderr, flush=True)
+
+    def numbers(self, split, labels):
+        "Numbers of the images of these classes"
+        return np.flatnonzero(np.isin(self.data.splits[split].label, list(labels)))
+
+    def draw(self, count, seed):
+        "The new classes with so many training images each"
+        drawn = []
+        for label, left in self.left.items():
+            drawn.append(np.random.default_rng([seed, label]).permutation(left)[:count])
+            if len(drawn[-1]) < count:
+                raise SystemExit(f"{self.data.class_names[label]} has not {count} images to draw")
+        return self._new(np.concatenate(drawn), self.measured)
+
+    def _new(self, train, validation):
+        return part_of(self.data, self.new, ("train", train), validation)
+
+    def _set_apart(self):
+        "Choose the images that rates are chosen on, and list those that are measured"
+        held, self.left = [], {}
+        for label in self.new:
+            own = np.random.default_rng([7, label]).permutation(self.numbers("train", [label]))
+            kept = min(HELD_BACK, len(own) // 3)
+            held.append(own[:kept])
+            self.left[label] = own[kept:]
+        held = np.concatenate(held)
+        self.measured = ("validation", self.numbers("validation", self.new))
+        self.judged = {
+            "held back": self._new(held, ("train", held)),
+            "validation": self._new(held, self.measured),
+        }
+
+    def recipe(self, images, batch, epochs):
+        "The case of budget `small`"
+        how = dict(epochs=epochs, global_batch_size=batch, micro_batch_size=batch, device_loop=1)
+        return resolve(self.case, "small", images=images, **how)[0]
+
+    def train_body(self):
+        "Learn the old classes, once for all processes that share the folder; keeps the weights and their top-1"
+        with (self.folder / f"{self.args.body}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not self.body_file.exists():
+                self._learn_old()
+
+    def _learn_old(self):
+        args = self.args
+        parts = [(split, self.numbers(split, self.old)) for split in ("train", "validation")]
+        data = part_of(self.data, self.old, *parts)
+        batch = min(args.old_batch, data.train_count)
+        case = self.recipe(data.train_count, batch, args.old_epochs)
+        learner = Learner(case, len(self.old), batch)
+        steps = max(1, round(args.old_epochs * (data.train_count // batch)))
+        arrays = learner.learn(learner.begin(0), data, steps, 0)
+        top1 = learner.judge(arrays, data).top1
+        self.say(f"old classes: top-1 {top1:.1%} after {steps} training steps")
+        about = {"old_top1": round(top1, 5), "old_epochs": args.old_epochs}
+        checkpoint.save(self.body_file, arrays, {**about, "class_names": list(data.class_names)})
+
+    def body(self):
+        "The weights for the old classes, as a reader of files returns them, and what is known of them"
+        from effnet_repro.convert import Weights
+        from effnet_repro.scaling import ModelSpec
+
+        if self.known is None:
+            self.train_body()
+            arrays, about = checkpoint.load(self.body_file)
+            about = {name: about[name] for name in ("class_names", "old_top1", "old_epochs")}
+            spec = ModelSpec.from_case(self.case, num_classes=len(self.old))
+            weights = Weights(spec, arrays, self.case, tuple(about.pop("class_names")))
+            self.known = weights, about
+        return self.known
 
     def learner(self, start):
-        kind = start if start in ("Top", "last") else "all"
-        if kind not in self.learners:
-            how = dict(parts=self.parts(start), slows=start != "Top")
-            self.learners[kind] = Learner(self.case, NEW_CLASSES, self.args.batch, **how)
-        return self.learners[kind]
-
-    def train_old(self):
-        "Learn the old classes; keeps the weights and their top-1"
-        from effnet_repro.convert import Weights
-
-        data = write_folder(self.data, self.work / "old", self.old)
-        learner = Learner(self.case, len(self.old), self.args.old_batch)
-        steps = round(self.args.old_epochs * (data.train_count // self.args.old_batch))
-        fields = dict(base_learning_rate_exponent=scratch_exponent(self.args.old_batch))
-        arrays = learner.learn(learner.begin(0), data, steps, 0, **fields)
-        self.old_top1 = learner.judge(arrays, data).top1
-        self.body = Weights(learner.spec, arrays, learner.case, data.class_names)
-
-    def scores(self, count, seed):
-        "Start -> (top-1, training steps)"
-        place = self.work / f"new-{count}-{seed}"
-        data, batch, found = (
-            write_folder(self.data, place, self.new, count, seed),
-            self.args.batch,
-            {},
-        )
-        length = transfer_length(data.train_count, batch, {})
-        usual = self.args.steps or int(length["epochs"] * (data.train_count // batch))
-        for start in self.args.starts:
-            learner, steps = self.learner(start), usual
-            fields = dict(base_learning_rate_exponent=length["base_learning_rate_exponent"])
+        "The network of a start, compiled at its first call"
+        if start not in self.learners:
+            batch, last = self.args.batch, f"block{3 if self.args.small else 7}"
             if start == "scratch":
-                steps *= self.args.scratch
-                fields.update(base_learning_rate_exponent=scratch_exponent(batch))
-                begun = learner.begin(seed + 1)
+                case = self.recipe(NEW_CLASSES * max(self.args.images), batch, None)
             else:
-                begun = new_head_for(self.body, data.class_names, seed).arrays
-                fields.update({} if start == "Top" else {"body_rate": self.args.body_rate})
-            arrays = learner.learn(begun, data, steps, seed, **fields)
-            found[start] = learner.judge(arrays, data).top1, steps
-        return found
+                fields = {**PROTOCOLS["transfer"], "lr_schedule": "cosine", "mix_group_size": None}
+                case = override(self.case, device_loop=1, **fields)
+            parts = {"Top": ("Top",), "last": ("Top", last)}.get(start, ("Top", "block"))
+            learner = Learner(case, NEW_CLASSES, batch, parts, slows=start in ("last", "whole"))
+            self.learners[start] = learner
+            data = self.draw(min(self.args.images), 0)
+            learner.judge(learner.learn(learner.begin(0), data, 2, 0), data)
+            self.say(start, "is compiled")
+        return self.learners[start]
+
+    def steps(self, start, count):
+        images, batch = NEW_CLASSES * count, self.args.batch
+        usual = transfer_length(images, batch, {})["epochs"] * (images // batch)
+        return int(self.args.steps or usual * (LONGER if start == "scratch" else 1))
+
+    def run(self, start, count, seed, measured_on, exponent, body_rate):
+        "One training, unless its line is there; False where the time left is too short"
+        key = dict(body=self.args.body, start=start, images_a_class=count, draw=seed)
+        key.update(measured_on=measured_on, rate_exponent=exponent, body_rate=body_rate)
+        if any(all(line[k] == v for k, v in key.items()) for line in self.lines):
+            return True
+        steps, learner = self.steps(start, count), self.learner(start)
+        known, about = self.body() if start != "scratch" else (None, {})
+        passed = time.perf_counter() - self.begin
+        if passed + self.seconds.get(start, 0) * steps + 5 > self.args.seconds:
+            return False
+        began, data = time.perf_counter(), self.draw(count, seed)
+        if start == "scratch":
+            arrays = learner.begin(seed + 1)
+        else:
+            arrays = new_head_for(known, data.class_names, seed).arrays
+        numbers = {"body_rate": body_rate} if learner.slows else {}
+        numbers.update(base_learning_rate_exponent=exponent)
+        arrays = learner.learn(arrays, data, steps, seed, **numbers)
+        top1 = learner.judge(arrays, self.judged[measured_on]).top1
+        took = time.perf_counter() - began
+        self.seconds[start] = took / steps
+        self._note({**key, "top1": round(top1, 5), "steps": steps, "took": round(took, 2), **about})
+        return True
+
+    def _note(self, found):
+        "Append a line"
+        from effnet_repro.training import device_name
+
+        args, classes = self.args, f"{len(self.old)} to {len(self.new)}"
+        own = dict(case=self.case.name, image_size=args.image_size, batch=args.batch)
+        about = origin(device_name(), ["python", "tests/bench_transfer.py", *args.words], 0, 1)
+        line = {**own, **found, "classes": classes, "about": about}
+        self.lines.append(line)
+        with self.file.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        self.say(*(found[k] for k in ("start", "images_a_class", "draw", "measured_on")), found)
+
+    def choose(self, start):
+        "Try the grid, and return the rates that are best on held-back images; None without time for that"
+        for count in sorted(self.args.images)[:2]:
+            for seed, rates in itertools.product(self.args.trial_seeds, grid(start)):
+                if not self.run(start, count, seed, "held back", *rates):
+                    return None
+        own = dict(body=self.args.body, start=start, measured_on="held back")
+        return best_rates([x for x in self.lines if all(x[k] == v for k, v in own.items())])
+
+    def measure(self):
+        "Every start of this process; five seeds for each number of images, then the next five"
+        args, chosen = self.args, {}
+        for start in args.starts:
+            self.learner(start)
+        for start in args.starts:
+            chosen[start] = self.choose(start)
+            self.say(start, "chose", chosen[start])
+        order = itertools.product(range(-(-args.seeds // 5)), args.images, range(5), args.starts)
+        for five, count, i, start in order:
+            if chosen[start] is None or 5 * five + i >= args.seeds:
+                continue
+            if not self.run(start, count, 5 * five + i, "validation", *chosen[start]):
+                return
 
 
-def scratch_exponent(batch):
-    "The rate of budget `small`"
-    return RATE_EXPONENT - math.log2(batch / RATE_BATCH) / 2
+def best_rates(lines):
+    "The rates of highest mean top-1 in the lines of one start: (exponent, body rate)"
+    found = {}
+    for line in lines:
+        found.setdefault((line["rate_exponent"], line["body_rate"]), []).append(line["top1"])
+    return max(found, key=lambda rates: np.mean(found[rates]))
 
 
-def rows_of(bench, count, found):
-    "A row for each start, with its gain over scratch where that was measured"
-    args = bench.args
-    for start, (_, steps) in found[0].items():
-        values = [scores[start][0] for scores in found]
+def rows_of(lines):
+    "A row and what `results.origin` says of it, for each start, number of images and rates in lines of JSON"
+    groups, scratch = {}, {}
+    for line in lines:
+        groups.setdefault(tuple(line[k] for k in KEY), []).append(line)
+        if line["start"] == "scratch" and line["measured_on"] == "validation":
+            where = tuple(line[k] for k in KEY[:3])
+            scratch.setdefault(where, {})[line["draw"]] = line["top1"]
+    for key, some in groups.items():
+        some = sorted(some, key=lambda line: line["draw"])
+        values = [line["top1"] for line in some]
         mean, half = mean_interval(values)
-        gain = half_gain = ""
-        if "scratch" in found[0] and start != "scratch":
-            gains = np.subtract(values, [scores["scratch"][0] for scores in found])
-            gain, half_gain = (round(v, 5) for v in mean_interval(gains))
-        yield {
-            "case": bench.case.name,
-            "image_size": args.image_size,
-            "images_a_class": count,
-            "start": start,
-            "top1": round(mean, 5),
-            "half_interval": round(half, 5),
-            "gain": gain,
-            "gain_half_interval": half_gain,
-            "each": " ".join(f"{v:.4f}" for v in values),
-            "body_rate": {"Top": 0.0, "scratch": 1.0}.get(start, args.body_rate),
-            "steps": steps,
-            "batch": args.batch,
-            "old_epochs": args.old_epochs,
-            "old_top1": round(bench.old_top1, 5),
-            "classes": f"{len(bench.old)} to {len(bench.new)}",
-        }
+        row = {**dict(zip(KEY, key)), "top1": round(mean, 5), "half_interval": _short(half)}
+        beside = scratch.get(key[:3], {}) if row["measured_on"] == "validation" else {}
+        both = [line for line in some if line["draw"] in beside and row["start"] != "scratch"]
+        gain = half = math.nan
+        if both:
+            gain, half = mean_interval([x["top1"] - beside[x["draw"]] for x in both])
+        row.update(gain=_short(gain), gain_half_interval=_short(half))
+        row["each"] = " ".join(f"{v:.4f}" for v in values)
+        for name in ("steps", "batch", "old_epochs", "old_top1", "classes"):
+            row[name] = some[0].get(name, "")
+        draws = [line["draw"] for line in some]
+        seed = f"{draws[0]} to {draws[-1]}" if len(draws) > 1 else draws[0]
+        yield row, {**some[-1]["about"], "seed": seed, "n": len(some)}
+
+
+def _short(value):
+    return "" if math.isnan(value) else round(value, 5)
+
+
+def merge(folder, results):
+    "Write the rows of the lines in a folder"
+    lines = [json.loads(x) for path in sorted(Path(folder).rglob("*.jsonl")) for x in path.open()]
+    for row, about in rows_of(lines):
+        write_rows(Path(results) / "transfer.csv", [row], KEY, about)
+    return len(lines)
 
 
 def parse(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data-dir", help="default: the built-in sample set")
     parser.add_argument("--body", choices=list(BODIES), default="LN_PN")
-    starts = ["scratch", "Top", "last", "whole"]
-    parser.add_argument("--starts", nargs="+", choices=starts, default=starts)
+    parser.add_argument("--starts", nargs="*", choices=STARTS, default=list(STARTS))
     parser.add_argument("--images", type=int, nargs="+", default=[10, 50, 250])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--image-size", type=int, default=128)
-    parser.add_argument("--body-rate", type=float, default=0.1)
-    parser.add_argument("--old-epochs", type=float, default=40)
+    parser.add_argument("--old-epochs", type=float, default=60)
     parser.add_argument("--old-batch", type=int, default=128)
     parser.add_argument("--steps", type=int, help="default: those of a transfer run")
-    parser.add_argument("--scratch", type=int, default=3, help="times as many steps from scratch")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="begin no training later")
+    parser.add_argument("--lines", help="folder of bodies and lines; default: a new one")
+    parser.add_argument("--merge", metavar="FOLDER", help="sum up the lines there, train nothing")
     parser.add_argument("--results", default=str(ROOT / "results"))
     parser.add_argument("--small", action="store_true")
     parser.add_argument("--quick", action="store_true")
     args = parser.parse_args(words)
+    args.trial_seeds = TRIAL_SEEDS
     if args.quick:
         args.small, args.images, args.seeds, args.image_size = True, [10], 2, 32
-        args.steps, args.old_epochs = 2, 0.1
+        args.steps, args.old_epochs, args.trial_seeds = 2, 0.1, TRIAL_SEEDS[:1]
     if args.seeds < 2:
         parser.error("--seeds must be at least 2: an interval needs them")
     args.batch = small_batch(NEW_CLASSES * min(args.images))
+    args.words = words
     return args
 
 
 def main(words=None):
     words = sys.argv[1:] if words is None else list(words)
-    args, begin = parse(words), time.perf_counter()
-    from effnet_repro.training import configure, device_name
+    args = parse(words)
+    with tempfile.TemporaryDirectory() as folder:
+        if not args.merge:
+            from effnet_repro.training import configure
+            from effnet_repro.training.compiled import keep_compiled
 
-    configure()
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        say = lambda *text: print(
-            f"{time.perf_counter() - begin:.0f} s:", *text, file=sys.__stdout__, flush=True
-        )
-        bench = Bench(args, Path(folder))
-        bench.train_old()
-        say(f"old classes: top-1 {bench.old_top1:.1%}")
-        for count in args.images:
-            found = []
-            for seed in range(args.seeds):
-                found.append(bench.scores(count, seed))
-                say(count, seed, found[-1])
-            command = ["python", "tests/bench_transfer.py", *words]
-            about = origin(device_name(), command, f"0 to {args.seeds - 1}", args.seeds)
-            path = Path(args.results) / "transfer.csv"
-            write_rows(path, list(rows_of(bench, count, found)), KEY, about)
+            own = args.lines is None
+            args.lines = args.lines or folder
+            configure()
+            keep_compiled()
+            bench = Bench(args)
+            bench.measure() if args.starts else bench.train_body()
+            args.merge = folder if own else None
+        if args.merge:
+            print(f"{merge(args.merge, args.results)} trainings: {args.results}/transfer.csv")
     return 0
 
 

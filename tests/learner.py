@@ -57,6 +57,9 @@ class Learner:
         own = {} if parts is None else {"variable_filter": tuple(parts)}
         self.case = for_one_device(override(case, **own), batch, batch)
         program = make_program(self.case, _Classes(classes), "auto", 0)
+        program = program._replace(
+            seed=("clip", clip)
+        )  # a batch says the seed; this tells kept programs apart
         self.spec, self.slows, self.loss = program.spec, slows, math.nan
         network = build_model(self.spec, image_size=case.image_size, dtype="float32")
         self.model = _numbered_model(network, program)
@@ -153,11 +156,25 @@ def _with_images(stream, case, more):
     "Cut the images of a resident set here: the compiled step then fits a set of any size"
     from effnet_repro.data.device import cutter
 
+    whole = None
     for (batch,) in stream:
         if "cuts" in batch:
             pixels, cuts = batch.pop("pixels"), batch.pop("cuts")
-            batch["images"] = cutter(case.image_resize)(pixels, cuts, case.image_size)
+            whole = _filled_up(pixels) if whole is None else whole
+            batch["images"] = cutter(case.image_resize)(whole, cuts, case.image_size)
         yield ({**batch, **more},)
+
+
+def _filled_up(pixels):
+    "Pixels (P, 3) on the device with zeros behind them: sets of about one size then share the program that cuts"
+    import jax.numpy as jnp
+
+    size = 2**20
+    while size < len(pixels):
+        size *= 2
+    whole = np.zeros((size, 3), "uint8")
+    whole[: len(pixels)] = np.asarray(pixels)
+    return jnp.asarray(whole)
 
 
 def _numbered_model(network, program):

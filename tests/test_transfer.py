@@ -237,3 +237,55 @@ def test_where_a_run_goes(old, data_dir, tmp_path, monkeypatch):
     for source in (tmp_path / "run", place.parent, place):
         assert transfer.run_folder(source, data) == tmp_path / "run" / "new-head-pets"
     assert transfer.run_folder(tmp_path / "b0.weights.h5", data).as_posix() == "runs/b0-pets"
+
+
+# ---------------------------------------------------------------- the benchmark
+
+
+def test_the_benchmark_compares_draws_that_both_starts_had():
+    import bench_transfer
+
+    about = {"device": "CPU", "command": "x", "seed": 0, "n": 1}
+    common = dict(case="B0", image_size=32, images_a_class=10, steps=4, batch=2, about=about)
+
+    def line(start, draw, top1, on="validation", rate=-12.0):
+        own = dict(start=start, draw=draw, top1=top1, measured_on=on)
+        return {**common, **own, "rate_exponent": rate, "body_rate": 1.0}
+
+    lines = [line("whole", draw, 0.8 + draw / 100) for draw in (2, 0, 1)]
+    lines += [line("scratch", draw, 0.5) for draw in (0, 1)]
+    lines += [line("whole", 100, 0.1, "held back"), line("whole", 100, 0.3, "held back", -11.0)]
+    rows = {
+        (r["start"], r["rate_exponent"], r["measured_on"]): (r, o)
+        for r, o in bench_transfer.rows_of(lines)
+    }
+    row, origin = rows["whole", -12.0, "validation"]
+    assert (row["top1"], row["gain"], origin["seed"], origin["n"]) == (0.81, 0.305, "0 to 2", 3)
+    assert row["gain_half_interval"] == pytest.approx(12.706 * 0.005, abs=1e-4)
+    assert rows["scratch", -12.0, "validation"][0]["gain"] == ""
+    assert rows["whole", -11.0, "held back"][0]["gain"] == ""
+    assert bench_transfer.best_rates([x for x in lines if x["measured_on"] == "held back"]) == (
+        -11,
+        1,
+    )
+
+
+def test_the_benchmark_keeps_apart_what_it_chooses_on_and_what_it_measures():
+    import bench_transfer
+
+    bench = bench_transfer.Bench.__new__(bench_transfer.Bench)
+    bench.data = open_data(verbose=False)
+    bench.new = range(bench.data.num_classes)[-3:]
+    bench._set_apart()
+    place = lambda split: set(zip(split.file, split.offset))
+    drawn, chosen = bench.draw(10, 0), bench.judged["held back"]
+    assert not place(drawn.splits["train"]) & place(chosen.splits["validation"])
+    assert drawn.class_names == bench.data.class_names[-3:] == chosen.class_names
+    assert np.bincount(drawn.splits["train"].label).tolist() == [10] * 3
+    again, other = (bench.draw(10, seed).splits["train"] for seed in (0, 1))
+    assert place(again) == place(drawn.splits["train"]) != place(other)
+    measured = bench.judged["validation"].splits["validation"]
+    for label, name in enumerate(drawn.class_names):
+        there = bench.data.splits["validation"]
+        whole = (there.label == bench.data.class_names.index(name)).sum()
+        assert (measured.label == label).sum() == whole > 0

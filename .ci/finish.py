@@ -33,6 +33,12 @@ BLOCKS = re.compile(r"\(?block\w+(?:/\w)?(?:,? block\w+(?:/\w)?){1,3}\)?")
 JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
 LONGEST_TABLE = 8000  # characters of a section's tables that can be searched for
 LONGEST_OPEN = 30  # lines of source that a page shows unasked
+PHONE, DESK = 341, 753  # pixels that the column of text has
+MOST_CARDS = (
+    16  # rows; a longer table of numbers is scrolled on a phone, where its columns can be compared
+)
+FIELD = re.compile(r"[a-zA-Z]\w*_\w+$")
+UNITS = {"per s": "/s", "ms": ", ms", "gib": ", GiB", "mb": ", MB", "percent": ", %"}
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
 
@@ -110,11 +116,69 @@ def is_number(cell):
     return bool(NUMBER.match(cell)) or cell.lower() in EMPTY
 
 
+def in_words(name):
+    "A heading that names a field, in words that may wrap: `images_per_s` is `images/s`."
+    if not FIELD.match(name):
+        return name
+    words = name.strip("_").replace("_", " ")
+    for unit, written in UNITS.items():
+        words = re.sub(rf" {unit}$", written, words)
+    return words
+
+
+def without_counter(head, body):
+    "Take the column off that only counts the rows: an index without a name, in growing whole numbers."
+    rows = [row.find_all(["th", "td"], recursive=False) for row in body.find_all("tr")]
+    heads = [row.find_all(["th", "td"], recursive=False) for row in head.find_all("tr")]
+    first = [row[0].get_text(strip=True) for row in rows if row]
+    if len(heads) != 1 or not first or heads[0][0].get_text(strip=True) or len(heads[0]) < 2:
+        return
+    counts = all(re.fullmatch(r"\d{1,4}", text) for text in first) and rows[0][0].name == "th"
+    if counts and all(int(a) < int(b) for a, b in zip(first, first[1:])):
+        for row in [*heads, *rows]:
+            row[0].decompose()
+
+
+def tidy_numbers(cells):
+    "Whole numbers without their `.0`, and thousands set apart, in the cells of a column of numbers."
+    texts = [c.get_text(strip=True) for c in cells]
+    whole = all(re.fullmatch(r"-?\d+\.0", t) or t.lower() in EMPTY for t in texts)
+    for cell, text in zip(cells, texts):
+        new = text[:-2] if whole and text.endswith(".0") else text
+        if re.fullmatch(r"-?\d{5,}(\.\d+)?", new):
+            before, dot, after = new.partition(".")
+            new = f"{int(before):,}{dot}{after}"
+        if new != text and cell.string is not None:
+            cell.string.replace_with(new)
+
+
+def least_width(cells, letter):
+    "The pixels that a column needs: its longest word, or all of a cell that is not to be broken."
+    parts = []
+    for cell in cells:
+        text = cell.get_text(strip=True)
+        if {"num", "whole"} & set(cell.get("class", [])) and cell.find_parent("tbody"):
+            parts.append(len(text))
+        else:
+            parts += map(len, re.split(r"[\s_/]+", text))
+    return letter * max(parts, default=0)
+
+
 def as_cards(table, columns, names):
-    "Mark a table of sentences: on a phone each of its rows becomes a card, its cells one below the other."
+    """Mark a table of sentences, or one too wide for a phone: there each of its rows becomes a card, its cells
+    one below the other. One too wide for a desk is set in smaller letters."""
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
     merged = table.select_one("tbody [rowspan]:not([rowspan='1'])")
-    if len(columns) < 3 or sum(wordy) < 2 or merged or table.find_parent(class_="sortable"):
+    if table.find_parent(class_="sortable"):
+        return
+    heads = table.select("thead tr:last-child > *")
+    width = lambda letter, more: sum(
+        least_width([*cells, head], letter) + more for cells, head in zip(columns, heads)
+    )
+    if width(7.6, 19) > DESK:
+        table["class"] = [*table.get("class", []), "dense"]
+    wide = width(6.9, 8) > PHONE and len(columns[0]) <= MOST_CARDS
+    if len(columns) < 3 or merged or not (wide or sum(wordy) >= 2):
         return
     table["class"] = [*table.get("class", []), "cards"]
     table["role"] = "table"
@@ -144,8 +208,11 @@ def tidy_table(soup, table):
                 if two.get_text(strip=True):
                     one.string = two.get_text(strip=True)
             rows[1].decompose()
+    without_counter(head, body)
     for cell in head.find_all("th"):
         cell["scope"] = "col"
+        if cell.string is not None:
+            cell.string.replace_with(in_words(cell.get_text(strip=True)))
         if not cell.get_text(strip=True):  # an index without a name heads nothing
             cell.name = "td"
             del cell["scope"]
@@ -166,6 +233,7 @@ def tidy_table(soup, table):
     for n, cells in columns.items():
         texts = [c.get_text(strip=True) for c in cells]
         if all(map(is_number, texts)) and not all(t.lower() in EMPTY for t in texts):
+            tidy_numbers(cells)
             for cell in cells + ([last[n]] if -n <= len(last) else []):
                 if "num" not in cell.get("class", []):
                     cell["class"] = [*cell.get("class", []), "num"]
@@ -211,7 +279,8 @@ def answers(soup):
 
 
 def wrap_sentences(soup):
-    "What was printed wraps when it is long (`flow`: for a phone), unless it is laid out in columns."
+    """What was printed wraps when it is long (`flow`: for a phone), unless it is laid out in columns: then
+    its letters become smaller, as far as they can be read."""
     for pre in soup.select("main .cell-output > pre"):
         text = pre.get_text()
         longest = max(map(len, text.splitlines()), default=0)
@@ -219,6 +288,9 @@ def wrap_sentences(soup):
             pre["class"] = [*pre.get("class", []), "wrap"]
         elif longest > 40 and ("\n" not in text.strip() or not re.search(r"\S {2,}\S", text)):
             pre["class"] = [*pre.get("class", []), "flow"]
+        elif longest > 40:
+            pre["class"] = [*pre.get("class", []), "columns", *(["flow"] if longest > 64 else [])]
+            pre["style"] = f"--columns: {longest}"
 
 
 def code_lines(soup):

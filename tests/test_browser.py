@@ -212,7 +212,7 @@ def test_the_text_and_the_pages_by_keyboard(visit):
     assert page.evaluate("document.activeElement.className") == "skip-link"
     page.keyboard.press("Enter")
     assert page.evaluate("document.activeElement.tagName") == "MAIN"
-    fold = page.get_by_role("button", name="Learn")
+    fold = page.get_by_role("button", name="How it is built")
     link = page.get_by_role("navigation", name="Pages").get_by_role("link", name="Scaling")
     assert link.is_visible()
     fold.focus()

@@ -147,6 +147,17 @@
     window.addEventListener("load", fit);
     window.addEventListener("resize", fit);
 
+    // A formula that is wider than its line becomes smaller, as far as it can be read.
+    const formulas = () => document.querySelectorAll("main .katex-display").forEach((one) => {
+      one.style.fontSize = "";
+      const share = one.clientWidth / one.scrollWidth;
+      if (one.clientWidth && share < 1) one.style.fontSize = `${Math.max(0.64, 0.985 * share)}em`;
+    });
+    formulas();
+    window.addEventListener("load", formulas);
+    window.addEventListener("resize", formulas);
+    document.addEventListener("toggle", formulas, true);
+
     // What scrolls sideways can be reached and scrolled with the keys.
     const boxes = document.querySelectorAll("main pre, .cell-output-display, .sd-table, .math.display, .katex-display, .play-scroll, .sortable, .highlight pre");
     const reach = () => boxes.forEach((box) => {

@@ -32,7 +32,7 @@ LINK_IN_LINK = re.compile(r"\[\[(`[^`]+`)\]\([^()\s]+\)\]\(")
 FENCED = re.compile(r"(?ms)^```.*?^```")
 CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
 ANY_ARGUMENTS = re.compile(r"def (\w+)\(\s*\*args, \*\*kwargs\s*\):")
-HEAVIEST_PAGE = 1_500_000  # bytes, with its pictures and without what all pages share
+HEAVIEST_PAGE = 1_500_000  # bytes, with its images and without what all pages share
 PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipynb|html)")
 
 
@@ -366,16 +366,14 @@ def check(out, expected):
                 wrong.append(f"{name}: {target} has no place #{anchor}")
         text = (out / name).read_text()
         wrong += [
-            f"{name}: the picture {p} has no alternative text (in `#| fig-alt:`, quote colons)"
+            f"{name}: the image {p} has no alternative text (in `#| fig-alt:`, quote colons)"
             for p in page.no_alt
         ]
         own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
         files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
         weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())
         if weight > HEAVIEST_PAGE:
-            wrong.append(
-                f"{name}: weighs {weight:,} bytes with its pictures, over {HEAVIEST_PAGE:,}"
-            )
+            wrong.append(f"{name}: weighs {weight:,} bytes with its images, over {HEAVIEST_PAGE:,}")
         if "cell-output-stderr" in text:
             wrong.append(f"{name}: shows what was written to stderr")
         if "Traceback (most recent call last)" in text or "cell-output-error" in text:

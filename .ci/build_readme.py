@@ -42,7 +42,7 @@ def for_repository(markdown, wrong):
 
 
 def output_text(output, pictures, wrong, alt=""):
-    "Markdown for one stored output; a picture becomes a file in README_files/ and says `alt`."
+    "Markdown for one stored output; an image becomes a file in README_files/ and says `alt`."
     if output["output_type"] == "stream":
         return (
             "" if output["name"] == "stderr" else f"```text\n{text(output['text']).rstrip()}\n```\n"
@@ -66,7 +66,7 @@ def output_text(output, pictures, wrong, alt=""):
 
 
 def build():
-    "README.md's text, its pictures by name, and what is wrong."
+    "README.md's text, its images by name, and what is wrong."
     nb = json.loads((tree.ROOT / "nbs" / "index.ipynb").read_text())
     parts, pictures, wrong = [NOTE], {}, []
     for cell in nb["cells"]:

@@ -1,9 +1,10 @@
 """What each page of the site gets after rendering: a header that fits a phone, names for its
-landmarks, buttons where something is pressed, figures as files or in the page's own colours, and
+landmarks, buttons where something is pressed, figures as files or in the page's own colors, and
 tables whose numbers line up. `finish` does it; `build_docs` calls it. smalldocs does none of this yet;
 tests/test_site.py and tests/test_browser.py say what each part is for."""
 
 import base64
+import copy
 import io
 import json
 import re
@@ -64,7 +65,7 @@ def drawn(svg, number, alt):
 
 
 def draw_in_place(text):
-    "The page with its Matplotlib figures drawn in the page's colours."
+    "The page with its Matplotlib figures drawn in the page's colors."
     count = 0
 
     def one(match):
@@ -80,7 +81,7 @@ def draw_in_place(text):
 
 
 def pictures_as_files(soup, folder, page):
-    "Write pictures that are in the page as text to files, which a browser loads when it gets there."
+    "Write images that are in the page as text to files, which a browser loads when it gets there."
     for number, img in enumerate(soup.find_all("img", src=DATA_URI), 1):
         kind, data = DATA_URI.fullmatch(img["src"]).groups()
         data = base64.b64decode(data)
@@ -164,28 +165,57 @@ def least_width(cells, letter):
     return letter * max(parts, default=0)
 
 
-def as_cards(table, columns, names):
+def labels(head):
+    "The name of each column, from all rows of headings: `output, forward` where they are nested."
+    named = []
+    for row in head.find_all("tr"):
+        texts = []
+        for cell in row.find_all(["th", "td"], recursive=False):
+            texts += [cell.get_text(" ", strip=True)] * int(cell.get("colspan", 1))
+        named.append(texts)
+    return [", ".join(dict.fromkeys(filter(None, parts))) for parts in zip(*named)]
+
+
+def fit(table, columns, names):
     """Mark a table of sentences, or one too wide for a phone: there each of its rows becomes a card, its cells
     one below the other. One too wide for a desk is set in smaller letters."""
-    wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
-    merged = table.select_one("tbody [rowspan]:not([rowspan='1'])")
     if table.find_parent(class_="sortable"):
         return
     heads = table.select("thead tr:last-child > *")
     width = lambda letter, more: sum(
         least_width([*cells, head], letter) + more for cells, head in zip(columns, heads)
     )
-    if width(7.6, 19) > DESK:
-        table["class"] = [*table.get("class", []), "dense"]
-    wide = width(6.9, 8) > PHONE and len(columns[0]) <= MOST_CARDS
-    if len(columns) < 3 or merged or not (wide or sum(wordy) >= 2):
-        return
+    sizes = [n for n, need in (("dense", (8.6, 20)), ("denser", (7, 11))) if width(*need) > DESK]
+    wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
+    wide, cards = width(8, 10) > PHONE, len(columns) > 2 and sum(wordy) > 1
+    long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
+    table["class"] = [*table.get("class", []), *sizes, *(["long"] if wide and long else [])]
+    if (wide or cards) and not long:
+        unmerge(table)
+        as_cards(table, names)
+
+
+def unmerge(table):
+    "Repeat, out of sight on a desk, what stands for several rows: on a phone each row is a card."
+    rows = table.select("tbody tr")
+    for place, row in enumerate(rows):
+        for cell in row.find_all(["th", "td"], recursive=False):
+            count = int(cell.attrs.pop("rowspan", 1))
+            before = len(cell.find_previous_siblings(["th", "td"]))
+            for other in rows[place + 1 : place + count]:
+                again = copy.copy(cell)
+                again["class"] = [*cell.get("class", []), "again"]
+                other.insert(before, again)
+
+
+def as_cards(table, names):
+    "Name in each cell the column that it belongs to."
     table["class"] = [*table.get("class", []), "cards"]
     table["role"] = "table"
     for row in table.find_all("tr"):
         row["role"] = "row"
-    for cells, name in zip(columns, names):
-        for cell in cells:
+    for row in table.select("tbody tr"):
+        for cell, name in zip(row.find_all(["th", "td"], recursive=False), names):
             cell["role"] = "rowheader" if cell.name == "th" else "cell"
             cell["data-label"] = name
 
@@ -237,10 +267,8 @@ def tidy_table(soup, table):
             for cell in cells + ([last[n]] if -n <= len(last) else []):
                 if "num" not in cell.get("class", []):
                     cell["class"] = [*cell.get("class", []), "num"]
-    if len(last) == len(columns):
-        as_cards(
-            table, [columns[n] for n in sorted(columns)], [c.get_text(strip=True) for c in last]
-        )
+    if len(last) == len(columns) == len(labels(head)):
+        fit(table, [columns[n] for n in sorted(columns)], labels(head))
 
 
 # ---------------------------------------------------------------- code

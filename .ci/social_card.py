@@ -1,4 +1,4 @@
-"""Draw nbs/assets/card.png, the picture that messengers show for a link to the site, from
+"""Draw nbs/assets/card.png, the image that messengers show for a link to the site, from
 results/published_figure.csv: `python .ci/social_card.py`."""
 
 import csv

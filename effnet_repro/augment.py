@@ -44,7 +44,7 @@ def mix(
     targets,  # Their labels as one-hot vectors, (m, classes)
     mixup=None,  # Share that each image keeps, m numbers; None = no mixup
     cutmix_lambda=None,  # Share of the area outside the box, one number a group; None = no CutMix
-    cutmix_centre=None,  # Centre of the box, two numbers a group: down and across, in [0, 1)
+    cutmix_centre=None,  # Center of the box, two numbers a group: down and across, in [0, 1)
     group_size: Optional[int] = None,  # Images that are mixed among themselves; None = all m
 ) -> Tuple[Any, Any]:  # Images and targets, float32, of the same shapes
     "Mix the images of each group with each other, and their labels alike"

@@ -34,7 +34,7 @@ def _check_next(average, new, at_update):
     "Refuse other names or shapes than before, and a checkpoint that was already counted"
     if at_update is not None and at_update <= average.last_update:
         raise ValueError(
-            f"The average already holds update {average.last_update}. Received: at_update={at_update}. "
+            f"The average already holds step {average.last_update}. Received: at_update={at_update}. "
             "Leave this checkpoint out."
         )
     old = average._state
@@ -187,7 +187,7 @@ def read_update(
     source,  # A run folder, a checkpoint or an average file
     weights: str = "last",  # or "average"
 ) -> int:  # Weight updates
-    "Read after how many updates weights were taken"
+    "Read after how many steps weights were taken"
     newest = newest_file(source)
     said = read_metadata(newest)
     if weights != "average" or said.get("kind") == "average":

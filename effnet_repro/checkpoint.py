@@ -124,7 +124,7 @@ def explain_writing(
     path: Path,  # What is written
     size: int = 0,  # Bytes that it needs
 ):  # A context; an OSError within gets another message
-    "Turn what the system says about writing `path` into one message with the way out"
+    "Turn what the system says about writing `path` into one message with the hint"
     try:
         yield
     except OSError as e:
@@ -307,7 +307,7 @@ _NAME = re.compile(r"epoch-\d+(-update-\d+)?\.safetensors")
 
 def find_checkpoints(
     folder,  # Folder of the checkpoints; may be missing
-):  # (paths by update, the newest last; an error for each file that cannot be read)
+):  # (paths by step, the newest last; an error for each file that cannot be read)
     "Sort the files of a folder into checkpoints and damaged ones"
     found, damaged = [], []
     for path in sorted(local_path(folder, "folder").glob("epoch-*.safetensors")):
@@ -324,7 +324,7 @@ def find_checkpoints(
 
 def list_checkpoints(
     folder,  # Folder of the checkpoints; may be missing
-) -> list:  # Paths of whole checkpoints, by update, the newest last
+) -> list:  # Paths of whole checkpoints, by step, the newest last
     "List the checkpoints of a run, oldest first"
     found, damaged = find_checkpoints(folder)
     for error in damaged:

@@ -18,7 +18,7 @@ IMAGENET = 1281167  # Training images
 RATES = "gpu_rates.json"
 
 
-class Plan(NamedTuple):
+class GPUPlan(NamedTuple):
     """A case on GPUs, fed by one reader."""
 
     reader: str
@@ -98,7 +98,7 @@ def plan_gpus(
     gpus: int = 1,  # Of one host, with 16 cores each
     reader: str = "",  # One of the readers in `rates()`; "" = all of them
     images: int = IMAGENET,  # Of an epoch
-) -> List[Plan]:  # A plan for each reader, the fastest first
+) -> List[GPUPlan]:  # A plan for each reader, the fastest first
     """Say how many hours the epochs of a case take, and whether GPUs or readers are what it waits for.
 
     More GPUs than one, with their cores, are taken to be as many times as fast. Raises ValueError for a reader that
@@ -114,11 +114,11 @@ def plan_gpus(
             fed = row["images_per_s"] * gpus
             seconds = case.epochs * images / min(step * gpus, fed)
             parts = ["step"] * projected + ["reader"] * row["projected"]
-            found.append(Plan(name, gpus, step * gpus, fed, ", ".join(parts), seconds / 3600))
+            found.append(GPUPlan(name, gpus, step * gpus, fed, ", ".join(parts), seconds / 3600))
     return sorted(found, key=lambda p: p.hours)
 
 
-def plan_rows(plans: List[Plan]) -> List[Dict[str, object]]:
+def plan_rows(plans: List[GPUPlan]) -> List[Dict[str, object]]:
     """Return the plans as rows of a table."""
     return [
         {

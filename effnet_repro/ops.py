@@ -21,7 +21,7 @@ class _Composed:
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))
 
-    def moments(self, x):  # Mean and variance of each picture's channels, (N, 1, 1, C) each
+    def moments(self, x):  # Mean and variance of each image's channels, (N, 1, 1, C) each
         mean = self.mean(x, (1, 2), True)
         return mean, self.mean(self.square(x - mean), (1, 2), True)
 
@@ -190,7 +190,7 @@ class TFOps(_TFNames):
         return self.tf.random.stateless_uniform(shape, key)
 
 # %% ../nbs/02_ops.ipynb #d08596f0
-FUSED_FROM = 2**15  # Numbers in a picture's tensor above which XLA makes one loop of a step
+FUSED_FROM = 2**15  # Numbers in an image's tensor above which XLA makes one loop of a step
 
 # %% ../nbs/02_ops.ipynb #3f4fa45b
 class _TFLoops(TFOps):
@@ -362,7 +362,7 @@ _instances = {}
 
 def get_ops(
     name: str = "tensorflow",  # "tensorflow", "jax" or "numpy"
-):  # The namespace; always the same object for one name
+):  # The backend; always the same object for one name
     "Get the operations of a framework, importing it on first use"
     if name not in _IMPLEMENTATIONS:
         raise unknown_name("back end", name, _IMPLEMENTATIONS)
@@ -376,10 +376,10 @@ class Rng:
 
     def __init__(
         self,
-        ops,  # Namespace that draws
+        ops,  # Backend that draws
         seed=0,  # Seed of the run
         update=0,  # Index of the weight update; may be a tensor
-        micro_batch=0,  # Index within the update; may be a tensor
+        micro_batch=0,  # Index within the step; may be a tensor
         replica=0,  # Index of the replica
         batch=None,  # Images of the whole training step; None = the masks are the micro-batch's own
     ):

@@ -270,7 +270,7 @@ class Pipeline:
     def gradients(
         self,
         weights: dict,  # Full name -> tensor
-        micro_batches,  # List of (pictures, targets), tensors
+        micro_batches,  # List of (images, targets), tensors
         pipeline_schedule: str = "Grouped",  # Order of the work; it does not change the result
         seed: int = 0,  # Of the run
         update: int = 0,  # Index of the training step

@@ -29,7 +29,7 @@ class Size(NamedTuple):
     width: float  # Multiplies channels
     depth: float  # Multiplies repeats
     dropout_rate: float  # Before the classifier
-    native: int  # Side of a picture, pixels
+    native: int  # Side of an image, pixels
     half: Optional[int] = None  # Published half resolution, pixels
 
 
@@ -307,7 +307,7 @@ def blocks(
 
 # %% ../nbs/01_scaling.ipynb #f16bb775
 class Conv(NamedTuple):
-    "One convolution or dense layer with its cost, per picture"
+    "One convolution or dense layer with its cost, per image"
 
     segment: str  # Segment it belongs to
     part: str  # "conv", "a", "b", "SE/1", "SE/2", "c", "logits"
@@ -354,7 +354,7 @@ def conv_table(
 
 # %% ../nbs/01_scaling.ipynb #e3fe4cf7
 class Cost(NamedTuple):
-    "Trainable parameters, and multiply-adds and convolution outputs per picture"
+    "Trainable parameters, and multiply-adds and convolution outputs per image"
 
     params: int
     macs: int
@@ -372,7 +372,7 @@ class Counts(NamedTuple):
 # %% ../nbs/01_scaling.ipynb #9d1f0409
 def count(
     spec: Any,  # A `ModelSpec`, a `Case`, or the name of either
-    image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
 ) -> Counts:  # Totals, and `.segments` in order
     "Count parameters, multiply-adds and activations of a network"
     spec = ModelSpec.from_name(spec) if isinstance(spec, str) else getattr(spec, "network", spec)

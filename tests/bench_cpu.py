@@ -97,7 +97,7 @@ def _peer_training(images, labels):
 
 
 def training(name, size, batch):
-    """A function that makes k updates through `model.fit` and gives the seconds of each but the first."""
+    """A function that makes k steps through `model.fit` and gives the seconds of each but the first."""
     images, labels = _pictures(size, batch)
     make = _peer_training if name == PEER else lambda *data: _our_training(name, *data)
     model, example = make(images, labels)
@@ -106,7 +106,7 @@ def training(name, size, batch):
 
     class Clock(keras.callbacks.Callback):
         def on_train_batch_end(self, _, logs=None):
-            float(logs["loss"])  # the update is done
+            float(logs["loss"])  # the step is done
             self.times.append((time.perf_counter(), time.process_time()))
 
     clock, stream = Clock(), tf.data.Dataset.from_tensors(example).repeat()
@@ -140,7 +140,7 @@ def _timed(call, k):
 
 
 def inference(name, size, batch):
-    """A function that classifies k batches, pictures and logits as NumPy arrays; ours with the proxy folded."""
+    """A function that classifies k batches, images and logits as NumPy arrays; ours with the proxy folded."""
     images, _ = _pictures(size, batch)
     predict = _peer(size).predict_on_batch if name == PEER else _folded(name, size)
     return lambda k: _timed(lambda: predict(images), k)
@@ -223,7 +223,7 @@ def grouped(name, size, batch):
 
 
 def work(kind, name, size, batch):
-    """Answer each number of updates on a line of standard input with what they took."""
+    """Answer each number of steps on a line of standard input with what they took."""
     kinds = {f.__name__: f for f in (training, inference, operations, timm, grouped)}
     run = kinds[kind](name, size, batch)
     run(1)
@@ -315,7 +315,7 @@ def speed_rows(workers, peers):
 
 
 def memory_rows(workers):
-    """Peak memory of each process and the time from its start to its first update."""
+    """Peak memory of each process and the time from its start to its first step."""
     return [
         {
             **w.label,
@@ -372,7 +372,7 @@ def bench_operations(a):
 
 
 def bench_sizes(a):
-    """Time and memory of a training picture against multiply-adds and activations."""
+    """Time and memory of a training image against multiply-adds and activations."""
     from effnet_repro.scaling import ModelSpec, count
 
     for size in [0] if a.quick else a.sizes:
@@ -392,7 +392,7 @@ def bench_sizes(a):
 
 
 def bench_reader(a):
-    """Pictures that the reader alone gives, per core."""
+    """Images that the reader alone gives, per core."""
     from effnet_repro.data import open_data, training_batches
 
     folders = {}

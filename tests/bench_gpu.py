@@ -8,7 +8,7 @@ results/ as they come. Without a GPU: a message.
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
          and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
-reader   gpu_reader.csv: pictures a second from disk, and from the device's memory
+reader   gpu_reader.csv: images a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
 use      gpu_use.csv: the command `effnet-train` on --data RESIDENT [PHOTOGRAPHS], by bench_use.py

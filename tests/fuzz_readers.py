@@ -54,12 +54,12 @@ def example(data: bytes):
 
 def jpeg(data: bytes):
     """An image file: its header, its orientation, and where it is small its pixels."""
-    from effnet_repro.data.decode import decode_image, image_facts, picture_bytes
+    from effnet_repro.data.decode import decode_image, image_bytes, image_facts
 
     data = data if data[:2] == b"\xff\xd8" else b"\xff\xd8" + data
     facts = image_facts(data)
     if facts.height * facts.width < 2**16:
-        picture_bytes(data)
+        image_bytes(data)
         decode_image(data, upright=True)
 
 

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 
-SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, pictures a step
+SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, images a step
 MODES = ("train", "infer")
 ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
 SEED = 0  # of images and weights, in every process
@@ -30,7 +30,7 @@ def contenders():
             rows += [(f"keras.applications {model}", "keras", {**one, "mode": m}, 1) for m in MODES]
         for arm in ("G16-LN_PN", "G16-GN", "G1-GN"):
             for part, side in (("Native", native), ("Half", half)):
-                many = batch * (2 if part == "Half" else 1)  # half the pixels, twice the pictures
+                many = batch * (2 if part == "Half" else 1)  # half the pixels, twice the images
                 published = part if arm != "G1-GN" else "Native"  # no half of it was published
                 one = dict(model=f"{size}-{arm}-{published}", size=side, batch=many)
                 wave = 1 if arm == "G16-LN_PN" else 2 if size == "B0" else 3
@@ -67,7 +67,7 @@ def _pictures(batch, size):
 
 
 def _training_step(model, size, batch):
-    "An update of one of our networks, compiled, with its arguments"
+    "A step of one of our networks, compiled, with its arguments"
     import jax
     import jax.numpy as jnp
 

@@ -1,8 +1,8 @@
 """Every network of the thirty cases makes one update on the stand-in: python tests/ipu_matrix.py [OUT.csv [ROWS]]
 
 Writes results/ipu_standin.csv: the difference to the written-out recipe (tests/ipu_reference.py), relative
-to the largest value of each array; `changes_difference` is relative to what the updates changed, over all
-weights or slots of a kind, the worst kind. Two networks make a second update, too, and some train with
+to the largest value of each array; `changes_difference` is relative to what the steps changed, over all
+weights or slots of a kind, the worst kind. Two networks make a second step, too, and some train with
 mixing and masks, with slots from zero, in float32 and in the 16 bits of their case, loss scale and all.
 Minutes a network, ROWS at most a call, which is why tests/test_ipu.py runs short ones. With TensorFlow
 2.6.3 on Python 3.8, which Graphcore's build is made from, the networks without group convolutions run as
@@ -45,7 +45,7 @@ COMMAND, SEED = "python tests/ipu_matrix.py", 1  # the seed that ipu_updates.bot
 
 
 def measure(network, name, updates, precision=None):
-    "A row: how far some updates of a case's network are from the recipe; with a precision, everything on"
+    "A row: how far some steps of a case's network are from the recipe; with a precision, everything on"
     fields = dict(precision=precision, **EVERYTHING, **PLAIN_SLOTS) if precision else {}
     case, began = small(name, **fields), time.perf_counter()
     _, (got, reports), (wanted, losses), start = both(case, updates, check_divergence=False)
@@ -91,7 +91,7 @@ def passes(row):
 
 
 def rounding(case, start, wanted):
-    "How far the recipe in 16 bits is from the one in float32 after an update: the changes' difference"
+    "How far the recipe in 16 bits is from the one in float32 after a step: the changes' difference"
     spec, wide = ModelSpec.from_case(case, num_classes=CLASSES), replace(case, precision="32.32")
     images, labels = (v[0] for v in make_pictures(case, CLASSES))
     parts = (
@@ -103,7 +103,7 @@ def rounding(case, start, wanted):
 
 
 def main(path, most=99):
-    "One case for each network, the smallest first, then two updates of two; the file grows row by row"
+    "One case for each network, the smallest first, then two steps of two; the file grows row by row"
     networks = {}
     for name, case in load_cases().items():
         networks.setdefault(ModelSpec.from_case(case).name, name)

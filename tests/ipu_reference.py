@@ -19,7 +19,7 @@ MIXING = ("mixup", "cutmix_lambda", "cutmix_centre")
 
 
 def make_pictures(case, num_classes, updates=1, seed=0):
-    "Pictures and labels of some updates, in the order of a global batch"
+    "Images and labels of some steps, in the order of a global batch"
     rng, n = np.random.default_rng(seed), case.global_batch_size
     size = (updates, n, case.image_size, case.image_size, 3)
     return rng.integers(0, 256, size, "uint8"), rng.integers(0, num_classes, (updates, n), "int32")
@@ -72,7 +72,7 @@ def smooth(case, targets):
 
 
 def reference_gradients(case, spec, weights, images, labels, seed=0, update=0):
-    "Sums over an update's micro-batches by eager TensorFlow: ({name: gradient}, loss, correct images)"
+    "Sums over a step's micro-batches by eager TensorFlow: ({name: gradient}, loss, correct images)"
     import tensorflow as tf
 
     ops, compute, stored = arithmetic(case)
@@ -140,7 +140,7 @@ def reference_update(case, spec, weights, slots, images, labels, rate, *, seed=0
 
 
 def fresh_slots(case, spec):
-    "Slots before the first update"
+    "Slots before the first step"
     names = [s.name for s in segments(spec)]
     trained = trained_segments(names, case.variable_filter)
     table = [p for s in segments(spec) if s.name in trained for p in s.params if p.trainable]

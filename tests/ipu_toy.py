@@ -53,7 +53,7 @@ def sgd(loss, rate=1.0, reduce=True):
 
 
 class Toy:
-    "Loss w * x summed: the gradient of w is the picture itself"
+    "Loss w * x summed: the gradient of w is the image itself"
 
     def __init__(self, stages=(first, last), ga=4, n=64, **options):
         ops = ipu().pipelining_ops

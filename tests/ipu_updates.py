@@ -30,7 +30,7 @@ def short_case(name=NAME, **fields):
 
 
 def program(case, images, labels, **how):
-    "A training program fed with given pictures, update after update"
+    "A training program fed with given images, step after step"
     spec, graphcore = ModelSpec.from_case(case, num_classes=CLASSES), ipu.Graphcore()
     per_replica = ipu.ipus_per_replica(case.num_stages)
     index, count = graphcore.instances
@@ -66,7 +66,7 @@ def change_differences(got, wanted, start):
 
 
 def both(case, updates=1, updates_per_run=1, **how):
-    "Updates on the stand-in and by the reference: machine, then (weights and slots, reports) of each, and the start"
+    "Steps on the stand-in and by the reference: machine, then (weights and slots, reports) of each, and the start"
     spec, rates = ModelSpec.from_case(case, num_classes=CLASSES), [0.01] * updates_per_run + [0.005]
     images, labels = make_pictures(case, CLASSES, updates)
     weights = initial_weights(spec, seed=1)
@@ -86,7 +86,7 @@ def both(case, updates=1, updates_per_run=1, **how):
 
 
 def check_updates(case, updates=1, updates_per_run=1, **how):
-    "Compare weights, slots, loss and accuracy of some updates"
+    "Compare weights, slots, loss and accuracy of some steps"
     machine, (got, reports), (state, wanted), start = both(case, updates, updates_per_run, **how)
     np.testing.assert_allclose(reports, wanted, rtol=2e-5)
     # float32 sums in another order, through the square root of RMSProp

@@ -2,7 +2,7 @@
 
     python tests/jupyterlab.py nbs/10_group_conv.ipynb nbs/12_proxy_norm.ipynb
 
-It works on a copy of the project and shows Debian's Chromium the pages; a picture of each page's end
+It works on a copy of the project and shows Debian's Chromium the pages; an image of each page's end
 is left in _screenshots/. Not a part of the check: nbdev_test and papermill run the same cells there.
 """
 

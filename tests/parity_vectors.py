@@ -1,4 +1,4 @@
-"""Weights, pictures and expected values of the published network (tests/parity)."""
+"""Weights, images and expected values of the published network (tests/parity)."""
 
 import json
 import zlib

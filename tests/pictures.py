@@ -17,7 +17,7 @@ quick = settings(
 
 
 def picture(height=30, width=40, seed=0):
-    "A smooth colour picture with some noise"
+    "A smooth color image with some noise"
     y, x = np.mgrid[:height, :width]
     base = np.stack([255 * y / height, 255 * x / width, 128 + 0 * x], -1)
     noise = d.random_uniform(seed, np.arange(base.size)).reshape(base.shape)

@@ -57,7 +57,7 @@ def test_the_box(size, kept, centre):
 @pytest.mark.parametrize("m, partner", [(2, 1), (3, 2), (5, 2)])
 def test_partners(m, partner):
     pictures = np.arange(m, dtype="float32")[:, None, None, None] * np.ones((1, 4, 4, 1))
-    full = dict(cutmix_lambda=0.0, cutmix_centre=[0.5, 0.5])  # the box is the picture
+    full = dict(cutmix_lambda=0.0, cutmix_centre=[0.5, 0.5])  # the box is the image
     images, targets = mix(get_ops("numpy"), pictures, np.eye(m), **full)
     np.testing.assert_array_equal(images[:, 0, 0, 0], np.roll(np.arange(m), partner))
     np.testing.assert_array_equal(targets, np.roll(np.eye(m), partner, 0))

@@ -89,7 +89,7 @@ def test_what_an_average_refuses(tmp_path):
         with pytest.raises(ValueError, match="same arrays every time"):
             average.update(other)
     for update in (9, 10):
-        with pytest.raises(ValueError, match="already holds update 10"):
+        with pytest.raises(ValueError, match="already holds step 10"):
             average.update({"a": np.ones(2), "b": np.ones(2)}, at_update=update)
     assert average.count == 1
     path = save(tmp_path / "c.safetensors", {"w": np.ones(1)})

@@ -120,7 +120,7 @@ def visit(browser, site):
 
 def barriers(page, only_colours=False):
     "What axe finds that is serious or critical."
-    # Code is coloured by one palette: its first blocks speak for the others.
+    # Code is colored by one palette: its first blocks speak for the others.
     away = "main div.cell:nth-of-type(n + 9) pre code span"
     rules = '{runOnly: ["color-contrast"], ' if only_colours else "{"
     page.evaluate(AXE)
@@ -151,6 +151,24 @@ def too_wide(page):
     )
 
 
+def scrolled(page):
+    """Code, output, formulas and tables that are wider than the room they have, folded ones opened.
+
+    Tables that can be searched may be, and on a phone tables of many numbers.
+    """
+    return page.evaluate(
+        """() => {
+        document.querySelectorAll("main details").forEach((d) => { d.open = true; });
+        const phone = document.documentElement.clientWidth < 576;
+        const boxes = "main :is(pre, .cell-output-display, .sd-table, .math.display, .katex-display, .play-scroll)";
+        return [...document.querySelectorAll(boxes)].filter((e) => e.offsetParent
+            && e.scrollWidth > e.clientWidth + 1 && !e.closest(".sortable") && !e.querySelector(".sortable")
+            && !(phone && e.querySelector("table.long")))
+            .map((e) => `${e.scrollWidth} in ${e.clientWidth}: ${e.textContent.trim().slice(0, 80)}`);
+        }"""
+    )
+
+
 def unrendered(page):
     "Marks of Markdown or of a formula in running text, where they should have become something."
     return page.evaluate(
@@ -163,7 +181,7 @@ def unrendered(page):
 
 
 def shoot(page, name):
-    "Keep a picture of the page for who looks at it; nobody does where the whole check runs."
+    "Keep an image of the page for who looks at it; nobody does where the whole check runs."
     if os.environ.get("CI") == "true":
         return
     SHOTS.mkdir(exist_ok=True)
@@ -180,6 +198,7 @@ def test_page(visit, name):
     assert page.locator(".katex-error").count() == 0
     assert unrendered(page) == []
     assert barriers(page) == []
+    assert name not in PAGES or scrolled(page) == []
     shoot(page, f"{stem}-desk-light")
     if name in PAGES:
         page.locator(".scheme-switch").click()
@@ -188,6 +207,7 @@ def test_page(visit, name):
     page.set_viewport_size(PHONE)
     page.wait_for_timeout(50)
     assert too_wide(page) == []
+    assert name not in PAGES or scrolled(page) == []
     shoot(page, f"{stem}-phone-dark")
 
 

@@ -203,7 +203,7 @@ SHORT = [k for k in NETWORKS if k[0] == 0 or k == (5, 16, "LN_PN")]
     [n if k in SHORT else pytest.param(n, marks=pytest.mark.long) for k, n in NETWORKS.items()],
 )
 def test_every_network_builds_counts_and_learns(name):
-    """One weight update on two 32-pixel pictures, not compiled: every trained array moves and stays finite."""
+    """One weight update on two 32-pixel images, not compiled: every trained array moves and stays finite."""
     published = CASES[name]
     counts = count(published)
     small = override(for_one_device(published, 2, 2), image_size=32, warmup_epochs=0)
@@ -234,7 +234,7 @@ def test_every_network_builds_counts_and_learns(name):
 
 
 def _alive(spec, program):
-    """Segments whose residual branch was not dropped for both pictures."""
+    """Segments whose residual branch was not dropped for both images."""
     from effnet_repro.ops import Rng, get_ops
     from effnet_repro.scaling import blocks
 

@@ -34,7 +34,7 @@ def test_nothing_of_the_document_is_left_out():
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    "Two classes of coloured squares: 32 pictures to train on, 8 to validate"
+    "Two classes of colored squares: 32 images to train on, 8 to validate"
     root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
     for split, n in (("train", 16), ("val", 4)):
         for label in ("dark", "light"):

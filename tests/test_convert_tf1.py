@@ -24,7 +24,7 @@ from effnet_repro.testing import test_allclose as check_close
 
 
 def graph_of(spec, variables, size):
-    """A v1 graph with the published variables, and logits that read them: (graph, pictures, logits, saver)."""
+    """A v1 graph with the published variables, and logits that read them: (graph, images, logits, saver)."""
     graph, v1 = tf.Graph(), tf.compat.v1
     with graph.as_default():
         x = v1.placeholder(tf.float32, (2, size, size, 3))
@@ -63,7 +63,7 @@ def test_published_checkpoint_in_and_out(tmp_path):
     assert relative_error(logits(weights, parity_vectors.pictures_of(vector)), expected) < 1e-4
     convert.write_ours(tmp_path / "ours.safetensors", weights)
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "out.ckpt")
-    with v1.Session(graph=graph) as session:  # nothing is initialised here but by the file
+    with v1.Session(graph=graph) as session:  # nothing is initialized here but by the file
         saver.restore(session, str(tmp_path / "out.ckpt"))
         found = session.run(y, {x: parity_vectors.pictures_of(vector)})
     assert relative_error(found, expected) < 1e-4

@@ -56,7 +56,7 @@ def broken_jpegs():
 
 @pytest.fixture(scope="module")
 def broken_set(tmp_path_factory):
-    "Fifteen good pictures and three broken ones, in both splits."
+    "Fifteen good images and three broken ones, in both splits."
     folder = tmp_path_factory.mktemp("broken")
     good = [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(15)]
     bad = [record(b) for b in broken_jpegs().values()]
@@ -69,7 +69,7 @@ def test_damaged_pictures_are_left_out_and_named(broken_set, tmp_path, capsys):
     data = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip")
     said = capsys.readouterr().out
     assert (data.train_count, data.validation_count, len(data.damaged)) == (15, 15, 6)
-    assert "6 damaged ones left out" in said and said.count("left out: Not a picture") == 5
+    assert "6 damaged ones left out" in said and said.count("left out: Not an image") == 5
     assert all("train-" in text or "validation-" in text for text in data.damaged)
     again = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip")
     assert again == data and "decoding" not in capsys.readouterr().out  # it is remembered
@@ -83,7 +83,7 @@ def test_damaged_pictures_are_left_out_and_named(broken_set, tmp_path, capsys):
 
 def test_damaged_pictures_are_refused_by_name(broken_set):
     data = d.open_data(broken_set, verbose=False)
-    with pytest.raises(ValueError, match="It is picture .* at byte .*on_corrupt='skip'") as error:
+    with pytest.raises(ValueError, match="It is image .* at byte .*on_corrupt='skip'") as error:
         next(d.array_batches(data, 16, 18))
     one_line(error)
     with pytest.raises(ValueError, match="validation split.*on_corrupt='skip'") as error:
@@ -96,21 +96,21 @@ def test_damaged_pictures_are_refused_by_name(broken_set):
 def test_a_run_names_the_damaged_picture_or_leaves_it_out(broken_set, tmp_path):
     options = {**SMOKE, "global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3}
     options.update(epochs=2, validate_every=None)
-    with pytest.raises(ValueError, match="picture .* of the train split, at byte") as error:
+    with pytest.raises(ValueError, match="image .* of the train split, at byte") as error:
         train(TINY, broken_set, tmp_path / "a", **options)
     one_line(error)
     run = train(TINY, broken_set, tmp_path / "b", on_corrupt="skip", **options)
     config = json.loads((run.run_dir / "config.json").read_text())
     assert run.finished and len(config["skipped_pictures"]) == 6
     assert "skipped_pictures" in (run.run_dir / "metrics.csv").read_text().splitlines()[0]
-    with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
+    with pytest.raises(ValueError, match="image .* of the validation split, at byte") as error:
         validate(run.run_dir, broken_set)
     one_line(error)
     assert validate(run.run_dir, broken_set, on_corrupt="skip")["last"].pictures == 15
 
 
 def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys):
-    """The same batches as TensorFlow's own, from any update on, and the same words about damage."""
+    """The same batches as TensorFlow's own, from any step on, and the same words about damage."""
     monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
     monkeypatch.setattr(decoding, "fits_device", lambda data: False)
     monkeypatch.setattr("keras.backend.backend", lambda: "jax")
@@ -123,7 +123,7 @@ def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys
         np.testing.assert_array_equal(ours["labels"], other[1])
     assert sum(mask.sum() for *_, mask in stream.validation_stream(good, 32, 4)) == 15
     bad = d.open_data(broken_set, **how)
-    with pytest.raises(ValueError, match="picture .* of the validation split, at byte") as error:
+    with pytest.raises(ValueError, match="image .* of the validation split, at byte") as error:
         list(stream.validation_stream(bad, 32, 4))
     one_line(error)
     good = replace(good, decoder="simplejpeg")
@@ -142,8 +142,8 @@ def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
     try:
         ours = decode.decode_image(bytes(data))
     except ValueError as error:
-        assert "Not a picture that can be decoded" in one_line(error)
-        with pytest.raises(ValueError, match="Not a picture that can be decoded"):
+        assert "Not an image that can be decoded" in one_line(error)
+        with pytest.raises(ValueError, match="Not an image that can be decoded"):
             decode.decode_image(bytes(data), fast=True)
         return
     theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_ACCURATE")

@@ -32,7 +32,7 @@ def test_folders(tmp_path, validation):
         for name in names:
             (tmp_path / split / name).mkdir(parents=True)
             (tmp_path / split / name / "x.JPEG").write_bytes(encode(picture()))
-            (tmp_path / split / name / "notes.txt").write_text("not a picture")
+            (tmp_path / split / name / "notes.txt").write_text("not an image")
     found = d.open_data(tmp_path, verbose=False)
     assert found.format == "folder" and found.class_names == ("a", "b")
     assert list(found.splits["validation"].label) == [1]
@@ -40,7 +40,7 @@ def test_folders(tmp_path, validation):
     with pytest.raises(ValueError, match="does not have: c"):
         d.open_data(tmp_path)
     (tmp_path / "train" / "c").mkdir()
-    with pytest.raises(ValueError, match="class folder .*c holds no picture"):
+    with pytest.raises(ValueError, match="class folder .*c holds no image"):
         d.open_data(tmp_path)
 
 
@@ -91,10 +91,10 @@ def test_info_names_the_classes(tmp_path):
         (record(label=1.5), "whole number from 1 .*Received: \\[1.5\\] in record 1"),
         (record(label=10**15), "must not exceed 100,000 .*give num_classes in info.json"),
         (record(label=[1, 2]), "Received: \\[1, 2\\]"),
-        (d.make_example({"image/class/label": 1}), "Record 1 of .* is not a picture"),
-        (d.make_example({"image/encoded": b"x"}), "Record 1 of .* is not a picture"),
-        (record(encoded=[b"x", b"y"]), "Record 1 of .* is not a picture"),
-        (b"\x0a\x7fcut", "Record 1 of .* is not a picture"),
+        (d.make_example({"image/class/label": 1}), "Record 1 of .* is not an image"),
+        (d.make_example({"image/encoded": b"x"}), "Record 1 of .* is not an image"),
+        (record(encoded=[b"x", b"y"]), "Record 1 of .* is not an image"),
+        (b"\x0a\x7fcut", "Record 1 of .* is not an image"),
         (record(**{"image/object/bbox/xmin": [0.1]}), "The boxes .* in record 1 of"),
     ],
 )
@@ -110,7 +110,7 @@ def test_refusals(tmp_path, sample):
     (tmp_path / "file").write_text("")
     with pytest.raises(FileNotFoundError, match="is a file"):
         d.open_data(tmp_path / "file")
-    with pytest.raises(FileNotFoundError, match="No pictures"):
+    with pytest.raises(FileNotFoundError, match="No images"):
         d.open_data(tmp_path, "cifar")
     with pytest.raises(ValueError, match="Did you mean 'validation'"):
         d.training_batches(sample, 32, 8, preprocessing="valid")
@@ -293,7 +293,7 @@ def test_files_that_tools_leave_are_no_images(tmp_path, name):
     (tmp_path / "a/train/a/album.jpg").mkdir()  # a folder is no image either
     assert d.open_data(tmp_path / "a", verbose=False).train_count == 4
     only = folders(tmp_path / "b", {**FOLDERS, f"train/c/{name}": b"x", "train/c/Thumbs.db": b"x"})
-    with pytest.raises(ValueError, match="class folder .*c holds no picture"):
+    with pytest.raises(ValueError, match="class folder .*c holds no image"):
         d.open_data(only)
 
 

@@ -97,11 +97,9 @@ def test_parts_of_a_batch_are_joined_where_they_are():
     done = subprocess.run(words, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     both, found, alone = done.stdout.splitlines()
-    assert both == "devices: 2 of 2 share the 8 micro-batches of an update"
+    assert both == "devices: 2 of 2 share the 8 micro-batches of a step"
     assert json.loads(found) == [[4, 3, 3, 3], [0, 1], True, 3]
-    assert alone.startswith(
-        "devices: 1 of 2 share the 2 micro-batches of an update: 2 do not divide"
-    )
+    assert alone.startswith("devices: 1 of 2 share the 2 micro-batches of a step: 2 do not divide")
     assert "1 groups of mixed images (mix_group_size)" in alone
 
 

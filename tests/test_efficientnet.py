@@ -50,7 +50,7 @@ def test_published_weights_through_keras(name):
     ["B0", "B5", *(pytest.param(f"B{i}", marks=pytest.mark.long) for i in range(1, 5))],
 )
 def test_equals_keras_applications(size):
-    """Same weights, same raw pictures, same logits; every array random, moving averages and input norm, too."""
+    """Same weights, same raw images, same logits; every array random, moving averages and input norm, too."""
     make = getattr(keras.applications, f"EfficientNet{size}")
     theirs = make(weights=None, input_shape=(64, 64, 3), classes=7, classifier_activation=None)
     rng = np.random.default_rng(int(size[1]))
@@ -117,8 +117,8 @@ x = np.random.default_rng(0).standard_normal((2, 7, 5, 16)).astype("float32")
 for layer, kwargs in ((GroupConv2D, {}), (ProxyNormAct, {}), (MBConv, dict(filters=16))):
     np.save(f"{sys.argv[1]}/{layer.__name__}.npy", check_layer(layer, kwargs, x))
 model = build_model("CIFAR-G16-LN_PN", num_classes=10)
-pictures = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
-np.save(f"{sys.argv[1]}/model.npy", model.predict(pictures, verbose=0))
+images = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+np.save(f"{sys.argv[1]}/model.npy", model.predict(images, verbose=0))
 """
 
 

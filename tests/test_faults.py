@@ -1,4 +1,4 @@
-"""Bad input: one message of one line that says what, where and the way out, and nothing lost.
+"""Bad input: one message of one line that says what, where and the hint, and nothing lost.
 
 The rows of `nbs/44_errors.ipynb` name the test that proves each; here are those that have no better home.
 """
@@ -122,7 +122,7 @@ def test_rules_of_a_case(values, says):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    "A run of two updates."
+    "A run of two steps."
     return train(TINY, run_dir=tmp_path_factory.mktemp("run"), **SMOKE)
 
 
@@ -225,8 +225,8 @@ def _no_slot(arrays, metadata):
     [
         (_narrow, "wrong shape.*bias|bias.*shape"),
         (_no_slot, "the slot momentum of all/Top/logits/dense/bias has shape None"),
-        (lambda a, m: m.update(pictures=7), "on 7 training pictures of 10 classes"),
-        (lambda a, m: m.update(num_classes=7), "training pictures of 7 classes"),
+        (lambda a, m: m.update(pictures=7), "on 7 training images of 10 classes"),
+        (lambda a, m: m.update(num_classes=7), "training images of 7 classes"),
         (lambda a, m: m.update(data_fingerprint="0"), "with other names, bytes or labels"),
         (lambda a, m: m["case"].update(norm="LN"), "norm: LN there, LN_PN here"),
         (lambda a, m: m["case"].update(nrom="LN"), "Unknown key 'nrom'.*Did you mean 'norm'"),
@@ -263,7 +263,7 @@ def test_a_loss_that_is_not_finite_keeps_the_last_checkpoint(tmp_path):
     arrays["all/Top/logits/dense/kernel"][:] = 3e38  # the next loss overflows
     checkpoint.save(good.checkpoint, arrays, metadata)
     whole = good.checkpoint.read_bytes()
-    with pytest.raises(FloatingPointError, match="The loss of update 3 is .*epoch-0") as error:
+    with pytest.raises(FloatingPointError, match="The loss of step 3 is .*epoch-0") as error:
         train(TINY, run_dir=tmp_path, **{**options, "max_steps": 4})
     assert str(good.checkpoint) in one_line(error) and good.checkpoint.read_bytes() == whole
     assert checkpoint.latest(tmp_path / "checkpoints") == good.checkpoint
@@ -275,7 +275,7 @@ def test_weights_that_are_not_finite_are_never_saved(run, tmp_path, monkeypatch)
     get = state.get_weights
     broken = lambda network: {n: np.full_like(a, np.nan) for n, a in get(network).items()}
     monkeypatch.setattr(state, "get_weights", broken)
-    with pytest.raises(FloatingPointError, match="After update 2 .*not finite.*no checkpoint yet"):
+    with pytest.raises(FloatingPointError, match="After step 2 .*not finite.*no checkpoint yet"):
         train(TINY, run_dir=tmp_path, **SMOKE)
     assert checkpoint.latest(tmp_path / "checkpoints") is None
 
@@ -319,8 +319,8 @@ def test_a_set_without_validation_pictures_trains(tmp_path, capsys):
     options = {**SMOKE, "global_batch_size": 6, "micro_batch_size": 6, "validate_every": 1}
     run = train(TINY, data, tmp_path / "run", **options)
     assert run.finished and run.scores == {}
-    assert "no validation pictures" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="no validation pictures in .*needs validation-") as error:
+    assert "no validation images" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no validation images in .*needs validation-") as error:
         validate(run.run_dir, data)
     one_line(error)
 
@@ -385,4 +385,4 @@ def test_too_little_memory_is_told_before_the_run(monkeypatch, capsys):
     for found in (None, 0.5):
         monkeypatch.setattr(estimation, "found_gib", lambda found=found: found)
         told = estimation.memory_warning(case)
-        assert told is None if found is None else "not even one picture" in told
+        assert told is None if found is None else "not even one image" in told

@@ -145,7 +145,7 @@ say(f"done {run.run_dir}")
 @pytest.mark.parametrize("name", [b"caf\xe9", "café".encode()])
 @pytest.mark.parametrize("locale", [{}, POSIX])
 def test_names_of_any_bytes_in_any_locale(tmp_path, name, locale):
-    "Of a picture, a class, the data folder and the run folder"
+    "Of an image, a class, the data folder and the run folder"
     from PIL import Image
 
     root = os.path.join(os.fsencode(tmp_path), name)

@@ -127,7 +127,7 @@ def test_no_flag_of_ipus_is_suggested_for_a_list(dry):
         (["--run-dir", "/dev/null/x"], "Cannot write /dev/null/x: /dev/null is no folder"),
         (["--init", "nowhere"], "There is no file or folder nowhere"),
         (["--restore-path", "nowhere"], "There is no file or folder nowhere"),
-        (["--data-format", "raw"], "No pictures in"),
+        (["--data-format", "raw"], "No images in"),
     ],
 )
 def test_what_is_not_there_is_asked_for_before_a_run(dry, words, says):

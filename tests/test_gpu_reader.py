@@ -157,7 +157,7 @@ def test_damage_is_named(tmp_path, damage):
     good = encode(picture())
     write(tmp_path, "train", [record(good), record(damage(good)), record(good)])
     data = d.open_data(tmp_path, verbose=False)
-    with pytest.raises(ValueError, match="can be decoded.*picture 1 of the train split, at byte"):
+    with pytest.raises(ValueError, match="can be decoded.*image 1 of the train split, at byte"):
         next(gpu_reader.training_stream(requested(data, 16, 3), maker()))
 
 
@@ -166,7 +166,7 @@ def test_what_a_decoder_refuses_and_the_host_cannot_read_is_named(tmp_path):
     bad = good[:3] + b"\0" * 40 + good[43:]  # an end, but no beginning
     write(tmp_path, "train", [record(good), record(good), record(bad)])
     data = d.open_data(tmp_path, verbose=False)
-    with pytest.raises(ValueError, match="picture 2 of the train split, at byte"):
+    with pytest.raises(ValueError, match="image 2 of the train split, at byte"):
         next(gpu_reader.training_stream(requested(data, 16, 3), maker()))
 
 

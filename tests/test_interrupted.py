@@ -119,7 +119,7 @@ def test_the_average_does_not_start_over(images, whole, tmp_path, capsys, damage
         "flip": lambda: newest.write_bytes(content),
     }.get(damage, newest.unlink)()
     train(TINY, images, run_dir, **OPTIONS)
-    assert "going on from epoch-0002.safetensors, update 6" in capsys.readouterr().out
+    assert "going on from epoch-0002.safetensors, step 6" in capsys.readouterr().out
     same(run_dir, whole.run_dir)
 
 

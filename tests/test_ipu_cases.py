@@ -16,7 +16,7 @@ CASES = load_cases()
 
 
 def build(case):
-    "Stages traced at real size; gradients are placeholders, and the update is built for one variable a kind"
+    "Stages traced at real size; gradients are placeholders, and the step is built for one variable a kind"
     spec = ModelSpec.from_case(case)
 
     def dataset():

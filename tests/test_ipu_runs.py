@@ -29,7 +29,7 @@ def short():
 
 @pytest.fixture
 def tiny(short):
-    "A case small enough for whole runs on the built-in pictures"
+    "A case small enough for whole runs on the built-in images"
     size = dict(model_size="cifar", top_filters=128)
     return short(**size, global_batch_size=16, epochs=1, num_replicas=2)
 
@@ -41,7 +41,7 @@ def without_figures(monkeypatch):
 
 
 def train(case, run_dir, **how):
-    "Two updates on two replicas"
+    "Two steps on two replicas"
     given = dict(ipus=4, budget="case", max_steps=2, validation=False)
     return ipu.train(case, None, run_dir, **{**given, **how})
 
@@ -97,7 +97,7 @@ def test_run_resumes_and_its_files_are_keras_files(tiny, tmp_path, monkeypatch):
     with ipu_standin.install(execute=False) as machine:
         for change, says in (
             (dict(data_fingerprint="0"), "as many as in the built-in.*with other names, bytes or"),
-            (dict(pictures=7), "on 7 training pictures of 10 classes"),
+            (dict(pictures=7), "on 7 training images of 10 classes"),
             (dict(seed=3), "with seed 3. Received: seed=0"),
         ):
             arrays, metadata = checkpoint.load(cut.checkpoint)

@@ -206,7 +206,7 @@ REFUSED = {
         ValueError,
         "offloaded",
     ),
-    "batch serialisation, two IPUs": (
+    "batch serialization, two IPUs": (
         dict(batch_serialization_iterations=2, device_mapping=[0, 1]),
         NotImplementedError,
         "one IPU",

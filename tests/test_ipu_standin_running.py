@@ -151,7 +151,7 @@ def test_infeed_not_initialised_aborts_the_process(graph):
         toy = Toy()
         with tf1.Session() as s:
             s.run(tf1.global_variables_initializer())
-            with pytest.raises(ProcessAbort, match="not initialised"):
+            with pytest.raises(ProcessAbort, match="not initialized"):
                 s.run(toy.step)
 
 

@@ -78,7 +78,7 @@ REFUSED = {  # kind: (files, words)
     "a set one folder deeper": (
         {f"ILSVRC/Data/CLS-LOC/{k}": v for k, v in FOLDERS.items()}, "Deeper there is .*CLS-LOC: give that",
     ),
-    "a class of nothing but HEIC": ({**FOLDERS, "train/c/x.heic": HEIC}, "c holds no picture.*1 .heic"),
+    "a class of nothing but HEIC": ({**FOLDERS, "train/c/x.heic": HEIC}, "c holds no image.*1 .heic"),
     "MNIST's files": ({"train-images-idx3-ubyte": "\0\0\x08\x03"}, "No data set.*data_format"),
     "compressed records": ({"train-00000-of-00001.tfrecord.gz": gzip.compress(b"x")}, "a gzip archive"),
     "CIFAR's labels": ({"data_batch_1.bin": bytes([11]) + bytes(3072)}, "has the label 11; the last one is 9"),

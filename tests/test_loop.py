@@ -219,7 +219,7 @@ def test_a_loss_that_is_not_finite_names_its_step(tmp_path):
             return values
 
     toy = Broken()
-    with pytest.raises(FloatingPointError, match="The loss of update 5 is nan.*epoch-0001"):
+    with pytest.raises(FloatingPointError, match="The loss of step 5 is nan.*epoch-0001"):
         train(tmp_path, toy)
     assert toy.closed == 1
     assert [p.stem for p in checkpoint.list_checkpoints(tmp_path / "checkpoints")] == ["epoch-0001"]
@@ -238,7 +238,7 @@ def test_another_run_is_refused_before_anything_is_built(whole, tmp_path):
     with pytest.raises(ValueError, match="image_size: 32 there, 64 here"):
         train(whole, Never(), override(CASE, image_size=64))
     few = SimpleNamespace(**{**vars(DATA), "train_count": 3})
-    with pytest.raises(ValueError, match="global_batch_size=4 exceeds the 3 training pictures"):
+    with pytest.raises(ValueError, match="global_batch_size=4 exceeds the 3 training images"):
         train(tmp_path / "few", Never(), data=few)
     assert not (tmp_path / "few").exists()
 
@@ -279,7 +279,7 @@ def test_a_set_without_validation_images_trains(tmp_path, capsys):
     data = SimpleNamespace(**{**vars(DATA), "validation_count": 0})
     run = train(tmp_path, data=data)
     assert run.finished and run.scores == {} and not (tmp_path / "validation.csv").exists()
-    assert capsys.readouterr().out.count("no validation pictures in /data/toys") == 1
+    assert capsys.readouterr().out.count("no validation images in /data/toys") == 1
 
 
 def test_epochs_are_shown(tmp_path, capsys, monkeypatch):

@@ -23,7 +23,7 @@ def test_every_epoch_is_a_permutation(count, seed, epoch, run, pool):
 
 
 def test_orders_are_uniform():
-    # where picture 0 lands, over seeds and epochs
+    # where image 0 lands, over seeds and epochs
     places = [np.flatnonzero(d.epoch_order(8, s, e) == 0)[0] for s in range(40) for e in range(40)]
     counts = np.bincount(places, minlength=8)
     assert np.abs(counts - 200).max() < 4 * 200**0.5

@@ -185,7 +185,7 @@ def test_a_damaged_image_is_named(tmp_path):
     good = encode(picture())
     write(tmp_path / "s", "train", [record(good), record(good[:200] + b"\xff\xd9")])
     data = d.open_data(tmp_path / "s", verbose=False)
-    with pytest.raises(ValueError, match="picture 1 of the train split, at byte"):
+    with pytest.raises(ValueError, match="image 1 of the train split, at byte"):
         packed.pack(data, tmp_path / "p", packing("jpeg"), 1)
 
 

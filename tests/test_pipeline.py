@@ -200,7 +200,7 @@ def network(norm, drop_path_rate=0.0):
 
 
 def parts(ops, size):
-    "The pictures in micro-batches"
+    "The images in micro-batches"
     pair = lambda i: (ops.asarray(PICTURES[i : i + size]), ops.asarray(TARGETS[i : i + size]))
     return [pair(i) for i in range(0, len(PICTURES), size)]
 
@@ -231,7 +231,7 @@ ENDS = {"GN": "block4a", "LN_PN": None}  # group norm on half of the network: co
 
 @pytest.fixture(scope="module")
 def unstaged():
-    "Gradients of the uncut network, all pictures at once, and the weights they lead to in NumPy"
+    "Gradients of the uncut network, all images at once, and the weights they lead to in NumPy"
     found = {}
 
     def get(norm):
@@ -263,7 +263,7 @@ def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compile
     spec = network(norm)
     splits = ["block2a", "block3a"] if norm == "GN" else ["block4a/b"]
     ops, stages, weights, pipeline = make(backend, spec, splits, end=ENDS[norm])
-    pieces = parts(ops, 1)  # two replicas with four micro-batches of one picture
+    pieces = parts(ops, 1)  # two replicas with four micro-batches of one image
     name = "Grouped" if len(stages) == 2 else "Sequential"
     runs = [
         pipeline.gradients(weights, p, name, replica=r)

@@ -63,7 +63,7 @@ def test_every_kind_of_file_is_turned_or_left(kind, orientation):
     np.testing.assert_array_equal(decode.decode_image(data), plain)
     upright = decode.decode_image(data, upright=True)
     np.testing.assert_array_equal(upright, decode.turned(plain, orientation))
-    assert d.picture_bytes(data, upright=True)[1] == upright.shape[:2]
+    assert d.image_bytes(data, upright=True)[1] == upright.shape[:2]
 
 
 @pytest.mark.parametrize(
@@ -282,5 +282,5 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path):
 )
 def test_a_file_that_is_no_image_is_called_what_it_is(tmp_path, data, kind):
     found = d.open_data(folders(tmp_path, {"train/a/x.jpg": data}), verbose=False)
-    with pytest.raises(ValueError, match=f"Not a picture.*it is {kind}.*x.jpg"):
+    with pytest.raises(ValueError, match=f"Not an image.*it is {kind}.*x.jpg"):
         d.load_arrays(found, "train", 8)

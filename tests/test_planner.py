@@ -123,7 +123,7 @@ def test_what_holds_of_any_plan(cuts, micro_batch_size, blocks, name):
     p = predict(B0, small)
     assert 0 < p.busy <= 1 + 1e-9
     larger = predict(B0, small._replace(micro_batch_size=micro_batch_size + 1))
-    assert larger.images_per_s > p.images_per_s  # fewer starts and waits for each picture
+    assert larger.images_per_s > p.images_per_s  # fewer starts and waits for each image
     assert max(larger.stage_bytes) > max(p.stage_bytes)
     longer = predict(B0, small._replace(gradient_accumulation=2 * small.gradient_accumulation))
     assert longer.images_per_s > p.images_per_s  # a longer window dilutes the ramps

@@ -155,7 +155,7 @@ def test_a_table_and_what_is_wrong(run, network, mixed):
     assert title.split() == ["image", "class", "probability"] and len(rows) == 4
     assert [row.split()[0] for row in rows[::2]] == [f"{mixed}/a.jpg", f"{mixed}/below/c.JPG"]
     assert all(len(row) == len(title) for row in rows)
-    assert f"{mixed}/b.jpg: Not a picture that can be decoded" in err
+    assert f"{mixed}/b.jpg: Not an image that can be decoded" in err
     assert f"{mixed}/gone.jpg: No such file" in err
     assert "effnet-predict: 2 of 4 images could not be read; the others are above." in err
 

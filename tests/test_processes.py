@@ -86,9 +86,9 @@ def test_sigterm_anywhere_saves_at_one_step_and_asks_to_be_started_again(tmp_pat
     runs.until(lambda: list(runs.run_dir().glob("checkpoints/*.safetensors")))
     ask(runs.processes[whom].pid, signal.SIGTERM)
     assert runs.wait() == [AGAIN, AGAIN]
-    assert "stopped after update" in runs.out(0)
+    assert "stopped after step" in runs.out(0)
     step, _ = checkpoint(runs.run_dir())
-    assert f"stopped after update {step}, saved" in runs.out(0)
+    assert f"stopped after step {step}, saved" in runs.out(0)
     for index in (0, 1):
         assert "Traceback" not in runs.err(index) and len(runs.err(index).splitlines()) <= 1
     again = Runs(tmp_path).start("--no-validation", "--max-steps", step + 2)

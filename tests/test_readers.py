@@ -86,7 +86,7 @@ def test_both_readers_agree_on_training(zoo, image_resize):
     for theirs, ours in islice(zip(*streams), 4):
         np.testing.assert_array_equal(theirs[1].numpy(), ours[1])
         difference = np.abs(theirs[0].numpy().astype(int) - ours[0])
-        # decoding part of a JPEG does not see the colours next to the part
+        # decoding part of a JPEG does not see the colors next to the part
         assert (difference > 0).mean() < 0.05 and difference[:, :, 6:-6].max() <= 1
 
 

@@ -1,4 +1,4 @@
-"""The recipe against its references: TensorFlow 1's optimisers, a step-by-step schedule, exact fractions."""
+"""The recipe against its references: TensorFlow 1's optimizers, a step-by-step schedule, exact fractions."""
 
 import math
 from fractions import Fraction
@@ -48,7 +48,7 @@ def gradients(updates=50, size=33, scale=1.0):
 
 
 def tf1_run(make_optimizer, start, grads, rates):
-    "Weights after each update by an optimiser of TensorFlow 1, its rate fed update by update."
+    "Weights after each step by an optimizer of TensorFlow 1, its rate fed step by step."
     tf = pytest.importorskip("tensorflow")
     v1 = tf.compat.v1
     with tf.Graph().as_default(), v1.Session() as session:
@@ -200,7 +200,7 @@ def test_exponential_ends_after_all_drops(epochs, updates_per_epoch, lr_drops):
         0,
         lr_drops // 2,
         lr_drops - 1,
-    }:  # First update at or after a boundary, and the one before
+    }:  # First step at or after a boundary, and the one before
         boundary = -(-k * total // lr_drops)
         expected = case.learning_rate * case.lr_decay ** (boundary * lr_drops // total)
         assert learning_rate(case, boundary, updates_per_epoch) == expected

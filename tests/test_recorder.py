@@ -294,7 +294,7 @@ def test_an_older_run_within_an_epoch_says_what_its_loss_leaves_out(tmp_path, ca
     Loop(tmp_path, at=at("step 8")).run()
     make_old(tmp_path)
     Loop(tmp_path).run()
-    assert "leave out its first 2 updates" in capsys.readouterr().out
+    assert "leave out its first 2 steps" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -304,7 +304,7 @@ def test_an_older_run_within_an_epoch_says_what_its_loss_leaves_out(tmp_path, ca
         (flip, "the average holds 2 of 3 epochs: .*average.safetensors is damaged"),
         (
             lambda p: shutil.copy(p.parents[2] / "newer", p),
-            "the average holds 2 of 3 epochs: average.safetensors is of update 12, after the checkpoint's 9",
+            "the average holds 2 of 3 epochs: average.safetensors is of step 12, after the checkpoint's 9",
         ),
     ],
 )

@@ -63,7 +63,7 @@ def records(run_dir):
 def test_an_older_validation_does_not_replace_a_newer_one(tmp_path, capsys):
     assert write_scores(tmp_path, "last", scores(18), 18, PLACE)
     assert not write_scores(tmp_path, "last", scores(15), 15, PLACE)
-    assert "the row of update 18 stays; this was 15" in capsys.readouterr().out
+    assert "the row of step 18 stays; this was 15" in capsys.readouterr().out
     assert write_scores(tmp_path, "average", scores(15), 15, PLACE)
     assert write_scores(tmp_path, "last", scores(21), 21, PLACE)
     assert write_scores(tmp_path, "last", scores(6), 6, PLACE, in_any_case=True)  # it began anew

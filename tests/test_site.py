@@ -118,18 +118,45 @@ def test_words_are_not_numbers(text):
     assert not finish.is_number(text)
 
 
-def test_tables_of_sentences_become_cards_unless_cells_are_merged(tmp_path):
-    said = ["one of the longer sentences of a table", "what is to be done about that, then"]
-    rows = [["a", *said], ["b", *said]]
+def tables(rows, names):
+    "A finished page with a table of these rows, and of the same with the first cell standing for two rows."
     body = "".join(f"<tr>{''.join(f'<td>{c}</td>' for c in row)}</tr>" for row in rows)
-    head = "<thead><tr><th>name</th><th>message</th><th>way out</th></tr></thead>"
-    table = f"<main><table>{head}<tbody>{body}</tbody></table></main>"
-    for text, found in ((table, 1), (table.replace("<td>a", "<td rowspan='2'>a"), 0)):
-        (tmp_path / "page.html").write_text(f"<body>{text}</body>")
+    merged = body.replace("<td>a</td>", "<td rowspan='2'>a</td>", 1).replace("<td>a</td>", "")
+    head = f"<thead><tr>{''.join(f'<th>{n}</th>' for n in names)}</tr></thead>"
+    for text in (body, merged):
+        yield f"<body><main><table>{head}<tbody>{text}</tbody></table></main></body>"
+
+
+def test_tables_of_sentences_become_cards(tmp_path):
+    said = ["one of the longer sentences of a table", "what is to be done about that, then"]
+    for text in tables([["a", *said], ["a", *said]], ["name", "message", "way out"]):
+        (tmp_path / "page.html").write_text(text)
         finish.finish_page(tmp_path / "page.html")
         page = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser")
-        assert len(page.select("table.cards")) == found
-        assert len(page.select("td[data-label='way out'][role=cell]")) == 2 * found
+        assert len(page.select("table.cards tbody td[data-label='way out'][role=cell]")) == 2
+        assert [c.get_text() for c in page.select("td[data-label=name]")] == ["a", "a"]
+        assert len(page.select(".again")) == ("rowspan" in text)
+
+
+def test_wide_tables_are_set_small_and_long_ones_scroll(tmp_path):
+    names = ["images_per_s", *(f"a_number_{i}" for i in range(14))]
+    for rows, found in ((3, "cards"), (40, "long")):
+        table = [["1234567.0"] * len(names)] * rows
+        (tmp_path / "page.html").write_text(next(tables(table, names)))
+        finish.finish_page(tmp_path / "page.html")
+        page = BeautifulSoup((tmp_path / "page.html").read_text(), "html.parser")
+        assert page.table["class"] == ["dense", "denser", found]
+        assert page.select_one("th").get_text() == "images/s"
+        assert page.select_one("td").get_text() == "1,234,567"
+
+
+def test_an_index_without_a_name_is_left_out():
+    text = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody>{}</tbody></table>"
+    for first, kept in ((("0", "1"), 2), (("3", "8"), 2), (("8", "3"), 4), (("B0", "B1"), 4)):
+        rows = "".join(f"<tr><th>{n}</th><td>x</td></tr>" for n in first)
+        soup = BeautifulSoup(text.format(rows), "html.parser")
+        finish.tidy_table(soup, soup.table)
+        assert len(soup.select("tbody > tr > *")) == kept
 
 
 def test_lines_of_code_are_told_apart():

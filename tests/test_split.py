@@ -70,7 +70,7 @@ def test_a_run_keeps_its_share(root, tmp_path, run):
     assert validate(done.run_dir, root)["last"].pictures == held
     status, out, err = run("doctor", "--data-dir", root, "--validation-split", 0.4, "--no-trial")
     assert f"{held} validation" in out, err
-    with pytest.raises(ValueError, match="other training|training pictures"):
+    with pytest.raises(ValueError, match="other training|training images"):
         train(TINY, root, tmp_path / "run", validation_split=0.3, **{**WORDS, "max_steps": 3})
 
 

@@ -155,7 +155,7 @@ def test_rectangles_are_those_of_the_crops(sample, processes, monkeypatch, way):
 def test_a_damaged_image_is_named_by_processes(tmp_path, processes):
     write(tmp_path, "train", [record(encode(picture())), record(encode(picture())[:200])])
     found = d.open_data(tmp_path, verbose=False)
-    with pytest.raises(ValueError, match="can be decoded.*picture 1 of the train split, at byte"):
+    with pytest.raises(ValueError, match="can be decoded.*image 1 of the train split, at byte"):
         next(d.array_batches(found, 16, 2))
 
 

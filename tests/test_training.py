@@ -33,7 +33,7 @@ from effnet_repro.training import (
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """An uninterrupted run of four updates, two epochs of a shrunken set."""
+    """An uninterrupted run of four steps, two epochs of a shrunken set."""
     return train(TINY, run_dir=tmp_path_factory.mktemp("whole"), **{**SMOKE, "max_steps": 4})
 
 
@@ -99,7 +99,7 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, capfd):
         signal.signal(signal.SIGTERM, old)
     said = capfd.readouterr()
     assert "run the same command again to go on" in said.err
-    assert f"stopped after update {run.update}" in said.out
+    assert f"stopped after step {run.update}" in said.out
     newest = checkpoint.read_metadata(checkpoint.latest(tmp_path / "checkpoints"))
     assert not run.finished and 3 <= newest["update"] == run.update < 40
 
@@ -122,7 +122,7 @@ def _kill_after_the_first_checkpoint(run_dir):
 
 
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
-    """Three updates an epoch: killed after the first checkpoint, then resumed; against a run nobody killed."""
+    """Three steps an epoch: killed after the first checkpoint, then resumed; against a run nobody killed."""
     assert _kill_after_the_first_checkpoint(tmp_path / "cut") == -signal.SIGKILL
     resumed = train(TINY, run_dir=tmp_path / "cut", **{**EPOCHS_OF_THREE, "max_steps": 5})
     straight = train(TINY, run_dir=tmp_path / "straight", **{**EPOCHS_OF_THREE, "max_steps": 5})
@@ -133,7 +133,7 @@ def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
 
 
 def test_micro_batches_do_not_matter(tmp_path):
-    """One update of 8 pictures at once and as 4 x 2: the gradient in the slot agrees to rounding."""
+    """One update of 8 images at once and as 4 x 2: the gradient in the slot agrees to rounding."""
     plain = dict(mixup_alpha=0.0, drop_path_rate=0.0, max_steps=1)
     slots = []
     for micro in (8, 2):
@@ -410,7 +410,7 @@ def test_bad_input_gets_one_clear_answer(whole, tmp_path, monkeypatch, call, err
 
 
 def test_a_broken_loss_stops_and_names_the_update(tmp_path):
-    with pytest.raises(FloatingPointError, match="The loss of update [1-9]"):
+    with pytest.raises(FloatingPointError, match="The loss of step [1-9]"):
         train(
             TINY,
             run_dir=tmp_path,

@@ -9,6 +9,7 @@ from effnet_repro.cli.early import answer_signals
 answer_signals()
 
 from effnet_repro.cli.cases import cases_command
+from effnet_repro.cli.compare import compare_command
 from effnet_repro.cli.convert import convert_command
 from effnet_repro.cli.doctor import doctor_command
 from effnet_repro.cli.export import export_command
@@ -18,7 +19,7 @@ from effnet_repro.cli.options import BACKENDS
 from effnet_repro.cli.pack import pack_command
 from effnet_repro.cli.plan import plan_command
 from effnet_repro.cli.predict import predict_command
-from effnet_repro.cli.resolve import Plan, plan_training
+from effnet_repro.cli.resolve import CommandPlan, plan_training
 from effnet_repro.cli.train import train_command
 from effnet_repro.cli.validate import validate_command
 
@@ -27,9 +28,10 @@ __all__ = [
     "COMMANDS",
     "EXIT_STATUSES",
     "Command",
-    "Plan",
+    "CommandPlan",
     "UsageError",
     "cases_command",
+    "compare_command",
     "convert_command",
     "doctor_command",
     "export_command",

@@ -80,7 +80,7 @@ def _show_case(case, args):
     about = {
         **{n: f.about for n, f in FIELDS.items()},
         "params": "Trainable, with 1,000 classes",
-        "macs": "Of a picture",
+        "macs": "Of an image",
     }
     form = lambda v: " ".join(map(str, v)) if isinstance(v, list) else str(v)
     rows = [{"field": k, "value": form(v), "about": about.get(k)} for k, v in fields.items()]

@@ -97,7 +97,7 @@ def _settings():
 
 
 def _trial(case, data, precision, updates=3):
-    "Time the training step of `case`, one micro-batch an update; returns measured facts"
+    "Time the training step of `case`, one micro-batch a step; returns measured facts"
     from effnet_repro.efficientnet import build_model
     from effnet_repro.training import TrainingModel
     from effnet_repro.training import updates as feed
@@ -139,7 +139,7 @@ def _cost(plan, data, args):
 
     e = estimate(plan.case, data)
     cost = {"updates": e["updates"], "epochs": plan.case.epochs}
-    cost["pictures an update"] = plan.case.global_batch_size
+    cost["images a step"] = plan.case.global_batch_size
     cost["modelled: update (s)"] = round(e["seconds_per_update"], 3)
     cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
     cost["memory here (GiB)"] = round(found_gib() or 0, 1) or "unknown"

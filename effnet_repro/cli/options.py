@@ -53,7 +53,7 @@ def data_arguments(parser, decodes=True):
         "--on-corrupt",
         choices=("refuse", "skip"),
         default="refuse",
-        help="what to do about damaged pictures: stop at the first one, or decode all before the "
+        help="what to do about damaged images: stop at the first one, or decode all before the "
         "run and leave them out; default: refuse",
     )
     if decodes:

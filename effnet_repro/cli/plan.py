@@ -48,7 +48,7 @@ def _plan_arguments(parser):
         help="numbers to try",
     )
     parser.add_argument(
-        "--global-batch-size", type=whole_number, metavar="N", help="pictures in a weight update"
+        "--global-batch-size", type=whole_number, metavar="N", help="images in a weight update"
     )
     parser.add_argument(
         "--pipeline-schedule",
@@ -182,7 +182,7 @@ def _both_plans(args):
     except ValueError as e:
         raise UsageError(str(e)) from None
     notes = [f"{k}: {memory_warning(p)}" for k, p in found.items() if not p.fits]
-    return f"{spec.name}, {size} px, {num_ipus} IPUs, {batch} pictures an update", found, notes
+    return f"{spec.name}, {size} px, {num_ipus} IPUs, {batch} images a step", found, notes
 
 
 @program(

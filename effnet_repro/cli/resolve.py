@@ -63,7 +63,7 @@ def batch_fields(given, micro, whole, replicas):
     return {"micro_batch_size": m, "global_batch_size": g}
 
 
-class Plan(NamedTuple):
+class CommandPlan(NamedTuple):
     "What a command line comes to"
 
     case: Case  # What will run, on one device
@@ -73,11 +73,11 @@ class Plan(NamedTuple):
     resolved: Optional[Resolved] = None  # What `train` or `finetune` is given
 
 
-def plan_of(resolved: Resolved, reason: Callable[[str], str]) -> Plan:
+def plan_of(resolved: Resolved, reason: Callable[[str], str]) -> CommandPlan:
     """Return what a command shows of a run: the run's own case, and why each field differs from its start."""
     reasons = {n: reason(n) for n in differing_fields(resolved.start, resolved.case)}
     reasons.update({n: "the run's own, or the device's" for n in resolved.settled})
-    return Plan(resolved.case, resolved.start, resolved.budget, reasons, resolved)
+    return CommandPlan(resolved.case, resolved.start, resolved.budget, reasons, resolved)
 
 
 def _reason(name, given, batches, budget):
@@ -114,7 +114,7 @@ def open_data_of(args, run_dir) -> DataSet:
 def plan_training(
     args,  # Parsed flags of effnet-train or effnet-doctor
     run_dir=None,  # Where the run is written; None = runs/<name of the case>
-) -> Plan:
+) -> CommandPlan:
     """Work out what a command line will train.
 
     UsageError where the case is unknown or flags contradict each other.
@@ -140,7 +140,7 @@ def plan_training(
     return plan_of(resolved, lambda n: _reason(n, given, batches, f"budget {budget}"))
 
 
-def settled_on_device(plan: Plan, precision: str) -> Plan:
+def settled_on_device(plan: CommandPlan, precision: str) -> CommandPlan:
     """Return the plan with what the devices here decide, such as a GPU's micro-batch. Keras has been started."""
     from effnet_repro.training import settle_run
 

@@ -38,7 +38,7 @@ def _validate_arguments(parser):
         "--batch-size",
         type=whole_number,
         metavar="N",
-        help="pictures at a time; default: 64, or 8 on each IPU",
+        help="images at a time; default: 64, or 8 on each IPU",
     )
     machine_arguments(parser)
     ipu_arguments(parser, trains=False)
@@ -69,7 +69,7 @@ def validation_rows(run_dir):
     """,
 )
 def validate_command(args):
-    "Measure a checkpoint, or every checkpoint of a run, on all validation pictures."
+    "Measure a checkpoint, or every checkpoint of a run, on all validation images."
     check_given(micro_batch_size=args.micro_batch_size, image_size=args.image_size)
     source, trained = checked_source(args, run_dir=args.run_dir)
     if args.print_poprun:

@@ -27,7 +27,7 @@ def read(
         int
     ] = None,  # Of a new classifier, where the file has none; 0 = then none
     class_names: Optional[Sequence[str]] = None,  # By label; None = the file's, or numbers
-    image_size: Optional[int] = None,  # Usual side of a picture, pixels; None = the case's
+    image_size: Optional[int] = None,  # Usual side of an image, pixels; None = the case's
     **torch,  # `TorchOptions`: arch, input_mean, input_std
 ) -> Weights:
     "Read weights of any of the formats"

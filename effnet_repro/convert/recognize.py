@@ -27,7 +27,7 @@ def network_of(
 ) -> (
     ModelSpec
 ):  # At its native size; the number of norm groups, which shapes do not show, as published
-    "Recognise a network by the names and shapes of its arrays"
+    "Recognize a network by the names and shapes of its arrays"
     names = [name_of(f"all/{at}/conv/conv2d/kernel") for at in ("block0", "block2a/a", "block2a/b")]
     _, wide, spatial = (shapes.get(n, ()) for n in names)
     norm = next((n for n, m in _MARKS.items() if name_of(f"all/block0/{m}") in shapes), None)

@@ -201,6 +201,6 @@ def write_weights_tf1(path, weights):
         return ()
     scale, shift = (v.tolist() for v in input_affine(weights.spec, weights.arrays))
     return (
-        "The published code subtracts its own mean from pictures; these weights want 0..255 pixels "
+        "The published code subtracts its own mean from images; these weights want 0..255 pixels "
         f"times {scale} plus {shift} instead.",
     )

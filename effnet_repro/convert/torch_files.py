@@ -161,7 +161,7 @@ def _crop_pct(value, path):
 
 
 def _three(name, values):
-    "Three positive or zero numbers, one a colour"
+    "Three positive or zero numbers, one a color"
     try:
         values = np.asarray(values, "float64").reshape(-1)
     except (TypeError, ValueError):
@@ -181,7 +181,9 @@ def _torch_affine(said, mean, std):
         raise ValueError(f"`input_std` must be positive. Received: {std.tolist()}.")
     scale = 1 / (255 * std)
     affine = (scale.astype("float32"), (-mean / std).astype("float32"))
-    note = "Pictures are centred with ImageNet's mean and deviation, since the file names none."
+    note = (
+        "Images are centerd with ImageNet's mean and standard deviation, since the file names none."
+    )
     return affine, (note,) if assumed else ()
 
 
@@ -194,7 +196,7 @@ def find_torch(path, options):
     case = case_in(said, path)
     affine, notes = _torch_affine(said, options.input_mean, options.input_std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
-        affine, notes = None, ()  # ours, centred as published unless the header says otherwise
+        affine, notes = None, ()  # ours, centerd as published unless the header says otherwise
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=names_in(said, path), notes=notes)
@@ -245,7 +247,7 @@ def write_torch(path, weights):
         data, notes = _pth_bytes(path, state), (_CASE_LOST.format(case=weights.case),)
     write_file(path, data)
     named = [", ".join(f"{v:.4g}" for v in about[k]) for k in ("mean", "std")]
-    centring = f"Feed pictures of 0..1 less mean ({named[0]}), over std ({named[1]})."
+    centring = f"Feed images of 0..1 less mean ({named[0]}), over std ({named[1]})."
     return (
         f"Names and shapes of timm's {about['arch']}." if "arch" in about else _OWN_NOTE,
         centring,

@@ -8,7 +8,7 @@ that to `tf_reader`, `numpy_reader` or `device`.
 
 from effnet_repro.data.catalog import DataSet, open_data, say_found
 from effnet_repro.data.damage import find_damaged
-from effnet_repro.data.decode import picture_bytes
+from effnet_repro.data.decode import image_bytes
 from effnet_repro.data.decoders import choose_decoder
 from effnet_repro.data.device import cut_images, fits_device
 from effnet_repro.data.figures import plot_pictures
@@ -19,8 +19,8 @@ from effnet_repro.data.readers import (
     array_batches,
     device_batches,
     resident_batches,
+    step_images,
     training_batches,
-    update_pictures,
     validation_arrays,
     validation_batches,
 )
@@ -52,7 +52,7 @@ __all__ = [
     "make_example",
     "open_data",
     "parse_example",
-    "picture_bytes",
+    "image_bytes",
     "plot_pictures",
     "random_bits",
     "random_uniform",
@@ -63,7 +63,7 @@ __all__ = [
     "scan_tfrecord",
     "tensorflow_arrays",
     "training_batches",
-    "update_pictures",
+    "step_images",
     "validation_arrays",
     "validation_batches",
     "validation_window",

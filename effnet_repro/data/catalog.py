@@ -24,14 +24,14 @@ from effnet_repro.paths import local_path
 
 @dataclass(frozen=True)
 class DataSet:
-    "Where the pictures of a data set lie, and what they show"
+    "Where the images of a data set lie, and what they show"
 
     format: str  # "tfrecord", "folder", "cifar", or "raw" of a packed set
     root: str  # Folder
     num_classes: int  # Width of the classifier
     class_names: Tuple[str, ...]  # By label from 0; the number where there is no name
-    train_count: int  # Training pictures
-    validation_count: int  # Validation pictures
+    train_count: int  # Training images
+    validation_count: int  # Validation images
     files: Dict[str, int]  # Number of files of each split
     builtin: bool  # True for the built-in sample set
     splits: Dict[str, Split] = field(repr=False, compare=False)
@@ -45,8 +45,8 @@ class DataSet:
     @property
     def fingerprint(
         self,
-    ) -> str:  # Changes when a training picture is added, moved, resized or relabelled
-        "Sum up names, places, bytes and labels of the training pictures"
+    ) -> str:  # Changes when a training image is added, moved, resized or relabelled
+        "Sum up names, places, bytes and labels of the training images"
         split = self.splits["train"]
         names = "\n".join(map(os.path.basename, split.files))
         digest = hashlib.sha256(names.encode("utf-8", "surrogateescape"))
@@ -69,7 +69,7 @@ class DataSet:
         )
         return (
             f"data: {place} ({self.format}): {self.num_classes} classes, {self.train_count:,} "
-            f"training and {self.validation_count:,} validation pictures{drawn}{left_out}"
+            f"training and {self.validation_count:,} validation images{drawn}{left_out}"
         )
 
 
@@ -175,7 +175,7 @@ def _classes(listing, splits, names):
             listing.damage(
                 "label",
                 f"Labels must not exceed {limit}. Received: label {int(split.label[i]) + 1} in "
-                f"{split.files[split.file[i]]} ({len(beyond)} pictures of the {name} split).",
+                f"{split.files[split.file[i]]} ({len(beyond)} images of the {name} split).",
             )
         checked[name] = without(split, beyond) if len(beyond) else split
     highest = max(int(split.label.max(initial=-1)) for split in checked.values())
@@ -183,7 +183,7 @@ def _classes(listing, splits, names):
         there = ", ".join(sorted(p.name for p in root.iterdir())[:6])
         gone = count_kinds([one.kind for one in listing.damaged])
         raise FileNotFoundError(
-            f"No pictures in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}."
+            f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}."
         )
     names = {label: name for label, name in names.items() if label < most}
     return checked, number or max(highest, *names, 0) + 1, names
@@ -206,7 +206,7 @@ def open_data(
     validation_split: Optional[float] = None,  # Share of class folders that validates: see `split`
     verbose: bool = True,  # Print what was found
 ) -> DataSet:
-    "List the pictures in `data_dir` and say what was found"
+    "List the images in `data_dir` and say what was found"
     _check_open(data_dir, data_format, on_corrupt)
     check_decoder(decoder)
     root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")

@@ -23,9 +23,9 @@ from effnet_repro.data.threads import core_count
 def find_damaged(
     dataset,  # `DataSet` from `open_data`
     split: str,  # "train" or "validation"
-    pictures=None,  # Numbers of the pictures to look at; None = all, and the records' checksums
-) -> Dict[int, str]:  # Number of each damaged picture -> what is wrong, and where it is
-    """Decode pictures and list those that cannot be"""
+    pictures=None,  # Numbers of the images to look at; None = all, and the records' checksums
+) -> Dict[int, str]:  # Number of each damaged image -> what is wrong, and where it is
+    """Decode images and list those that cannot be"""
     places = dataset.splits[split]
     chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
 
@@ -62,12 +62,12 @@ def _wrong_pixels(places):
                 file.seek(places.offset[i])
                 if zlib.crc32(file.read(int(places.length[i]))) != crcs[int(places.offset[i])]:
                     text = f"Damaged file: the checksum of the pixels at byte {places.offset[i]}"
-                    found[int(i)] = f"{text} is wrong. It is picture {i}, in {path}."
+                    found[int(i)] = f"{text} is wrong. It is image {i}, in {path}."
     return found
 
 
 def _wrong_checksums(places):
-    "Pictures in records whose data do not give their checksum"
+    "Images in records whose data do not give their checksum"
     found = {}
     for number, path in enumerate(places.files):
         inside = np.flatnonzero(places.file == number)
@@ -79,7 +79,7 @@ def _wrong_checksums(places):
                 data, crc = file.read(int(length)), file.read(4)
                 if struct.pack("<I", masked_crc(data)) != crc:
                     text = f"Damaged file: the checksum of the record at byte {at - 12} is wrong."
-                    found[int(i)] = f"{text} It is picture {i}, in {path}."
+                    found[int(i)] = f"{text} It is image {i}, in {path}."
     return found
 
 
@@ -93,7 +93,7 @@ def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):
         kept = cache_folder(cache_dir) / "damaged" / f"{_stamp(places)}.json"
         found = _kept(kept, len(places.label))
         if found is None:
-            say(f"data: decoding {len(places.label):,} {name} pictures, once")
+            say(f"data: decoding {len(places.label):,} {name} images, once")
             found = find_damaged(dataset, name)
             keep(kept, json.dumps(found).encode())
         splits[name] = without(places, sorted(found)) if found else places

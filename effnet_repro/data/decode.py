@@ -1,6 +1,6 @@
 """From the bytes of a file to pixels: here a JPEG becomes an array, in `decode_image`.
 
-`read_encoded` fetches an image of a data set and makes sure that all decoders agree about it (`picture_bytes`);
+`read_encoded` fetches an image of a data set and makes sure that all decoders agree about it (`image_bytes`);
 `decode_image` gives its pixels, with the fast DCT of the published runs or the accurate one. The reader of
 TensorFlow decodes the same bytes with operations of its own.
 """
@@ -183,7 +183,7 @@ def _decode_accurate(data):
             text = f"too many pixels: at most {MOST_PIXELS:,} are read"
         if type(error).__name__ == "UnidentifiedImageError":
             text = f"it is {kind_of(data[:64])}"
-        raise ValueError(f"Not a picture that can be decoded ({text}).") from None
+        raise ValueError(f"Not an image that can be decoded ({text}).") from None
 
 
 def _decode_turbo(data, fast, strict):
@@ -264,8 +264,8 @@ def decode_for(dataset, data: bytes, image_resize: str) -> np.ndarray:
     return decode_image(data, fast, dataset.decoder != "pillow")
 
 
-def picture_bytes(
-    data: bytes,  # A picture file: JPEG, PNG or whatever Pillow reads
+def image_bytes(
+    data: bytes,  # An image file: JPEG, PNG or whatever Pillow reads
     upright: bool = False,  # Turn it as its EXIF data ask
 ) -> Tuple[bytes, Tuple[int, int]]:  # A gray or RGB JPEG or a BMP; height and width
     """Make sure that all decoders agree on `data`
@@ -284,7 +284,7 @@ def _agreed(data, upright):
         if orientation == 1 or not upright:
             check_pixels(height, width)
             if not is_whole_jpeg(data):  # some decoders make an end up, others refuse
-                raise ValueError("Not a picture that can be decoded (a JPEG without an end).")
+                raise ValueError("Not an image that can be decoded (a JPEG without an end).")
             return data, (height, width), orientation
         pixels = decode_image(data)
     else:
@@ -352,13 +352,13 @@ def read_encoded(
 
 @contextlib.contextmanager
 def located(dataset, split: str, i: int):
-    """Let a `ValueError` about an image say where the image is, and the way out."""
+    """Let a `ValueError` about an image say where the image is, and the hint."""
     try:
         yield
     except ValueError as error:
         places = dataset.splits[split]
         where = f"byte {places.offset[i]} of {places.files[places.file[i]]}"
         raise ValueError(
-            f"{error} It is picture {i} of the {split} split, at {where}. Replace it, or leave "
-            f"damaged pictures out with on_corrupt='skip'."
+            f"{error} It is image {i} of the {split} split, at {where}. Replace it, or leave "
+            f"damaged images out with on_corrupt='skip'."
         ) from None

@@ -77,7 +77,7 @@ def _decode_all(dataset, fast):
     dataset.kept["turns"] = np.array(turns)
     found = lay_out(images)
     size = found.pixels.nbytes / 2**20
-    say(f"{dataset.train_count:,} decoded pictures, {size:,.0f} MiB, stay on the device")
+    say(f"{dataset.train_count:,} decoded images, {size:,.0f} MiB, stay on the device")
     return found
 
 
@@ -108,9 +108,9 @@ def memory_of_gpu() -> Optional[int]:
 
 def fits_device(
     dataset: DataSet,  # From `open_data`
-    share: float = 0.125,  # Of the device's memory that the decoded pictures may take
+    share: float = 0.125,  # Of the device's memory that the decoded images may take
 ) -> bool:
-    """Say whether the training pictures of a data set fit on the device of JAX"""
+    """Say whether the training images of a data set fit on the device of JAX"""
     limit = min(share * (memory_of_gpu() or 2**32), 2**32)  # pixels are counted in 31 bits
     if dataset.splits["train"].length.sum() > limit:
         return False
@@ -251,7 +251,7 @@ def _resident(request, fast):
 
 
 def _streamed(request, fast):
-    "Yield the batches of images that are decoded for each update; of an image only the rectangle is sent"
+    "Yield the batches of images that are decoded for each step; of an image only the rectangle is sent"
     import jax.numpy as jnp
 
     for pixels, begin, sizes, flips, labels in rectangle_batches(request):

@@ -9,12 +9,12 @@ from effnet_repro.messages import shown
 
 
 def plot_pictures(
-    images,  # Pictures, (n, H, W, 3) uint8
+    images,  # Images, (n, H, W, 3) uint8
     titles: Sequence[str] = (),  # One each, or none
-    columns: int = 8,  # Pictures in a row
-    side: float = 0.9,  # Of a picture, inches
+    columns: int = 8,  # Images in a row
+    side: float = 0.9,  # Of an image, inches
 ):  # The axes, (rows, columns)
-    "Show pictures in a grid"
+    "Show images in a grid"
     import matplotlib.pyplot as plt
 
     rows = -(-len(images) // columns)

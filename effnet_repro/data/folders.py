@@ -187,9 +187,9 @@ def _list_classes(folder, classes, listing):
         if not found and len(listing.damaged) == gone:
             other = ", ".join(f"{n} {kind}" for kind, n in (listing.left - before).most_common(5))
             raise ValueError(
-                f"The class folder {folder / name} holds no picture ({' '.join(IMAGE_SUFFIXES)})"
+                f"The class folder {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)})"
                 + (f", but {other}" if other else "")
-                + ". Put pictures there, or remove the folder."
+                + ". Put images there, or remove the folder."
             )
         paths += [path for path, _ in found]
         sizes += [size for _, size in found]

@@ -362,7 +362,7 @@ def training_stream(
 
 
 def _part(request, make, index):
-    "The images that one of the request's GPUs makes of each update, and their labels"
+    "The images that one of the request's GPUs makes of each step, and their labels"
     size, local, gpus = request.image_size, request.order.local, len(request.gpus)
     first, last = (local * i // gpus for i in (index, index + 1))
 

@@ -47,7 +47,7 @@ class _Wrong(ValueError):
 
 
 def _record_facts(record):
-    "Place of the picture in a record, label, class name, boxes (m, 4) and the original size, if given"
+    "Place of the image in a record, label, class name, boxes (m, 4) and the original size, if given"
     try:
         places = dict(feature_places(record))
         encoded = places.pop("image/encoded")
@@ -59,7 +59,7 @@ def _record_facts(record):
         begin, end = place
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
         needs = "it needs `image/encoded` (one JPEG) and `image/class/label`."
-        raise _Wrong("record", f"{{here}} is not a picture with a label: {needs}") from None
+        raise _Wrong("record", f"{{here}} is not an image with a label: {needs}") from None
     return (begin, end), _label(labels), name, _boxes(facts), _original(facts)
 
 
@@ -103,7 +103,7 @@ def _original(facts):
 
 
 def _list_tfrecord(path, damage):
-    "Facts of each record of a file; the picture's place as offset in the file and length"
+    "Facts of each record of a file; the image's place as offset in the file and length"
     broken = lambda text: damage("file" if text.startswith("Truncated") else "record", text)
     records, facts = scan_tfrecord(path, damaged=broken).tolist(), []
     if not records:

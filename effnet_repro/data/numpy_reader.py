@@ -118,7 +118,7 @@ def validation_stream(
 def load_arrays(
     dataset: DataSet,  # From `open_data`
     split: str,  # "train" or "validation"
-    image_size: int,  # Side of the pictures, S, pixels
+    image_size: int,  # Side of the images, S, pixels
     image_resize: str = "published",  # Or "modern": see `resize`
 ) -> Tuple[np.ndarray, np.ndarray]:  # Images (n, S, S, 3) uint8 and labels (n,) int32
     """Decode a whole split into memory, with the validation crop"""

@@ -43,26 +43,26 @@ def _run_order(count, seed, epoch, run):
 
 
 def epoch_order(
-    count: int,  # Pictures
+    count: int,  # Images
     seed: int,  # Seed of the run
     epoch: int,  # Epoch from 0
-    run: int = 1,  # Neighbours read together; 1 = any order is as likely as any other
+    run: int = 1,  # Neighbors read together; 1 = any order is as likely as any other
     pool: int = 256,  # Runs mixed with each other
 ) -> np.ndarray:  # (count,) int64, a permutation
-    "Shuffle the numbers of the training pictures for one epoch"
+    "Shuffle the numbers of the training images for one epoch"
     pictures = np.arange(count) if run == 1 else _run_order(count, seed, epoch, run)
     window = np.arange(count) // (run * pool) if run > 1 else np.zeros(count, int)
     return pictures[np.lexsort((random_bits(seed, ORDER, epoch, np.arange(count)), window))]
 
 # %% ../../nbs/28_order.ipynb #adc83ed9
 class BatchOrder:
-    "Which images a process reads for which update"
+    "Which images a process reads for which step"
 
     def __init__(
         self,
         count: int,  # Training images
         seed: int,  # Of the run
-        batch: int,  # Images of an update, all processes together
+        batch: int,  # Images of a step, all processes together
         shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
         run: int = 1,  # Neighbors read together
     ):
@@ -73,8 +73,8 @@ class BatchOrder:
                 f"`global_batch_size`. Received: shard={shard}, global_batch_size={batch}."
             )
         self.count, self.seed, self.batch, self.run = count, seed, batch, run
-        self.local = batch // processes  # images of an update, this process
-        self.first = index * self.local  # where this process begins in the update's batch
+        self.local = batch // processes  # images of a step, this process
+        self.first = index * self.local  # where this process begins in the step's batch
         remember = functools.lru_cache(maxsize=4)  # the epochs that readers are at
         self._order = remember(lambda epoch: epoch_order(count, seed, epoch, run))
         self._runs = remember(lambda epoch: _run_order(count, seed, epoch, run))
@@ -85,7 +85,7 @@ class BatchOrder:
         return BatchOrder, (self.count, self.seed, self.batch, shard, self.run)
 
     def take(self, update, begin, end):
-        "Images `begin` to `end` of this process's part of an update, and their places in the run"
+        "Images `begin` to `end` of this process's part of a step, and their places in the run"
         epoch, j = divmod(update, self.count // self.batch)
         place = j * self.batch + self.first + np.arange(begin, end)
         return self._order(epoch)[place], epoch * self.count + place
@@ -104,7 +104,7 @@ def validation_ids(
 ) -> np.ndarray:  # (batches, batch)
     "Number the images in each batch of this process; -1 is a filler"
     index, processes = shard
-    most = -(-count // processes)  # pictures of the busiest process
+    most = -(-count // processes)  # images of the busiest process
     ids = np.full(-(-most // batch) * batch, -1)
     mine = np.arange(index, count, processes)
     ids[: len(mine)] = mine

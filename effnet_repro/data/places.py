@@ -15,15 +15,15 @@ import numpy as np
 
 
 class Split(NamedTuple):
-    "The pictures of one split, as arrays with an entry for each picture"
+    "The images of one split, as arrays with an entry for each image"
 
     files: Tuple[str, ...]  # Paths
     file: np.ndarray  # Index into `files`
-    offset: np.ndarray  # Byte at which the encoded picture begins
+    offset: np.ndarray  # Byte at which the encoded image begins
     length: np.ndarray  # Its bytes
     label: np.ndarray  # Class from 0, int32
     boxes: np.ndarray  # Boxes of objects, (m, 4): top, left, bottom, right in [0, 1]
-    box_begin: np.ndarray  # Picture i has the boxes box_begin[i] to box_begin[i + 1]
+    box_begin: np.ndarray  # Image i has the boxes box_begin[i] to box_begin[i + 1]
     # Height and width, (n, 2), of what was made smaller when the set was packed, and of raw pixels; else empty.
     original: np.ndarray = np.zeros((0, 2), np.int32)
     stored: np.ndarray = np.zeros((0, 2), np.int32)

@@ -34,11 +34,11 @@ _ALL = {**READERS, "resident": SimpleNamespace(training_stream=device.resident_c
 
 def training_batches(
     dataset: DataSet,  # From `open_data`
-    image_size: int,  # Side of the pictures, S, pixels
-    global_batch_size: int,  # Pictures of one weight update, all processes together
+    image_size: int,  # Side of the images, S, pixels
+    global_batch_size: int,  # Images of one weight update, all processes together
     *,
     seed: int = 0,  # Decides order, crops and flips
-    first_update: int = 0,  # Begin here, as if the updates before had been taken
+    first_update: int = 0,  # Begin here, as if the steps before had been taken
     area_min: float = 0.05,  # Smallest crop, share of the area
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
@@ -70,7 +70,7 @@ def device_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[Any, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8 on the device, labels
-    """Stream the batches of `training_batches` from pictures on the device of JAX"""
+    """Stream the batches of `training_batches` from images on the device of JAX"""
     return training_batches(*request, reader="jax", **options)
 
 
@@ -84,14 +84,14 @@ def resident_batches(
 
 def validation_batches(
     dataset: DataSet,  # From `open_data`
-    image_size: int,  # Side of the pictures, S, pixels
-    batch: int,  # Pictures in a batch of this process, B
+    image_size: int,  # Side of the images, S, pixels
+    batch: int,  # Images in a batch of this process, B
     *,
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
     image_resize: str = "published",  # Or "modern": see `resize`
     reader: str = "tensorflow",  # or "numpy": see `validation_arrays`
 ):  # tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,), mask float32 (B,))
-    """Read every validation picture once, in the order of the files"""
+    """Read every validation image once, in the order of the files"""
     able = [name for name, module in READERS.items() if hasattr(module, "validation_stream")]
     if reader not in able:
         raise unknown_name("reader", reader, able)
@@ -108,12 +108,12 @@ def validation_arrays(
     return validation_batches(*request, reader="numpy", **options)
 
 
-def update_pictures(
+def step_images(
     dataset: DataSet,  # From `open_data`
-    global_batch_size: int,  # Pictures of one weight update
-    update: int,  # Number of the update, from 0
+    global_batch_size: int,  # Images of one weight update
+    update: int,  # Number of the step, from 0
     seed: int = 0,  # Of the run
-) -> np.ndarray:  # (global_batch_size,) numbers of training pictures
-    """Tell which pictures an update sees"""
+) -> np.ndarray:  # (global_batch_size,) numbers of training images
+    """Tell which images a step sees"""
     order = batch_order(dataset, global_batch_size, seed, (0, 1))
     return order.take(update, 0, order.local)[0]

@@ -51,8 +51,8 @@ def batch_order(
     order = BatchOrder(dataset.train_count, seed, global_batch_size, shard, run)
     if dataset.train_count < global_batch_size:
         raise ValueError(
-            f"`global_batch_size` must not exceed the training pictures. Received: "
-            f"{global_batch_size}, with {dataset.train_count} pictures in {dataset.root}."
+            f"`global_batch_size` must not exceed the training images. Received: "
+            f"{global_batch_size}, with {dataset.train_count} images in {dataset.root}."
         )
     return order
 
@@ -127,7 +127,7 @@ class TrainRequest:
         return crops, draw_flips(seed, places), split.label[numbers]
 
     def take(self, update: int, begin: int, end: int):
-        """Return numbers and places of images `begin` to `end` of this process's part of an update.
+        """Return numbers and places of images `begin` to `end` of this process's part of a step.
 
         Images that are due soon are announced.
         """
@@ -136,7 +136,7 @@ class TrainRequest:
         return self.order.take(update, begin, end)
 
     def read(self, update: int, begin: int, end: int) -> Encoded:
-        """Read images `begin` to `end` of this process's part of an update. Damaged ones raise `ValueError`."""
+        """Read images `begin` to `end` of this process's part of a step. Damaged ones raise `ValueError`."""
         return self.read_images(*self.take(update, begin, end))
 
     def read_images(self, numbers: np.ndarray, places: np.ndarray, raw: bool = False) -> Encoded:

@@ -33,7 +33,7 @@ class _Photo(NamedTuple):
     package: str  # Installed package that ships the photograph
     path: str  # Place inside the package
     subject: Tuple[float, float, float, float]  # Where crops lie: left, top, right, bottom
-    held_out: Tuple[float, float, float, float]  # Part of the picture for validation only
+    held_out: Tuple[float, float, float, float]  # Part of the image for validation only
 
 
 _IMAGES = "datasets/images/"

@@ -95,7 +95,7 @@ def masked_crc(data: bytes) -> int:
 
 def write_tfrecords(
     path,  # File to write
-    records: Sequence[bytes],  # Serialised records, for example from `make_example`
+    records: Sequence[bytes],  # Serialized records, for example from `make_example`
 ):
     "Write `records` into one TFRecord file"
     with open(path, "wb") as file:
@@ -258,7 +258,7 @@ def feature_places(data):
 
 
 def parse_example(
-    data: bytes,  # A serialised tf.train.Example, or a view of one
+    data: bytes,  # A serialized tf.train.Example, or a view of one
 ) -> Dict[str, Any]:  # Per feature a list of bytes, or a float32 or int64 array
     "Read a tf.train.Example"
     try:
@@ -269,7 +269,7 @@ def parse_example(
 
 def make_example(
     features: Dict[str, Any],  # Per key bytes, text, whole numbers or floats: one, or a list
-) -> bytes:  # A serialised tf.train.Example
+) -> bytes:  # A serialized tf.train.Example
     "Write a tf.train.Example"
     entries = []
     for key, value in features.items():

@@ -14,7 +14,7 @@ from .order import CROP, FLIP, random_uniform
 
 # %% ../../nbs/29_transforms.ipynb #485dc200
 def _box_pixels(h, w, boxes):
-    "Boxes in pixels, (n, m, 4); the picture itself if it has none; filled up with empty ones"
+    "Boxes in pixels, (n, m, 4); the image itself if it has none; filled up with empty ones"
     if not any(map(len, boxes)):  # most sets: without a loop over images
         return np.stack([0 * h, 0 * w, h, w], 1)[:, None]
     boxes = [b[(b[:, 2] > b[:, 0]) & (b[:, 3] > b[:, 1])] for b in boxes]  # drop empty ones
@@ -26,7 +26,7 @@ def _box_pixels(h, w, boxes):
 
 # %% ../../nbs/29_transforms.ipynb #5664a7bf
 def _try_crop(h, w, u, area_min, aspects):
-    "One rectangle a picture from four random numbers: ratio, height, and where"
+    "One rectangle an image from four random numbers: ratio, height, and where"
     ratio = aspects[0] + u[:, 0] * (aspects[1] - aspects[0])  # width over height
     lowest = np.rint(np.sqrt(area_min * h * w / ratio))
     highest = np.minimum(
@@ -52,20 +52,20 @@ def _acceptable(crop, h, w, targets, area_min, covered_min):
 
 # %% ../../nbs/29_transforms.ipynb #a047f684
 def draw_crops(
-    sizes: np.ndarray,  # Height and width of each picture, (n, 2), pixels
-    boxes: Sequence[np.ndarray],  # Of each picture (m, 4): top, left, bottom, right in [0, 1]
+    sizes: np.ndarray,  # Height and width of each image, (n, 2), pixels
+    boxes: Sequence[np.ndarray],  # Of each image (m, 4): top, left, bottom, right in [0, 1]
     seed: int,  # Seed of the run
-    places: np.ndarray,  # Place of each picture in the run, (n,)
+    places: np.ndarray,  # Place of each image in the run, (n,)
     area_min: float = 0.05,  # Smallest share of the area, in (0, 1]
     covered_min: float = 0.1,  # Smallest share of one box
-    tries: int = 100,  # Then the whole picture is taken
+    tries: int = 100,  # Then the whole image is taken
     aspects: Tuple[float, float] = (0.75, 1.33),  # Smallest and largest width over height
 ) -> np.ndarray:  # (n, 4) int32: top, left, height, width, pixels
-    "Draw a rectangle in each picture"
+    "Draw a rectangle in each image"
     h, w = np.asarray(sizes, "float64").T
     crops = np.stack([0 * h, 0 * w, h, w], 1)
     targets = _box_pixels(h, w, boxes)
-    open_ = np.arange(len(h))  # pictures that still need a rectangle
+    open_ = np.arange(len(h))  # images that still need a rectangle
     for i in range(tries):
         u = random_uniform(seed, CROP, np.asarray(places)[open_, None], i, np.arange(4))
         crop = _try_crop(h[open_], w[open_], u, area_min, aspects)
@@ -79,9 +79,9 @@ def draw_crops(
 # %% ../../nbs/29_transforms.ipynb #84a93869
 def draw_flips(
     seed: int,  # Seed of the run
-    places: np.ndarray,  # Place of each picture in the run, (n,)
+    places: np.ndarray,  # Place of each image in the run, (n,)
 ) -> np.ndarray:  # (n,) bool
-    "Decide which pictures are mirrored: each with probability 1/2"
+    "Decide which images are mirrored: each with probability 1/2"
     return random_uniform(seed, FLIP, np.asarray(places)) < 0.5
 
 # %% ../../nbs/29_transforms.ipynb #2e15fc01

@@ -18,7 +18,7 @@ from effnet_repro.ipu.feed import (
 )
 from effnet_repro.ipu.layout import (
     DEVICE_LOOP,
-    Plan,
+    StagePlan,
     compute_dtype,
     finetune_layout,
     for_ipus,
@@ -72,7 +72,7 @@ __all__ = [
     "IPURuntime",
     "Measurement",
     "IPUOps",
-    "Plan",
+    "StagePlan",
     "Stages",
     "TrainingProgram",
     "ValidationProgram",

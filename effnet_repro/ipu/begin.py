@@ -16,7 +16,7 @@ from effnet_repro.runs import Options, Resolved, Run, Task, begin_from, execute,
 
 def train(
     case: Union[str, Case, Resolved],  # A published name, a case, or what `resolve_training` gave
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
     *,
     ipus: Optional[int] = None,  # IPUs over all processes; None = poprun's, or 16
@@ -27,7 +27,7 @@ def train(
     weights: str = "auto",  # Of `init`: "last", "average", "auto" = the average after a long run
     validation: bool = True,  # Validate at the end; under poprun a process of its own does that
     keep: int = 2,  # Checkpoints to keep, >= 1
-    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
+    on_corrupt: str = "refuse",  # or "skip": leave damaged images out, see `open_data`
     connection: str = "ALWAYS",  # or "ON_DEMAND", or "PRE_COMPILE": compile and stop
     **overrides,  # Fields of the case; None means what the case says
 ) -> Run:
@@ -56,7 +56,7 @@ def train(
 
 def finetune(
     init,  # A run folder or a checkpoint to begin from, or what `resolve_finetuning` gave
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     run_dir=None,  # None = <run folder of init>/finetune-<image size>
     *,
     ipus: Optional[int] = None,  # IPUs over all processes, each a replica
@@ -70,7 +70,7 @@ def finetune(
     keep: int = 2,
     on_corrupt: str = "refuse",
     connection: str = "ALWAYS",
-    micro_batch_size: Optional[int] = None,  # Pictures of an IPU at a time
+    micro_batch_size: Optional[int] = None,  # Images of an IPU at a time
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
     """Train the last layers of a trained network a little more, on single IPUs: see `finetune_layout`.

@@ -21,10 +21,10 @@ def mask_rates(
 
 def draw_masks(
     spec: ModelSpec,  # The network
-    micro_batch_size: int,  # Pictures, m
+    micro_batch_size: int,  # Images, m
     seed: int,  # Of the run
     update: int,  # Number of the weight update
-    micro_batch: int,  # Number within the update, over all replicas
+    micro_batch: int,  # Number within the step, over all replicas
 ) -> Dict[
     str, np.ndarray
 ]:  # "drop_path" (m, branches) and "dropout" (m, features), uint8, 1 = keep
@@ -98,7 +98,7 @@ def draws(
     spec: ModelSpec,  # Its network
     seed: int,  # Of the run
     update: int,  # Number of the weight update
-    micro_batch: int,  # Number within the update, over all replicas
+    micro_batch: int,  # Number within the step, over all replicas
 ) -> Dict[str, np.ndarray]:  # Name -> array: mixing and masks, without what the case switches off
     """Draw everything random of one micro-batch; who draws many keeps a `Draws`."""
     return Draws(case, spec, seed).of(update, micro_batch)
@@ -115,13 +115,13 @@ def element_stream(
     """Return the infeed's dataset: one element is one micro-batch of one replica.
 
     Each element is a dictionary: "images" (m, side, side, 3), uint8, or the type of activations without 8-bit input;
-    "labels" (m,), int32; and what `draws` gives. Micro-batch j of an update goes to replica j mod R, since a queue
+    "labels" (m,), int32; and what `draws` gives. Micro-batch j of a step goes to replica j mod R, since a queue
     hands an element to each replica in turn; of `count` processes, the one with `index` gets every `count`-th.
     """
     import tensorflow as tf
 
     index, count = shard
-    mine = case.gradient_accumulation * case.num_replicas // count  # micro-batches of an update
+    mine = case.gradient_accumulation * case.num_replicas // count  # micro-batches of a step
     random = Draws(case, spec, seed)
 
     def drawn(j):
@@ -141,7 +141,7 @@ def element_stream(
             element["images"] = tf.cast(element["images"], compute_dtype(case))
         return element
 
-    def cut(images, labels):  # whole micro-batches: taking single pictures apart costs more
+    def cut(images, labels):  # whole micro-batches: taking single images apart costs more
         side = (case.image_size, case.image_size, 3)
         images = tf.reshape(images, (mine, case.micro_batch_size, *side))
         return images, tf.reshape(labels, (mine, case.micro_batch_size))
@@ -151,12 +151,12 @@ def element_stream(
 
 
 def validation_stream(
-    data: DataSet,  # Its validation pictures are read
+    data: DataSet,  # Its validation images are read
     image_size: int,  # Side, pixels
-    batch: int,  # Pictures of an element
+    batch: int,  # Images of an element
     replicas: int,  # Of this process
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
-    most_runs: int = 8,  # Program runs for the pictures
+    most_runs: int = 8,  # Program runs for the images
     image_resize: str = "published",  # Or "modern": see `29_transforms`
 ):  # (elements for each replica and run, runs with the first, function that makes the dataset)
     """Plan the reading of every validation image.

@@ -90,7 +90,7 @@ def resolve_for_ipus(
 def finetune_layout(
     case: Case,  # From `runs.finetune_case`: on one device
     ipus: int = 16,  # IPUs, each a replica
-    micro_batch_size: Optional[int] = None,  # Pictures at a time; None = the most that divides
+    micro_batch_size: Optional[int] = None,  # Images at a time; None = the most that divides
 ) -> Case:  # One IPU a replica
     """Lay a fine-tuning out over single IPUs: a replica each, the same global batch.
 
@@ -168,7 +168,7 @@ def machine_options(
     return options
 
 
-class Plan(NamedTuple):
+class StagePlan(NamedTuple):
     """How the stages of a program lie on a replica's IPUs."""
 
     splits: Tuple[str, ...]  # Segments that begin a stage
@@ -179,7 +179,7 @@ class Plan(NamedTuple):
 def plan_stages(
     case: Case,  # In the layout to run
     spec: ModelSpec,  # Its network
-) -> Plan:
+) -> StagePlan:
     """Return where the stages of a `case` lie on a replica's IPUs.
 
     A single stage is cut in two all the same, because a pipeline has at least two stages; both run on one IPU in turn.
@@ -189,16 +189,16 @@ def plan_stages(
     if n > 1:
         split_segments(spec, case.pipeline_splits, n)
         check_accumulation(case.pipeline_schedule, n, case.gradient_accumulation)
-        return Plan(tuple(case.pipeline_splits), tuple(range(n)), case.pipeline_schedule)
+        return StagePlan(tuple(case.pipeline_splits), tuple(range(n)), case.pipeline_schedule)
     names = [s.name for s in segments(spec)]
     first = trained_segments(names, case.variable_filter)[0]  # a frozen part stands apart
     cut = first if first != names[0] else names[len(names) // 2]
-    return Plan((cut,), (0, 0), "Sequential")
+    return StagePlan((cut,), (0, 0), "Sequential")
 
 
 def pipeline_options(
     case: Case,  # In the layout to run
-    plan: Plan,  # From `plan_stages`
+    plan: StagePlan,  # From `plan_stages`
     updates_per_run: int = 1,  # Weight updates of one program run; the learning rate holds for all
 ) -> Dict[str, Any]:  # Keyword arguments of `pipelining_ops.pipeline`, as plain data
     """Return the options of `pipelining_ops.pipeline` for a `case`, as plain data.

@@ -72,7 +72,7 @@ def _mean_over_replicas(graphcore, ops, replicas, gradient):
 
 
 def _slot_starts(case):
-    "Kind of slot -> value before the first update"
+    "Kind of slot -> value before the first step"
     starts = {"momentum": 0.0}
     if case.optimizer == "rmsprop":
         starts["mean_square"] = case.rmsprop_initial_mean_square
@@ -163,7 +163,7 @@ def _build(program, dataset):
 
 # %% ../../nbs/49_ipu_program.ipynb #f183ebbb
 class TrainingProgram:
-    "The weight update of a case, compiled: made once, run once for each or for some updates"
+    "The weight update of a case, compiled: made once, run once for each or for some steps"
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class TrainingProgram:
             self.session = graphcore.v1.Session(graph=self.graph)
         self.session.run(self.queue.initializer)
 
-    def run(self, learning_rate: float):  # (mean loss, accuracy) of each update, (updates, 2)
+    def run(self, learning_rate: float):  # (mean loss, accuracy) of each step, (updates, 2)
         "Make `updates_per_run` weight updates"
         self.session.run(self.step, {self.rate: learning_rate})
         return read_report(self.session.run(self.report), self.case, self.local_replicas)
@@ -221,7 +221,7 @@ def assign(
     pairs,  # List of (variable, array)
     others=(),  # Variables that take their own first value
 ):
-    "Set variables by feeding their initialisers, so that no array becomes part of a graph"
+    "Set variables by feeding their initializers, so that no array becomes part of a graph"
     feed = {v.initializer.inputs[1]: np.asarray(a) for v, a in pairs}
     session.run([v.initializer for v in [*(v for v, _ in pairs), *others]], feed)
 

@@ -135,10 +135,10 @@ def evaluate(
     case: Case,  # Options and precision
     spec: ModelSpec,  # The network
     weights: Dict[str, Dict[str, np.ndarray]],  # Any name -> weights by full name
-    data: DataSet,  # Its validation pictures are used
+    data: DataSet,  # Its validation images are used
     image_size: int,  # Side to test at, pixels
     ipus: int = 16,  # IPUs over all processes, each a replica
-    batch: int = 8,  # Pictures of an IPU at a time
+    batch: int = 8,  # Images of an IPU at a time
 ) -> Dict[str, Scores]:  # By the same names
     """Measure sets of weights on every validation image, on every IPU.
 
@@ -154,14 +154,14 @@ def evaluate(
 
 def validate(
     source,  # A run folder, a checkpoint file or an average
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     *,
     ipus: Optional[int] = None,  # IPUs over all processes, each a replica
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
     weights: str = "both",  # Of a run folder: "last", "average" or "both"
     data_format: Optional[str] = None,
-    batch: int = 8,  # Pictures of an IPU at a time
-    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
+    batch: int = 8,  # Images of an IPU at a time
+    on_corrupt: str = "refuse",  # or "skip": leave damaged images out, see `open_data`
 ) -> Dict[str, Scores]:  # "last" and "average", or the name of the file
     """Measure trained weights on every validation image, whichever runtime trained them.
 

@@ -326,7 +326,7 @@ def fused_norm(
     ),  # Shortcut like x; each branch's factor, (N,), not differentiated
     how: Optional[NormOptions] = None,  # None = layer norm and swish, written in x's usual order
 ):  # (N, H, W, C) or (N, C / 16, H, W, 16), type of x; statistics and tables in float32
-    "Normalise, activate, subtract the proxy, gate and add, in JAX"
+    "Normalize, activate, subtract the proxy, gate and add, in JAX"
     how, channels = how or NormOptions(), sides(x)[2]
     if channels % how.norm_groups:
         raise ValueError(

@@ -45,7 +45,7 @@ KINDS = ("convolution", "norm", "swish", "proxy", "gate", "residual")  # What by
 
 
 class Load(NamedTuple):
-    "What a segment asks of an IPU, forward; per picture but for the first three"
+    "What a segment asks of an IPU, forward; per image but for the first three"
 
     name: str
     params: int
@@ -74,11 +74,11 @@ def _tail(spec, part, residual):
 
 def segment_loads(
     spec: ModelSpec,  # The network
-    image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
 ) -> List[Load]:  # In the order of the network
     "Count what every segment asks of an IPU"
     residual = {b.name: b.residual for b in blocks(spec)}
-    rows, entering = {}, (image_size or spec.image_size) ** 2 * 3 * 1.0  # pictures come as bytes
+    rows, entering = {}, (image_size or spec.image_size) ** 2 * 3 * 1.0  # images come as bytes
     elements = entering
     for r in conv_table(spec, image_size):
         new = dict(params=0, dense=0.0, grouped=0.0, exchange=0.0, kept=0.0, entering=entering)
@@ -89,7 +89,7 @@ def segment_loads(
         if r.part in ("SE/1", "SE/2"):
             continue
         if r.part == "logits":
-            row["operations"][0] += 2  # mean over the picture, dense layer
+            row["operations"][0] += 2  # mean over the image, dense layer
             continue
         tail = _tail(spec, r.part, residual.get(r.segment.split("/")[0]))
         row["operations"] += [1] + [tail[k][0] for k in KINDS[1:]]
@@ -118,7 +118,7 @@ CODE_BYTES = 1e6  # Program for one operation, forward and backward, over all ti
 
 # %% ../../nbs/37_planner.ipynb #0b6a95e7
 def _segment_seconds(spec, loads, constants, chip):
-    "Forward seconds of segments by (work, kind): for a micro-batch, and for a picture"
+    "Forward seconds of segments by (work, kind): for a micro-batch, and for an image"
     column = lambda f: np.array([getattr(x, f) for x in loads], float)
     share = constants.depthwise if spec.group_size == 1 else constants.amp
     operations, memory = column("operations").T, column("memory").T
@@ -136,7 +136,7 @@ class Plan(NamedTuple):
     "How a network is laid out on IPUs"
 
     splits: Tuple[str, ...]  # Segments that begin a stage
-    micro_batch_size: int  # Pictures in one forward pass of one replica
+    micro_batch_size: int  # Images in one forward pass of one replica
     gradient_accumulation: int  # Micro-batches of a replica in a weight update
     num_replicas: int  # Copies of the pipeline
     pipeline_schedule: str = "Grouped"  # See `schedule`
@@ -147,7 +147,7 @@ class Plan(NamedTuple):
         return len(self.splits) + 1
 
     @property
-    def global_batch_size(self) -> int:  # Pictures in one weight update
+    def global_batch_size(self) -> int:  # Images in one weight update
         return self.micro_batch_size * self.gradient_accumulation * self.num_replicas
 
     @classmethod
@@ -204,7 +204,7 @@ class _Network:
         backward = 3 * forward
         backward[:, -1] = 2 * forward[:, -1]
         crossing = micro_batch_size * self.entering[bounds[:, :-1]] / self.chip.link_bandwidth
-        crossing[:, 0] = 0  # pictures come from the host, ahead of time
+        crossing[:, 0] = 0  # images come from the host, ahead of time
         return forward + crossing, backward + crossing
 
     def memory(self, bounds, plan):
@@ -258,7 +258,7 @@ class Prediction(NamedTuple):
 def predict(
     spec: ModelSpec,  # The network
     plan: Plan,  # How it is laid out
-    image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
     constants: Optional[Constants] = None,  # None = the fitted ones
     chip: Hardware = MK2,  # The IPU
 ) -> Prediction:
@@ -331,10 +331,10 @@ def _divisors(n):
 # %% ../../nbs/37_planner.ipynb #a805b5b5
 def candidates(
     spec: ModelSpec,  # The network
-    image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
     num_ipus: int = 16,  # IPUs in all
     *,
-    global_batch_size: int = 768,  # Pictures in one weight update
+    global_batch_size: int = 768,  # Images in one weight update
     stages: Tuple[int, ...] = (1, 2, 4),  # Numbers of stages to try
     pipeline_schedule: str = "Grouped",  # See `schedule`
     constants: Optional[Constants] = None,  # None = the fitted ones
@@ -361,7 +361,7 @@ def candidates(
 # %% ../../nbs/37_planner.ipynb #4899a94d
 def plan(
     spec: ModelSpec,  # The network
-    image_size: Optional[int] = None,  # Side of a picture, pixels; None = the spec's
+    image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
     num_ipus: int = 16,  # IPUs in all
     **choices,  # Passed to `candidates`: global_batch_size, stages, pipeline_schedule, chip
 ) -> Prediction:  # The fastest plan that fits
@@ -399,8 +399,8 @@ def time_by_kind(
     spec: ModelSpec,  # The network
     plan: Plan,  # How it is laid out
     constants: Optional[Constants] = None,  # None = the fitted ones
-) -> Dict[Tuple[str, str], float]:  # (work, kind) -> microseconds of an IPU for a picture
-    "Split the modelled time of a picture by what it is spent on"
+) -> Dict[Tuple[str, str], float]:  # (work, kind) -> microseconds of an IPU for an image
+    "Split the modelled time of an image by what it is spent on"
     net, count = _Network(spec, None, constants or read_constants(), MK2), plan.micro_batch_size
     found = _predict(net, plan)
     last = [x.name for x in net.loads].index(plan.splits[-1]) if plan.splits else 0

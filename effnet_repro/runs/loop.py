@@ -45,7 +45,7 @@ def execute(task: Task, runtime: Runtime) -> Run:
     first = runtime.process[0] == 0
     if not data.validation_count and task.options.validate_every is not None:
         if first:
-            where = f"no validation pictures in {data.root}"
+            where = f"no validation images in {data.root}"
             say(f"{where}: the accuracy is not measured")
         task = replace(task, options=replace(task.options, validate_every=None))
     course = task.course()
@@ -233,7 +233,7 @@ class _Loop:
         self._mend()
         recorder.stop(self.runtime.state)
         where = f", saved {recorder.newest.name}" if recorder.newest else ": nothing to save"
-        say(f"stopped after update {recorder.step}{where}")
+        say(f"stopped after step {recorder.step}{where}")
 
     def _led(self, work: Callable[[], Any]) -> Any:
         "Let the first process write down something; where it measures meanwhile, the others measure with it"

@@ -143,7 +143,7 @@ def describe_epoch(row: dict, course: Course, path: Path) -> str:
 
 
 def read_metrics_rows(path):
-    """Return (rows, messages): the rows of a metrics.csv by update, as numbers, and what is wrong with the file."""
+    """Return (rows, messages): the rows of a metrics.csv by step, as numbers, and what is wrong with the file."""
     texts, wrong = read_rows(path)
     rows = {}
     for number, texts_of_row in enumerate(texts, 1):
@@ -233,7 +233,7 @@ class Recorder:
             self.meter.restore(metadata["epoch_sums"], self.process)
         if not self.writes:
             return
-        say(f"going on from {path.name}, update {self.step}")
+        say(f"going on from {path.name}, step {self.step}")
         self.average = unpack_average(arrays, metadata)
         if self.average is None:
             say(
@@ -241,7 +241,7 @@ class Recorder:
             )
             self.average = average_until(self.folder, self.course.case, self.step)
         if inside and not metadata.get("epoch_sums"):
-            say(f"loss and accuracy of this epoch leave out its first {inside} updates")
+            say(f"loss and accuracy of this epoch leave out its first {inside} steps")
         self.rows = self._rows_until(metadata)
         self._write_metrics()
         self._copy_average()
@@ -286,7 +286,7 @@ class Recorder:
         """Take in what a step says; None = the newest one. A loss that is no number ends the run."""
         if not np.isfinite(loss):
             step = self.step if step is None else step
-            raise FloatingPointError(f"The loss of update {step} is {loss}. {self.last_good()}")
+            raise FloatingPointError(f"The loss of step {step} is {loss}. {self.last_good()}")
         self.meter.add(loss, accuracy)
 
     def ends_epoch(self) -> bool:
@@ -394,7 +394,7 @@ class Recorder:
         broken = [n for n, a in arrays.items() if not np.isfinite(a).all()]
         if broken:
             raise FloatingPointError(
-                f"After update {self.step} {len(broken)} arrays hold values that are not finite, such as "
+                f"After step {self.step} {len(broken)} arrays hold values that are not finite, such as "
                 f"{broken[0]}; they were not saved. {self.last_good()}"
             )
 

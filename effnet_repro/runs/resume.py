@@ -55,7 +55,7 @@ def _average_beside(folder, case, update):
     if found.last_update > update:
         return (
             fresh,
-            f"{path.name} is of update {found.last_update}, after the checkpoint's {update}",
+            f"{path.name} is of step {found.last_update}, after the checkpoint's {update}",
         )
     return found, why
 
@@ -87,18 +87,18 @@ def refuse_other_data(
     metadata: dict,  # What it says
     data,  # `DataSet` to go on with
 ):  # None; raises ValueError
-    "Going on needs the pictures that the run began with: others come in another order"
+    "Going on needs the images that the run began with: others come in another order"
     there = metadata.get("num_classes"), metadata.get("pictures", data.train_count)
     if there != (data.num_classes, data.train_count):
         raise ValueError(
-            f"{path} belongs to a run on {there[1]} training pictures of {there[0]} classes. Received: "
-            f"{data.train_count} pictures of {data.num_classes} classes. "
+            f"{path} belongs to a run on {there[1]} training images of {there[0]} classes. Received: "
+            f"{data.train_count} images of {data.num_classes} classes. "
             "Give the same data, or use another run_dir."
         )
     if metadata.get("data_fingerprint") not in (None, data.fingerprint):
         place = "the built-in sample set" if data.builtin else data.root
         raise ValueError(
-            f"{path} belongs to a run on other training pictures: as many as in {place}, but with other "
+            f"{path} belongs to a run on other training images: as many as in {place}, but with other "
             "names, bytes or labels. Give the same data, or use another run_dir."
         )
 
@@ -106,7 +106,7 @@ def refuse_other_data(
 def data_notes(
     data,  # `DataSet` that a run trains on
 ) -> dict:  # What its checkpoints say of it: `refuse_other_data` compares
-    "Note down which pictures a run began with"
+    "Note down which images a run began with"
     return {
         "class_names": list(data.class_names),
         "pictures": data.train_count,
@@ -138,7 +138,7 @@ def refuse_other_run(
     case: Case,  # The case to go on with
     seed: int,  # The seed to go on with
 ):  # None; raises ValueError
-    "A run goes on with its own pictures, settings and seed, on whatever machine it began"
+    "A run goes on with its own images, settings and seed, on whatever machine it began"
     refuse_other_data(path, metadata, data)
     refuse_other_case(path, case_from_dict(metadata["case"]), case)
     if metadata["seed"] != seed:

@@ -13,22 +13,22 @@ from effnet_repro.runs.tables import read_rows, write_rows
 
 
 class Scores(NamedTuple):
-    "How a network did on the validation pictures"
+    "How a network did on the validation images"
 
-    top1: float  # Share of pictures whose best guess is right, in [0, 1]
+    top1: float  # Share of images whose best guess is right, in [0, 1]
     top5: float  # Share with the label among the best five
     loss: float  # Mean cross entropy, nats
     pictures: int  # How many were measured
-    image_size: int  # Side of the pictures, pixels
+    image_size: int  # Side of the images, pixels
     images_per_s: float  # Speed without the first batch
-    confusion: np.ndarray  # (classes, classes): true label, guessed label -> pictures
+    confusion: np.ndarray  # (classes, classes): true label, guessed label -> images
 
 
 def score(
     batches,  # Iterable of (logits (n, classes), labels (n,), mask (n,): 0 for a filler)
     classes: int,  # Outputs of the network
-    image_size: int,  # Side of the pictures, pixels
-    where: str = "the data",  # Named in the error when there are no pictures
+    image_size: int,  # Side of the images, pixels
+    where: str = "the data",  # Named in the error when there are no images
     processes=None,  # `Processes` that each measure a part of the images; None = this one alone
 ) -> Scores:
     "Measure logits against labels"
@@ -54,7 +54,7 @@ def score(
     n = int(total[3])
     if n == 0:
         raise ValueError(
-            f"There are no validation pictures in {where}. It needs validation-* files, or a folder "
+            f"There are no validation images in {where}. It needs validation-* files, or a folder "
             "validation/ or val/ of class folders."
         )
     speed = several * timed / seconds if timed else float("nan")
@@ -105,7 +105,7 @@ def say_scores(
 ):
     "Print what weights scored"
     say(
-        f"validation, {weights} weights: top-1 {s.top1:.2%} of {s.pictures:,} pictures at {s.image_size} px"
+        f"validation, {weights} weights: top-1 {s.top1:.2%} of {s.pictures:,} images at {s.image_size} px"
     )
 
 
@@ -168,7 +168,7 @@ def write_scores(
         rows = [old for old in rows if keep(old)] + ([] if newer else [row])
         write_rows(path, rows)
     for there in newer:
-        say(f"{path.name}: the row of update {there} stays; this was {update}")
+        say(f"{path.name}: the row of step {there} stays; this was {update}")
     return not newer
 
 

@@ -14,7 +14,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    "Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current update; the second stops at once"
+    "Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step; the second stops at once"
 
     def __init__(
         self,
@@ -35,10 +35,10 @@ class StopSignals:
 
     def _ask(self, number, frame):
         if self.follow.stop_requested:
-            raise KeyboardInterrupt("stopped within an update; the last checkpoint is good")
+            raise KeyboardInterrupt("stopped within a step; the last checkpoint is good")
         self.follow.stop_requested = True
         say(
-            "stopping after this update (again: at once); run the same command again to go on",
+            "stopping after this step (again: at once); run the same command again to go on",
             sys.stderr,
         )
 

@@ -60,7 +60,7 @@ class Task:
         per_epoch = data.train_count // case.global_batch_size
         if per_epoch == 0:
             raise ValueError(
-                f"global_batch_size={case.global_batch_size} exceeds the {data.train_count} training pictures in "
+                f"global_batch_size={case.global_batch_size} exceeds the {data.train_count} training images in "
                 f"{data.root}. Use a smaller global_batch_size."
             )
         schedule = steps_per_epoch(case, data.train_count)

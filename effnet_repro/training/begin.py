@@ -31,7 +31,7 @@ from effnet_repro.transfer import Transfer, describe_head, new_head_for, read_bo
 
 def train(
     case: Union[str, Case, Resolved],  # A published name, a case, or what `resolve_training` gave
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = runs/<name of the case>
     *,
     budget: str = "auto",  # "case", "small", "demo", "smoke" or "auto": see `budget_overrides`
@@ -39,7 +39,7 @@ def train(
     precision: str = "auto",  # Type to compute in: "float32", "bfloat16", "float16"
     backend: Optional[str] = None,  # "tensorflow" or "jax"; refused when Keras runs on the other
     data_format: Optional[str] = None,  # "tfrecord", "folder" or "cifar"; None = see the files
-    on_corrupt: str = "refuse",  # or "skip": leave damaged pictures out, see `open_data`
+    on_corrupt: str = "refuse",  # or "skip": leave damaged images out, see `open_data`
     decoder: str = "auto",  # or "simplejpeg", "pillow", "tensorflow", "nvimagecodec"
     validation_split: Optional[float] = None,  # Share that validates, of class folders without such
     validate_every: Optional[
@@ -101,7 +101,7 @@ def _reading(data_format, on_corrupt, decoder, validation_split):
 
 def finetune(
     init,  # A run folder or checkpoint, or what `resolve_finetuning` gave; with `new_head` any weights
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     run_dir=None,  # Where everything is written; None = <run folder of init>/finetune-<image size>
     *,
     new_head: bool = False,  # Whether the classifier begins anew, for the classes of the data

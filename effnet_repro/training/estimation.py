@@ -17,7 +17,7 @@ from effnet_repro.training.micro_batch import needed_bytes
 
 
 def needed_gib(case, pictures):
-    "Memory of a run with so many pictures at a time. Ours: a fit to what was measured on a CPU"
+    "Memory of a run with so many images at a time. Ours: a fit to what was measured on a CPU"
     cost = count(case, case.image_size)
     return 1.14 + (12.6 * cost.params + 2.51 * cost.activations * pictures) * 4 / 2**30
 
@@ -40,16 +40,16 @@ def memory_warning(case):
         return None
     fits = lambda n: not case.global_batch_size % n and needed_gib(case, n) <= found
     most = max(filter(fits, range(1, case.micro_batch_size)), default=None)
-    way_out = f"micro_batch_size={most} would fit" if most else "not even one picture would fit"
+    way_out = f"micro_batch_size={most} would fit" if most else "not even one image would fit"
     return (
-        f"{case.micro_batch_size} pictures of {case.image_size} pixels at a time need about {needed:.1f} "
+        f"{case.micro_batch_size} images of {case.image_size} pixels at a time need about {needed:.1f} "
         f"GiB of memory, and there are {found:.1f}: the system may end the run without a word. {way_out}."
     )
 
 
 def estimate(
     case: Case,  # Laid out for one device
-    data: DataSet,  # Pictures
+    data: DataSet,  # Images
     share: float = 0.1,  # Of a matrix product's speed that the network reaches. Ours: measured on two cores
 ) -> dict:  # seconds_per_update, updates, hours, memory_gib: modelled, not measured
     "Estimate what a run will cost on this device"

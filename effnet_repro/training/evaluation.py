@@ -23,7 +23,7 @@ from effnet_repro.training.stream import validation_stream
 
 
 def num_parts(n, cores):
-    "The most equal parts of `n` pictures, one or more each, that `cores` can take at once"
+    "The most equal parts of `n` images, one or more each, that `cores` can take at once"
     return max((k for k in range(1, min(n, cores) + 1) if n % k == 0), default=1)
 
 

@@ -39,7 +39,7 @@ def record(
 
 def plot_predictions(
     source,  # A run folder or a checkpoint
-    data: DataSet,  # Its validation pictures are shown
+    data: DataSet,  # Its validation images are shown
     n: int = 16,  # How many, spread over the set
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
 ):  # The axes

@@ -8,7 +8,7 @@ import numpy as np
 
 from effnet_repro import __version__
 from effnet_repro.config import Case
-from effnet_repro.data import DataSet, update_pictures
+from effnet_repro.data import DataSet, step_images
 from effnet_repro.distributed import ALONE, Processes, explain_loss
 from effnet_repro.efficientnet import build_model, get_weights, set_weights
 from effnet_repro.network import segments
@@ -128,7 +128,7 @@ class KerasRuntime(Runtime):
     def explained(self):
         """Return a context that turns what a backend says about images or memory into one message."""
         case = self.case
-        order = lambda u: update_pictures(self.data, case.global_batch_size, u, self.seed)
+        order = lambda u: step_images(self.data, case.global_batch_size, u, self.seed)
         coming = range(self.step, self.step + 4)  # read, but not yet used
         due = lambda: np.concatenate([order(u) for u in coming])
         doing = lambda: (

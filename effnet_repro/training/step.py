@@ -27,7 +27,7 @@ from .optimizer import make_optimizer
 
 # %% ../../nbs/38_training.ipynb #644d2b9b
 class Program(NamedTuple):
-    "What a training step needs to know besides weights and pictures"
+    "What a training step needs to know besides weights and images"
 
     case: Case
     spec: ModelSpec
@@ -57,7 +57,7 @@ def micro_loss(
     labels,  # (m,) int32
     draws: dict,  # What `mix` takes; or "targets", (m, classes), of images that are mixed already
     rng: Rng,  # Masks; batch norm reports its moving averages there
-):  # (scaled loss, mean loss, correct pictures), float32 scalars
+):  # (scaled loss, mean loss, correct images), float32 scalars
     "Compute the training loss of one micro-batch"
     case, spec = program.case, program.spec
     soft = draws["targets"] if "targets" in draws else ops.one_hot(labels, spec.num_classes)
@@ -99,7 +99,7 @@ def micro_batches(
 
 # %% ../../nbs/38_training.ipynb #a1d0fb99
 def _tf_gradients(program, names, weights, batch):
-    "Summed gradients, loss and correct pictures of an update, and moving averages, on TensorFlow"
+    "Summed gradients, loss and correct images of a step, and moving averages, on TensorFlow"
     import tensorflow as tf
 
     ops, k = current_ops(), program.case.gradient_accumulation
@@ -132,7 +132,7 @@ def _tf_gradients(program, names, weights, batch):
 
 
 def _moving(program):
-    "Names of the moving averages that an update changes"
+    "Names of the moving averages that a step changes"
     return [
         p.name
         for s in segments(program.spec)
@@ -202,7 +202,7 @@ def use_devices(
         odd = [f"its {k} micro-batches (micro_batch_size)"] * bool(k % have)
         odd += [f"its {groups} groups of mixed images (mix_group_size)"] * bool(groups % have)
         way_out = f": {have} do not divide {' and '.join(odd)}" if odd else ""
-        say(f"devices: {n} of {have} share the {k} micro-batches of an update{way_out}")
+        say(f"devices: {n} of {have} share the {k} micro-batches of a step{way_out}")
     if n == 1:
         return contextlib.nullcontext()
     names = [f"{d.platform}:{d.id}" for d in devices[:n]]

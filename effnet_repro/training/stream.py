@@ -27,7 +27,7 @@ from effnet_repro.training.step import on_all_devices
 
 
 def _controls(case, update, updates_per_epoch, seed, shard):
-    "Everything of an update that is not a picture: what is drawn for the mixing groups of this process"
+    "Everything of a step that is not an image: what is drawn for the mixing groups of this process"
     rate = np.float32(learning_rate(case, update, updates_per_epoch))
     fixed = {"update": np.int32(update), "learning_rate": rate}
     if case.body_rate != 1:
@@ -144,7 +144,7 @@ def _tf_updates(stream, controls, first_update):
 
 @contextlib.contextmanager
 def explain_failures(data, split, due, doing):
-    "Turn what a back end says about pictures or memory into one message"
+    "Turn what a back end says about images or memory into one message"
     try:
         yield
     except Exception as error:
@@ -170,7 +170,7 @@ def validation_stream(data, image_size, batch, image_resize="published", shard=(
         make = lambda: validation_batches(*args, reader=READER_OF[decoder_here(data)], **how)
     at = [0]
     due = lambda: np.arange(data.validation_count)[shard[0] :: shard[1]][at[0] : at[0] + 4 * batch]
-    doing = lambda: f"{batch} pictures of {image_size} pixels at a time: use a smaller batch"
+    doing = lambda: f"{batch} images of {image_size} pixels at a time: use a smaller batch"
     with explain_failures(data, "validation", due, doing):
         for one in make():
             yield one

@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 def validate(
     source,  # A run folder, a checkpoint file or an average
-    data_dir=None,  # Folder of pictures; None = the built-in sample set
+    data_dir=None,  # Folder of images; None = the built-in sample set
     *,
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
     weights: str = "both",  # Of a run folder: "last", "average", "both", or "all": see below

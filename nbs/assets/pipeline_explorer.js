@@ -54,7 +54,7 @@
   );
 
   const chosen = () => (name.value === ALL ? SCHEDULES : [name.value]);
-  let shown = [], unit = 0;  // one entry for each schedule in the picture: its name, table and facts
+  let shown = [], unit = 0;  // one entry for each schedule in the figure: its name, table and facts
   const LEFT = 62, TOP = 6;
 
   const point = () => {
@@ -134,7 +134,7 @@
       "stash by stage": about.stash.join(", "),
       "alive at most": about.alive.join(", "),
     };
-    const entries = names.length > 1 ? [] : Object.entries(rows);  // of all three, the picture says it
+    const entries = names.length > 1 ? [] : Object.entries(rows);  // of all three, the figure says it
     facts.replaceChildren(...entries.map(([k, v]) => make("div", {}, make("dt", {}, k), make("dd", {}, String(v)))));
     facts.hidden = !entries.length;
     paint();

@@ -52,7 +52,7 @@
 
   const channel = gaussian(6000), LOW = -3, HIGH = 5, BIN = 0.1, ROW = 96, LEFT = 8;
 
-  // A distribution as a filled outline on a row of the picture, with its mean and standard deviation marked.
+  // A distribution as a filled outline on a row of the figure, with its mean and standard deviation marked.
   const row = (svg, n, title, values, color, width) => {
     const x = (v) => LEFT + ((v - LOW) / (HIGH - LOW)) * (width - 2 * LEFT), floor = n * ROW + ROW - 14;
     const counts = new Array(Math.round((HIGH - LOW) / BIN)).fill(0);

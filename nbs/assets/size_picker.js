@@ -1,4 +1,4 @@
-// Which picture sizes a trained network may be fine-tuned at: the mod-32 rule, with what each size costs.
+// Which image sizes a trained network may be fine-tuned at: the mod-32 rule, with what each size costs.
 // The numbers come from the page: <script type="application/json" id="size-data">, written by the library.
 (() => {
   "use strict";

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-CASES = (  # model, side of the picture in pixels
+CASES = (  # model, side of the image in pixels
     ("tf_efficientnet_b0", 64),
     ("tf_efficientnet_b0", 75),
     ("tf_efficientnet_b3", 64),

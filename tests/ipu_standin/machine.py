@@ -42,7 +42,7 @@ class Machine:
             raise ValueError(f"Unknown SDK {sdk}. The stand-in knows {', '.join(SDKS)}.")
         self.sdk, self.ipus, self.execute = sdk, ipus, execute
         self.check_divergence = check_divergence
-        self.shallow = shallow  # Build stages, but neither gradients nor most of the update
+        self.shallow = shallow  # Build stages, but neither gradients nor most of the step
         self.popdist = popdist or {}  # total_replicas, instances, index, ipus_per_replica, world
         self.config = None  # The configuration in force: {dotted name: value}
         self.programs, self.building, self.stage = [], None, None

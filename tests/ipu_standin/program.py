@@ -312,7 +312,7 @@ def patched_sessions():
                 except errors.FailedPreconditionError as e:
                     if "iterator" not in e.message:
                         raise
-                    abort("An infeed was not initialised.")
+                    abort("An infeed was not initialized.")
 
             for program in _programs_below(fetches, mine):
                 program.execute(inner)

@@ -134,7 +134,7 @@ def conv_jobs(shape, group_size, ways):
 
 
 def own_conv_jobs():
-    "Those of B0-G16-LN_PN, between neighbours that hold activations by groups"
+    "Those of B0-G16-LN_PN, between neighbors that hold activations by groups"
     library = lambda strides: lambda x, w: get_ops("jax").conv(x, w, strides)
     strips = lambda strides: lambda x, w: conv.grouped_conv(x, w, strides)
     ways = lambda s: dict(library=(library(s), lambda v: v), strips=(strips(s), tiles.by_groups))

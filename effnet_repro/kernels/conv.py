@@ -215,7 +215,7 @@ def widen_groups(
 
 # %% ../../nbs/17_gpu_conv.ipynb #e1639d03
 def patches(
-    x,  # Pictures, (N, H, W, channels)
+    x,  # Images, (N, H, W, channels)
     kernel_size: int,  # Side of the neighbourhood, pixels
     strides: int,  # Step of the output grid, pixels
 ):  # (N, ceil(H / strides), ceil(W / strides), a power of two): y, x, channel, zeros

@@ -28,7 +28,7 @@ from .ops import Rng, get_ops
 from .scaling import Block, ModelSpec, num_groups
 
 # %% ../nbs/19_keras_layers.ipynb #432ea31a
-def current_ops():  # The namespace that matches `keras.backend.backend()`
+def current_ops():  # The backend that matches `keras.backend.backend()`
     "Get the tensor operations of Keras' back end"
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
@@ -186,7 +186,7 @@ class ProxyNormAct(ParamLayer):
     def declare(self, input_shape):
         if len(input_shape) != 4 or input_shape[-1] is None:
             raise ValueError(
-                "`ProxyNormAct` normalises over height and width of (N, H, W, C), C known. Received: "
+                "`ProxyNormAct` normalizes over height and width of (N, H, W, C), C known. Received: "
                 f"shape {tuple(input_shape)}. Reshape to (N, H, W, C) first."
             )
         if input_shape[-1] % self.norm_groups:

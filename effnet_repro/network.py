@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['IMAGENET_MEAN', 'IMAGENET_STD', 'STATISTICS_TOLERANCE', 'Param', 'Segment', 'norm_params', 'gate_params',
-           'block_params', 'normalise_pictures', 'input_affine', 'features', 'segments', 'params', 'initial_value',
+           'block_params', 'normalize_images', 'input_affine', 'features', 'segments', 'params', 'initial_value',
            'initial_weights', 'run', 'check_matches', 'pack', 'unpack', 'spec_of_arrays', 'drop_statistics',
            'statistics_note', 'fold_proxies']
 
@@ -124,7 +124,7 @@ IMAGENET_MEAN = (123.68, 116.78, 103.94)  # Of red, green, blue, in 0..255
 IMAGENET_STD = (58.395, 57.12, 57.375)  # 255 x (0.229, 0.224, 0.225)
 
 
-def normalise_pictures(
+def normalize_images(
     ops,  # Tensor operations
     spec,  # `ModelSpec`: input_norm
     weights: dict,  # "input/scale" and "input/shift" when input_norm is "keras"
@@ -163,7 +163,7 @@ def _stem(spec):
 
     def apply(ops, weights, x, rng=None):
         w = Scope(weights, "all/block0")
-        x = normalise_pictures(ops, spec, weights, x)
+        x = normalize_images(ops, spec, weights, x)
         return expand(ops, spec, w, x, rng, spec.stem_strides)
 
     return Segment("block0", params, apply, spec.stem_filters, spec.stem_strides)

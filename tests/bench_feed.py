@@ -1,8 +1,9 @@
 """Measure how fast images on disk become batches, and how much the decoders' pixels differ.
 
-Readers alone: nothing trains meanwhile. Beside them, in the same call, what the cores can decode (simplejpeg, in
-threads and in processes, nothing else done). The records of `--images`, original photographs, are repeated in memory of
-the file system's cache. Writes feed.csv (images/s) and decoders.csv (differences) into `--results`.
+Readers alone: nothing trains meanwhile. Beside them, in the same call, what the cores (simplejpeg, in threads and in
+processes) and a GPU (nvImageCodec) can decode, nothing else done. The records of `--images`, original photographs, are
+repeated in memory of the file system's cache. Writes feed.csv (images/s) and decoders.csv (differences) into
+`--results`.
 
     python tests/bench_feed.py --images FOLDER [--only PATTERN] [--sizes 160 224 380] [--results results]
 
@@ -80,6 +81,29 @@ def by_stream(make, batch, seconds):
         getattr(stream, "close", lambda: None)()
 
 
+def by_gpu(encoded, seconds, at_once=512):
+    "Images a second that the producers of a GPU decode, nothing else done; three readings"
+    some = [np.frombuffer(one, np.uint8) for one in encoded if one[:2] == b"\xff\xd8"]
+    some = (some * -(-at_once // len(some)))[:at_once]
+    producers = [gpu_decode.Producer(0) for _ in range(gpu_decode.PRODUCERS)]
+    with ThreadPoolExecutor(len(producers)) as pool:
+        work = lambda producer, until: _decoded_until(producer, some, until)
+        for reading in range(4):
+            begin = time.perf_counter()
+            counts = pool.map(work, producers, [begin + seconds / 3] * len(producers))
+            found = sum(counts) / (time.perf_counter() - begin)
+            if reading:  # before the first one the decoders have no memory yet
+                yield found
+
+
+def _decoded_until(producer, some, until):
+    "How many images a producer decodes until a time"
+    count = 0
+    while time.perf_counter() < until:
+        count += sum(one is not None for one in producer.decode(some))
+    return count
+
+
 def idle(make, args):
     "The stream of a GPU whose cores decode nothing"
     gpu_reader.Balance.count, count = lambda self, images: 0, gpu_reader.Balance.count
@@ -129,6 +153,9 @@ def rates(data, a):
         if re.search(a.only, name):
             with pool(core_count()) as opened:
                 yield name, "", "", list(by_pool(opened, 8 * encoded, a.seconds))
+    name = "nvimagecodec alone"
+    if re.search(a.only, name) and gpu_decode.problem() is None:
+        yield name, "", "", list(by_gpu(encoded, a.seconds))
     for name, size, batch, make, args in streams(data, a.sizes, a.batch):
         if re.search(a.only, name):
             yield (

@@ -9,11 +9,13 @@ train together until they take a tenth of a step. The rates of one GPU are those
 `measure` writes `process_speed.csv`: images a second of training steps as `effnet-train` does them, on images that
 stay on the device, with one process a GPU, and beside it one process with as many GPUs. Each is the median of five
 rounds: B0-Half and B4-Half with 768 images a step on any number of GPUs (strong), and B0-Half with 768 images a GPU
-(weak), which needs a set of more than the 1,200 sample images. On a machine without GPUs, `--rehearse` runs the same
-with CPU processes and a tiny network, and writes nothing.
+(weak), which needs a set of more than the 1,200 sample images. Settings that have room on the GPUs together start and
+compile side by side; then each is measured while the others wait. On a machine without GPUs, `--rehearse` runs the
+same with CPU processes and a tiny network, and writes nothing.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -21,8 +23,10 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -31,6 +35,7 @@ from effnet_repro.config import for_one_device, get_case, load_cases, override  
 from effnet_repro.distributed.traffic import gradient_bytes, gradient_share, most_gpus  # noqa: E402
 from effnet_repro.gpu_plan import rates, step_rate  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
+from effnet_repro.training.micro_batch import needed_bytes  # noqa: E402
 from tests.process_runs import FAST  # noqa: E402
 
 SEED, ROUNDS = 0, 5
@@ -81,15 +86,20 @@ def one_case(name, images, rehearse):
 
 
 def work(a):
-    "One process of a measurement: prints a JSON line of images a second of each round"
+    """One process of a measurement: prints a JSON line once it is ready, and another of images a second of each round.
+
+    Between the two it waits for a line, so that others on the same GPUs can have their turn.
+    """
     from effnet_repro.data import open_data
     from effnet_repro.distributed import ALONE, join_others
     from effnet_repro.training import configure, device_name
+    from effnet_repro.training.compiled import keep_compiled
     from effnet_repro.training.micro_batch import divided_micro_batch, settle_micro_batch
     from effnet_repro.training.runtime import KerasRuntime
 
     configure()
     processes = join_others() if a.processes > 1 else ALONE
+    keep_compiled()
     import jax
 
     case = settle_micro_batch(one_case(a.case, a.images, a.rehearse))
@@ -100,11 +110,12 @@ def work(a):
     begin = time.perf_counter()
     runtime.begin(data, 0, None)
     wait = lambda: float(runtime.advance(1).logs["loss"])
-    wait()
-    compiled, found = time.perf_counter() - begin, []
-    for _ in range(3):
+    for _ in range(4):
         wait()
-    for _ in range(ROUNDS):
+    print(json.dumps({"ready_s": time.perf_counter() - begin}), flush=True)
+    sys.stdin.readline()
+    found = []
+    for _ in range(ROUNDS + 1):
         begin = time.perf_counter()
         for _ in range(a.steps - 1):
             runtime.advance(1)
@@ -112,83 +123,169 @@ def work(a):
         found.append(a.steps * case.global_batch_size / (time.perf_counter() - begin))
     processes.lead(lambda: None)
     micro = case.micro_batch_size
-    row = {"rounds": found, "compile_s": compiled, "device": device_name(), "micro_batch": micro}
+    row = {"rounds": found[1:], "device": device_name(), "micro_batch": micro}
     row["images"] = case.global_batch_size
     print(json.dumps(row), flush=True)
     runtime.close()
     processes.close()
 
 
-def started(a, name, images, processes, gpus):
-    "The JSON line of the first of some processes, which have so many GPUs together"
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        address = f"127.0.0.1:{one.getsockname()[1]}"
-    words = [
-        sys.executable,
-        __file__,
-        "work",
-        "--case",
-        name,
-        "--images",
-        images,
-        "--steps",
-        a.steps,
-    ]
-    words += ["--processes", processes, *(["--data", a.data] if a.data else [])]
-    words = [*map(str, words), *(["--rehearse"] if a.rehearse else [])]
-    running = []
-    for i in range(processes):
-        env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+class Setting(NamedTuple):
+    "What is measured"
+
+    case: str
+    kind: str  # "strong": 768 images a step on any number of GPUs; "weak": 768 a GPU
+    gpus: int
+    processes: int  # One, or one a GPU
+    steps: int  # Of a round
+
+    @property
+    def images(self) -> int:  # Of a step
+        return 768 * (self.gpus if self.kind == "weak" else 1)
+
+    def bytes_of_gpu(self) -> float:
+        "Model the memory that it takes on each of its GPUs, with what a process takes beside the step"
+        case = one_case(self.case, self.images, False)
+        return needed_bytes(case, self.images // self.gpus) + 2**30
+
+
+class Started:
+    "The processes of a setting, on their way to be ready"
+
+    def __init__(self, a, setting):
+        self.setting, self.running = setting, []
+        with socket.socket() as one:
+            one.bind(("127.0.0.1", 0))
+            address = f"127.0.0.1:{one.getsockname()[1]}"
+        words = ["--case", setting.case, "--images", setting.images, "--steps", setting.steps]
+        words += ["--processes", setting.processes, *(["--data", a.data] if a.data else [])]
+        words += ["--rehearse"] if a.rehearse else []
+        for i in range(setting.processes):
+            self._start(a, [sys.executable, __file__, "work", *map(str, words)], i, address)
+
+    def _start(self, a, words, i, address):
+        one = self.setting
+        env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": _path()}
+        env["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # several share a GPU
         if a.rehearse:
             env["XLA_FLAGS"] = FAST
-        env["CUDA_VISIBLE_DEVICES"] = str(i) if processes > 1 else ",".join(map(str, range(gpus)))
-        if processes > 1:
-            env.update(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(processes))
-            env["JAX_PROCESS_ID"] = str(i)
-        out = subprocess.PIPE if i == 0 else subprocess.DEVNULL
-        running.append(subprocess.Popen(words, env=env, stdout=out, stderr=a.log, text=True))
-    try:
-        said, _ = running[0].communicate(timeout=a.timeout)
-    finally:
-        for process in running:
-            process.kill()
-    lines = [line for line in said.splitlines() if line.startswith("{")]
-    if not lines:
-        raise RuntimeError(
-            f"{name}, {processes} processes, {gpus} GPUs: nothing measured (--log says why)"
+        env["CUDA_VISIBLE_DEVICES"] = (
+            str(i) if one.processes > 1 else ",".join(map(str, range(one.gpus)))
         )
-    return json.loads(lines[-1])
+        if one.processes > 1:
+            env.update(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES=str(one.processes))
+            env["JAX_PROCESS_ID"] = str(i)
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=a.log, text=True)
+        self.running.append(subprocess.Popen(words, env=env, **pipes))
+
+    def ready(self):
+        "Wait until all are; the answer of the first, or None where one has ended"
+        found = [_answer(process) for process in self.running]
+        return None if None in found else found[0]
+
+    def measure(self):
+        "Let all begin; the answer of the first, or None where one has ended"
+        for process in self.running:
+            with contextlib.suppress(OSError):
+                process.stdin.write("go\n")
+                process.stdin.flush()
+        return _answer(self.running[0])
+
+    def end(self):
+        "End all, and wait until their memory is free"
+        for process in self.running:
+            process.kill()
+        for process in self.running:
+            process.wait()
 
 
-def measure(a):
-    "Write process_speed.csv, a row as soon as it is measured"
-    wanted = [(B0, "strong", lambda n: 768), (B4, "strong", lambda n: 768)]
-    wanted += [(B0, "weak", lambda n: 768 * n)]
-    wanted = wanted[:1] if a.rehearse else wanted
-    first = {}
-    for name, kind, images in wanted:
+def _path():
+    return f"{ROOT}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+
+
+def _answer(process):
+    "The next line of JSON; None where the process has ended"
+    for line in process.stdout:
+        if line.startswith("{"):
+            return json.loads(line)
+    return None
+
+
+def settings(a):
+    "What is measured, in order"
+    wanted = [(B0, "strong"), (B0, "weak"), (B4, "strong")]
+    found = []
+    for name, kind in wanted[:1] if a.rehearse else wanted:
         for gpus in a.gpus:
             if kind == "weak" and gpus == 1:
                 continue  # the same as strong
             for processes in sorted({gpus, 1}, reverse=True):
-                if a.rehearse and processes != gpus:
-                    continue  # one process has one CPU
-                found = started(a, name, images(gpus), processes, gpus)
-                speed = statistics.median(found["rounds"])
-                first.setdefault(name, speed if gpus == 1 else None)
-                row = {"case": name, "kind": kind, "gpus": gpus, "processes": processes}
-                row.update(images=found["images"], micro_batch=found["micro_batch"])
-                row.update(images_per_s=round(speed, 1), lowest=round(min(found["rounds"]), 1))
-                row.update(highest=round(max(found["rounds"]), 1), steps=a.steps)
-                row["compile_s"] = round(found["compile_s"], 1)
-                row["times_one_gpu"] = round(speed / first[name], 3) if first[name] else ""
-                print(row, flush=True)
-                if not a.rehearse:
-                    command = ["python", "tests/bench_processes.py", *sys.argv[1:]]
-                    about = origin(found["device"], command, SEED, ROUNDS)
-                    key = ("case", "kind", "gpus", "processes", "device")
-                    write_rows(a.results / "process_speed.csv", [row], key, about)
+                if not a.rehearse or processes == gpus:  # in a rehearsal a process has one CPU
+                    steps = a.steps if name == B0 else max(2, a.steps // 3)
+                    found.append(Setting(name, kind, gpus, processes, steps))
+    return [one for one in found if re.search(a.only, f"{one.case} {one.kind}")]
+
+
+def groups(wanted, memory):
+    "Put each setting into the first group whose members have room together on a GPU of so many bytes"
+    found = []
+    for one in wanted:
+        room = (g for g in found if sum(o.bytes_of_gpu() for o in [*g, one]) <= 0.95 * memory)
+        group = next(room, None)
+        if group is None:
+            found.append([one])
+        else:
+            group.append(one)
+    return found
+
+
+def gpu_memory():
+    "Bytes of the first GPU; without one, enough for anything"
+    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
+        return float(found[0]) * 2**20
+    return 2.0**40
+
+
+def measure(a):
+    """Write process_speed.csv, a row as soon as it is measured.
+
+    The settings of a group start and compile side by side; then each is measured while the others wait.
+    """
+    for group in groups(settings(a), gpu_memory()):
+        started = [Started(a, one) for one in group]
+        timer = threading.Timer(a.timeout, lambda some=started: [one.end() for one in some])
+        timer.start()
+        try:
+            ready = [one.ready() for one in started]
+            for one, about in zip(started, ready):
+                found = about and one.measure()
+                one.end()
+                if found is None:
+                    print(f"nothing measured (--log says why): {one.setting}", flush=True)
+                else:
+                    _write(a, one.setting, {**about, **found})
+        finally:
+            timer.cancel()
+            for one in started:
+                one.end()
+
+
+def _write(a, one, found):
+    "Write the row of a setting"
+    speed = statistics.median(found["rounds"])
+    row = {"case": one.case, "kind": one.kind, "gpus": one.gpus, "processes": one.processes}
+    row.update(images=found["images"], micro_batch=found["micro_batch"])
+    row.update(images_per_s=round(speed, 1), lowest=round(min(found["rounds"]), 1))
+    row.update(highest=round(max(found["rounds"]), 1), steps=one.steps)
+    row["ready_s"] = round(found["ready_s"], 1)
+    print(row, flush=True)
+    if not a.rehearse:
+        command = ["python", "tests/bench_processes.py", *sys.argv[1:]]
+        about = origin(found["device"], command, SEED, ROUNDS)
+        key = ("case", "kind", "gpus", "processes", "device")
+        write_rows(a.results / "process_speed.csv", [row], key, about)
 
 
 def main():
@@ -198,7 +295,8 @@ def main():
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--data", help="a data set; default: the sample set")
     parser.add_argument("--steps", type=int, default=20, help="of a round")
-    parser.add_argument("--timeout", type=int, default=240, help="seconds of one configuration")
+    parser.add_argument("--only", default="", help="regular expression over 'case kind'")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds of a group of settings")
     parser.add_argument("--rehearse", action="store_true", help="CPU processes, a tiny network")
     parser.add_argument("--log", type=argparse.FileType("a"), default=os.devnull)
     for name, kind in (("--case", str), ("--images", int), ("--processes", int)):

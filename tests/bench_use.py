@@ -13,6 +13,7 @@ message.
             are and packed; PyTorch reads them, too (torch_feed.py)
 --gpus      of one process; more than one are compared with one, at the same global batch
 --only      regular expression over the names of the rows ("start" = the first starts; "torch alone" = only read)
+--compile   measure nothing: do a training step of each run, so that a later call finds all compiled
 """
 
 import argparse
@@ -35,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from effnet_repro.config import for_one_device, get_case, override  # noqa: E402
 from effnet_repro.results import origin, portable  # noqa: E402
-from tests import bench_gpu, bench_sets  # noqa: E402
+from tests import bench_gpu, bench_sets, start_stages  # noqa: E402
 
 SEED = bench_gpu.SEED
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -73,12 +74,15 @@ class Measured(NamedTuple):
         return self.case.rpartition("_16IPU")[0], case.image_size, most
 
 
-def run_command(one, run_dir, log, *more):
-    "Run a command; returns its seconds, what it said, and the rows of metrics.csv"
+def run_command(one, run_dir, log, *more, stages=False):
+    "Run a command; returns its seconds, what it said (with when its `stages` were done), and the rows of metrics.csv"
     devices = ",".join(str(i) for i in range(one.gpus))
     env = {**os.environ, "KERAS_BACKEND": "jax", "CUDA_VISIBLE_DEVICES": devices}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
-    words = [sys.executable, "-m", "effnet_repro.cli", "train", one.case]
+    program = ["-m", "effnet_repro.cli"]
+    if stages:
+        program = [str(ROOT / "tests" / "start_stages.py"), str(time.time())]
+    words = [sys.executable, *program, "train", one.case]
     words += ["--budget", "case", "--seed", str(SEED), *one.words, *more]
     words += ["--run-dir", str(run_dir), "--no-progress"]
     begin = time.perf_counter()
@@ -148,19 +152,6 @@ def commands(a, work):
     found = []
     few = lambda steps: ("--max-steps", str(steps), "--no-validation")
     stored = lambda folder: ("--data-dir", str(work / folder))
-    if a.resident:
-        resident = ("--data-dir", str(work / "resident"), "--epochs", str(a.epochs))
-        small = ("--data-dir", str(a.resident), "--epochs", "2", *SMALL)
-        found = [Measured("resident set, defaults", a.case, resident)]
-        found += [Measured("resident set, small batches", a.case, small, sized=(96, 32))]
-        for n in a.gpus if len(a.gpus) > 1 else ():
-            for whole in a.global_batches:
-                words = (*resident, "--global-batch-size", str(whole))
-                if n > 1 or whole != 768:  # one GPU and 768: the defaults
-                    sized = get_case(a.case).image_size, whole
-                    found.append(
-                        Measured(f"resident set, batch {whole}", a.case, words, (), n, sized, False)
-                    )
     if a.images:
         cores = ("--decoder", "simplejpeg")
         found += [Measured("photographs", a.case, stored("photographs"), few(a.steps))]
@@ -170,6 +161,19 @@ def commands(a, work):
             found.append(Measured("photographs", case, stored("photographs"), few(steps)))
         for form in PACKED:
             found.append(Measured(f"packed, {form}", a.case, stored(form), few(a.steps)))
+    if a.resident:
+        resident = ("--data-dir", str(work / "resident"), "--epochs", str(a.epochs))
+        small = ("--data-dir", str(a.resident), "--epochs", "2", *SMALL)
+        found += [Measured("resident set, defaults", a.case, resident)]
+        found += [Measured("resident set, small batches", a.case, small, sized=(96, 32))]
+        for n in a.gpus if len(a.gpus) > 1 else ():
+            for whole in a.global_batches:
+                words = (*resident, "--global-batch-size", str(whole))
+                if n > 1 or whole != 768:  # one GPU and 768: the defaults
+                    sized = get_case(a.case).image_size, whole
+                    found.append(
+                        Measured(f"resident set, batch {whole}", a.case, words, (), n, sized, False)
+                    )
     return [one for one in found if re.search(a.only, f"{one.name}, {one.case}")]
 
 
@@ -227,10 +231,14 @@ def measure(a, device):
         chosen = commands(a, work)
         make_sets(a, work, chosen)
         if a.resident and re.search(a.only, "start"):
-            _first_starts(chosen[0], a.resident, work, log, write)
-        bare = _side_by_side(chosen, memory, work, log, write)
-        for i, one in enumerate(chosen):
-            case, found = _report(one, work / f"run{i}", log)
+            _first_starts(a, work, log, write)
+        bare = _side_by_side(chosen, memory, work, log, write, a.compile)
+        for i, one in enumerate(() if a.compile else chosen):
+            try:
+                case, found = _report(one, work / f"run{i}", log)
+            except RuntimeError as error:
+                print(f"failed: {error}", flush=True)
+                continue
             key = one.bare_step(memory)
             if key in bare and case["micro_batch_size"] == key[2]:
                 share = found["images_per_s"] / (bare[key]["images_per_s"] * one.gpus)
@@ -281,37 +289,49 @@ def _report(one, folder, log):
     return case, found
 
 
-def _first_starts(first, resident, work, log, write):
-    "One training step of the first run on the small set, with nothing compiled and with everything"
-    quick = first._replace(words=("--data-dir", str(resident)))
-    case = get_case(first.case)
-    shown = dict(image_size=case.image_size, global_batch_size=case.global_batch_size)
-    shown["gpus"] = first.gpus
+def _first_starts(a, work, log, write):
+    "One training step on the set that stays on the device, with nothing compiled and with everything"
+    quick = Measured("start", a.case, ("--data-dir", str(a.resident)))
+    case = get_case(a.case)
+    shown = dict(image_size=case.image_size, global_batch_size=case.global_batch_size, gpus=1)
+    kept, os.environ["EFFNET_REPRO_CACHE"] = os.environ["EFFNET_REPRO_CACHE"], str(work / "empty")
     for name in ("start, cache empty", "start, cache full"):
         words = "--max-steps", "1", "--no-validation"
-        seconds = run_command(quick, work / name, log, *words)[0]
-        write(name, first.case, {**shown, "command_s": round(seconds, 1), "steps": 1})
+        seconds, said, _ = run_command(quick, work / name, log, *words, stages=True)
+        stages = json.loads(said.rpartition(start_stages.PREFIX)[2])
+        found = {"command_s": round(seconds, 1), "first_step_s": stages["step"], "steps": 1}
+        write(name, a.case, {**shown, **found, "stages": json.dumps(stages)})
+    os.environ["EFFNET_REPRO_CACHE"] = kept
 
 
-def _side_by_side(chosen, memory, work, log, write):
-    """One training step of each run, so that all is compiled, and beside these the bare steps.
-
-    Bare steps are measured when all is still. Returns their rows by `Measured.bare_step`.
-    """
-    wanted = sorted({one.bare_step(memory) for one in chosen if one.bare})
-    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # while they share GPUs
+def _starting(pool, chosen, memory, work, log):
+    "Begin a training step of each run, all side by side, so that all is compiled; a future for each"
     kinds = {(one.bare_step(memory), one.gpus, "resident" in one.name): one for one in chosen}
 
     def start(i, one):  # where they need too much memory together, it is compiled all the same
         with contextlib.suppress(RuntimeError):
             run_command(one, work / f"start{i}", log, "--max-steps", "1", "--no-validation")
 
-    with ThreadPoolExecutor(len(kinds) + 1) as pool:
+    return [pool.submit(start, i, one) for i, one in enumerate(kinds.values())]
+
+
+def _side_by_side(chosen, memory, work, log, write, alone=False):
+    """One training step of each run, so that all is compiled, and beside these the bare steps, unless `alone`.
+
+    A single run with no bare step beside it needs none of it: its first epoch is not measured.
+    Bare steps are measured when all is still. Returns their rows by `Measured.bare_step`.
+    """
+    wanted = sorted({one.bare_step(memory) for one in chosen if one.bare and not alone})
+    if len(chosen) == 1 and not wanted and not alone:
+        return {}
+    before = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
+    os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # while they share GPUs
+    with ThreadPoolExecutor(len(chosen) + 1) as pool:
         started = []
         bare = pool.submit(bare_steps, wanted, log, lambda: [f.result() for f in started])
-        started += [pool.submit(start, i, one) for i, one in enumerate(kinds.values())]
+        started += _starting(pool, chosen, memory, work, log)
         found = bare.result()
-    del os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]
+    os.environ.pop("XLA_PYTHON_CLIENT_PREALLOCATE") if before is None else None
     for (network, size, batch), row in found.items():
         alone = dict(image_size=size, global_batch_size=batch, micro_batch_size=batch, gpus=1)
         (case, *_) = [one.case for one in chosen if one.case.startswith(network + "_")]
@@ -334,6 +354,7 @@ def main():
     p.add_argument("--packed-records", type=int, default=79872)
     p.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of GPUs to compare")
     p.add_argument("--global-batches", type=int, nargs="+", default=[768, 3072])
+    p.add_argument("--compile", action="store_true", help="only compile the runs, for a later call")
     p.add_argument("--results", type=Path, default=ROOT / "results")
     a = p.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "jax")

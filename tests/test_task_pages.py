@@ -95,7 +95,7 @@ def test_the_program_on_home_runs(tmp_path, monkeypatch):
     image = lambda i, light: encode(picture(40, 40, i) // 2 + light)
     kinds = {"cat": 0, "dog": 100}
     places = {f"{k}/{i}.jpg": image(i, v) for k, v in kinds.items() for i in range(100)}
-    folders(tmp_path / "pictures", places)
+    folders(tmp_path / "images", places)
     brief = dict(net_stages=STAGES, top_filters=128, max_steps=1, progress=False)
     real = training.train
     monkeypatch.setattr(training, "train", lambda *words, **how: real(*words, **how, **brief))

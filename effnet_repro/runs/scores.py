@@ -182,7 +182,7 @@ def score_table(
         "top-1": lambda s: f"{s.top1:.1%}",
         "top-5": lambda s: f"{s.top5:.1%}",
         "loss": lambda s: f"{s.loss:.3f}",
-        "pictures": lambda s: f"{s.pictures:,}",
+        "images": lambda s: f"{s.pictures:,}",
         "pixels": lambda s: s.image_size,
     }
     return pd.DataFrame({k: {n: f(s) for n, f in show.items()} for k, s in scores.items()}).T

@@ -156,7 +156,7 @@ def commands(a, work):
         cores = ("--decoder", "simplejpeg")
         found += [Measured("photographs", a.case, stored("photographs"), few(a.steps))]
         words = *stored("photographs"), *cores
-        found += [Measured("photographs, cores alone", a.case, words, few(a.steps // 2))]
+        found += [Measured("photographs, cores alone", a.case, words, few(a.steps))]
         for case, steps in LARGE:
             found.append(Measured("photographs", case, stored("photographs"), few(steps)))
         for form in PACKED:

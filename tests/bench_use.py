@@ -248,32 +248,33 @@ def measure(a, device):
             if one.name == "photographs" and one.case == a.case and re.search(a.only, "validation"):
                 found = validated(work / f"run{i}", work / "photographs", log)
                 write("photographs, validation", one.case, {**shown, "gpus": 1, **found})
-        if a.images and (re.search(a.only, "PyTorch") or re.search(a.only, "torch alone")):
+        if a.images:
             torch_rows(a, work, log, write)
 
 
 def torch_rows(a, work, log, write):
     "PyTorch on the same photographs"
-    bench_sets.image_folder(a.images, work / "folder", a.records)
+    names = [("gpu", True), ("gpu", False), ("cores", True), ("cores", False)]
+    matched = lambda name, trains: (
+        f"PyTorch, decoded by the {name}" if trains else f"torch alone, {name}"
+    )
+    names = [one for one in names if re.search(a.only, matched(*one))]
+    if names:
+        bench_sets.image_folder(a.images, work / "folder", a.records)
     size = get_case(a.case).image_size
-    for name in ("gpu", "cores"):
-        for network in ("efficientnet_b0", ""):
-            if not re.search(a.only, "PyTorch" if network else "torch alone"):
-                continue
-            words = [
-                sys.executable,
-                str(ROOT / "tests" / "torch_feed.py"),
-                name,
-                str(work / "folder"),
-            ]
-            words += ["--size", str(size), "--network", network]
-            done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, text=True)
-            log.write(done.stdout)
-            if not done.returncode:
-                found = json.loads(done.stdout.splitlines()[-1])
-                found = {"image_size": size, "gpus": 1, **found}
-                about = f"PyTorch, decoded by the {name}" + ("" if network else ", reader alone")
-                write(about, f"timm {network}" if network else "", found)
+    for name, trains in names:
+        network = "efficientnet_b0" if trains else ""
+        words = [sys.executable, str(ROOT / "tests" / "torch_feed.py"), name, str(work / "folder")]
+        words += ["--size", str(size), "--network", network]
+        done = subprocess.run(words, stdout=subprocess.PIPE, stderr=log, text=True)
+        log.write(done.stdout)
+        if done.returncode:
+            print(f"failed: torch_feed.py {name} {network}", flush=True)
+            continue
+        found = json.loads(done.stdout.splitlines()[-1])
+        about = f"PyTorch, decoded by the {name}" + ("" if network else ", reader alone")
+        found = {"image_size": size, "gpus": 1, **found}
+        write(about, f"timm {network}" if network else "", found)
 
 
 def _report(one, folder, log):

@@ -51,8 +51,9 @@ def free_port():
 class Runs:
     "Starts the processes of one training; `folder` holds its case and its run folders."
 
-    def __init__(self, folder, count=2, port=None, coordinator=None):
+    def __init__(self, folder, count=2, port=None, coordinator=None, hosts=None):
         self.folder, self.count = Path(folder), count
+        self.hosts = hosts  # As in `two_hosts`, a process on each; None = all on this one
         self.port = port or free_port()
         self.coordinator = coordinator or f"127.0.0.1:{self.port}"
         self.case = self.folder / "tiny.yml"
@@ -69,7 +70,9 @@ class Runs:
     def command(self, index, *more, parents):
         rank = ["--distributed", "--coordinator", self.coordinator, "--processes", str(self.count)]
         words = self.words(index, *rank, "--process", index, *more)
-        return [sys.executable, *(["-m", "effnet_repro.cli"] if parents else ["-c", PLAIN]), *words]
+        program = ["-m", "effnet_repro.cli"] if parents else ["-c", PLAIN]
+        words = [sys.executable, *program, *words]
+        return words if self.hosts is None else self.hosts.command(index, words)
 
     def start(self, *more, only=None, each=lambda index: (), parents=True):
         "Start all processes, or `only` some; without `parents` these are what the parents would start"

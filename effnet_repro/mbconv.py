@@ -63,8 +63,9 @@ def _moving_or_batch(ops, w, x, rng):
     moving = w["moving_mean"], w["moving_variance"]
     if rng is None or rng.statistics is None:
         return moving
-    batch, keep = batch_statistics(ops, x), BATCH_NORM_MOMENTUM
-    for name, old, new in zip(("moving_mean", "moving_variance"), moving, batch):
+    batch, keep = batch_statistics(ops, x, rng.norm_batch), BATCH_NORM_MOMENTUM
+    means = batch if rng.norm_batch is None else [ops.mean(b, (0, 1, 2)) for b in batch]
+    for name, old, new in zip(("moving_mean", "moving_variance"), moving, means):
         rng.statistics[w.path(name)] = keep * old + (1 - keep) * new
     return batch
 

@@ -39,11 +39,21 @@ def group_statistics(
 def batch_statistics(
     ops,  # Tensor operations
     x,  # Activations, (N, H, W, C), any float type
-):  # Mean and variance of each channel over the batch, (C,) float32
+    images=None,  # That share their statistics, a divisor of N; None = all
+):  # Mean and variance of each channel over the batch, (C,) float32; with `images` those of each image's group, (N, 1, 1, C)
     "Compute batch statistics in float32"
     x = ops.cast(x, "float32") if ops.dtype(x) in ("bfloat16", "float16") else x
-    mean = ops.mean(x, (0, 1, 2))
-    return mean, ops.mean(ops.square(x - mean), (0, 1, 2))
+    if images is None:
+        mean = ops.mean(x, (0, 1, 2))
+        return mean, ops.mean(ops.square(x - mean), (0, 1, 2))
+    n, _, _, c = ops.shape(x)
+    if n % images:
+        raise ValueError(f"`images` must divide the batch. Received: images={images}, batch={n}.")
+    own_mean, own_variance = (ops.reshape(m, (n // images, images, 1, c)) for m in ops.moments(x))
+    mean = ops.mean(own_mean, 1, True)  # (groups, 1, 1, C)
+    variance = ops.mean(own_variance + ops.square(own_mean - mean), 1, True)
+    spread = lambda m: ops.reshape(ops.tile(m, [1, images, 1, 1]), (n, 1, 1, c))
+    return spread(mean), spread(variance)
 
 # %% ../nbs/11_norms.ipynb #81983b4c
 EPSILON = 1e-3  # Of every norm. Source: `norm_epsilon` of the published code
@@ -65,7 +75,7 @@ def normalise(
     gamma=None,  # Scale, (C,) float32; None = 1
     beta=None,  # Bias, (C,) float32; None = 0
     norm_groups: int = 1,  # Groups of the group norm; 1 = layer norm; unused when `statistics` are given
-    statistics=None,  # (mean, variance) to use instead, each (C,) float32: batch norm
+    statistics=None,  # (mean, variance) to use instead, each (C,) or (N, 1, 1, C) float32: batch norm
     activation=None,  # "swish" or None
     proxy=None,  # (mean, 1/std) of the activation, each (C,) float32; 1/std may be None; None = no proxy
 ):  # (N, H, W, C), type of x

@@ -38,6 +38,7 @@ class Learner:
     - `batch`: images of a training step, in one piece.
     - `parts`: beginnings of the segments that learn, such as ("Top",); None = all.
     - `slows`: whether `learn` may be given a `body_rate`.
+    - `norm_batch`: images that share batch norm's statistics, as on a machine with memory for so many; None = all.
     - `clip`: largest norm of all gradients together; None = as they are.
     """
 
@@ -48,6 +49,7 @@ class Learner:
         batch: int,
         parts: Optional[Sequence[str]] = None,
         slows: bool = False,
+        norm_batch: Optional[int] = None,
         clip: Optional[float] = None,
     ):
         from effnet_repro.efficientnet import build_model
@@ -57,9 +59,8 @@ class Learner:
         own = {} if parts is None else {"variable_filter": tuple(parts)}
         self.case = for_one_device(override(case, **own), batch, batch)
         program = make_program(self.case, _Classes(classes), "auto", 0)
-        program = program._replace(
-            seed=("clip", clip)
-        )  # a batch says the seed; this tells kept programs apart
+        # A batch says the seed; this tells kept programs apart.
+        program = program._replace(seed=("clip", clip), norm_batch=norm_batch)
         self.spec, self.slows, self.loss = program.spec, slows, math.nan
         network = build_model(self.spec, image_size=case.image_size, dtype="float32")
         self.model = _numbered_model(network, program)
@@ -156,25 +157,24 @@ def _with_images(stream, case, more):
     "Cut the images of a resident set here: the compiled step then fits a set of any size"
     from effnet_repro.data.device import cutter
 
-    whole = None
     for (batch,) in stream:
         if "cuts" in batch:
-            pixels, cuts = batch.pop("pixels"), batch.pop("cuts")
-            whole = _filled_up(pixels) if whole is None else whole
-            batch["images"] = cutter(case.image_resize)(whole, cuts, case.image_size)
+            pixels, cuts = _filled_up(batch.pop("pixels")), batch.pop("cuts")
+            batch["images"] = cutter(case.image_resize)(pixels, cuts, case.image_size)
         yield ({**batch, **more},)
+
+
+_filled = [None, None]  # Pixels of the last set, and the same with zeros behind them
 
 
 def _filled_up(pixels):
     "Pixels (P, 3) on the device with zeros behind them: sets of about one size then share the program that cuts"
     import jax.numpy as jnp
 
-    size = 2**20
-    while size < len(pixels):
-        size *= 2
-    whole = np.zeros((size, 3), "uint8")
-    whole[: len(pixels)] = np.asarray(pixels)
-    return jnp.asarray(whole)
+    if _filled[0] is not pixels:
+        size = max(2**20, 2 ** (len(pixels) - 1).bit_length())
+        _filled[:] = pixels, jnp.pad(pixels, ((0, size - len(pixels)), (0, 0)))
+    return _filled[1]
 
 
 def _numbered_model(network, program):

@@ -97,7 +97,7 @@ class Learner:
     ) -> Judged:
         """Measure weights on every validation image, at the size of the case if no other is given."""
         predict, right, losses = self.evaluator.predictor(arrays), [], []
-        for images, labels, mask in self._images(data, image_size or self.case.image_size):
+        for images, labels, mask in self.images(data, image_size or self.case.image_size):
             logits = np.asarray(predict(images), "float64")
             top = logits.max(1)
             own = np.take_along_axis(logits, labels[:, None], 1)[:, 0]
@@ -117,6 +117,8 @@ class Learner:
         if rate is not None:
             own.update(base_learning_rate_exponent=math.log2(rate / self.case.global_batch_size))
         case = override(self.case, **{**own, **numbers})
+        if case.optimizer != "adamw" and case.weight_decay != self.case.weight_decay:
+            raise ValueError("Only AdamW's weight decay is an argument of the compiled step.")
         if case.body_rate != 1 and not self.slows:
             raise ValueError("A learner whose body is to be slow is made with slows=True.")
         return case
@@ -125,7 +127,9 @@ class Learner:
         "Training steps with everything that is an argument of the compiled one"
         from effnet_repro.training import updates
 
-        more = dict(seed=np.int32(seed), weight_decay=np.float32(case.weight_decay))
+        more = dict(seed=np.int32(seed))
+        if case.optimizer == "adamw":
+            more.update(weight_decay=np.float32(case.weight_decay))
         if self.slows:
             more.update(body_rate=np.float32(case.body_rate))
         stream = updates(case, data, seed)
@@ -133,8 +137,8 @@ class Learner:
             return stream.map(lambda batch: {**batch, **more})
         return _with_images(stream, case, more)
 
-    def _images(self, data, image_size):
-        "The validation images, decoded once"
+    def images(self, data, image_size: int) -> list:
+        """Return the validation images, decoded once: a list of (images (n, S, S, 3) uint8, labels, mask)."""
         from effnet_repro.data import validation_arrays
 
         known, size, batches = self._validation
@@ -186,7 +190,7 @@ def _numbered_model(network, program):
             data, kept = args[-1], (self.program, self.optimizer.weight_decay)
             batch = dict(data[0] if isinstance(data, tuple) else data)
             self.program = kept[0]._replace(seed=batch.pop("seed"))
-            self.optimizer.weight_decay = batch.pop("weight_decay")
+            self.optimizer.weight_decay = batch.pop("weight_decay", None)
             try:
                 data = (batch,) if isinstance(data, tuple) else batch
                 return super().train_step(*args[:-1], data)

@@ -23,7 +23,7 @@ MODULES = tree.modules()
 
 # The lowest first. A module imports from lines above its own, a package's modules from each other, too.
 LAYERS = [
-    "registration fields testing proxy_norm messages divisors small_sets outside figures resolution",
+    "registration fields testing proxy_norm messages divisors small_sets outside figures resolution intervals",
     "paths",
     "scaling",
     "case_files case_rules",

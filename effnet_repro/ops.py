@@ -382,10 +382,11 @@ class Rng:
         micro_batch=0,  # Index within the step; may be a tensor
         replica=0,  # Index of the replica
         batch=None,  # Images of the whole training step; None = the masks are the micro-batch's own
+        norm_batch=None,  # Images whose statistics batch norm takes together; None = the micro-batch
     ):
         own = (0, 0) if batch else (micro_batch, replica)
         self.ops, self.counters = ops, (seed, update, *own)
-        self.batch, self.micro_batch = batch, micro_batch
+        self.batch, self.micro_batch, self.norm_batch = batch, micro_batch, norm_batch
         self._key = None
         self.statistics = {}  # Parameter -> new moving average, from batch norm; None = it is frozen
 

@@ -34,6 +34,7 @@ class Program(NamedTuple):
     trained: tuple  # Names of the segments that are updated
     precision: str  # Type to compute in: "float32", "bfloat16", "float16"
     seed: int
+    norm_batch: int = None  # Images that share batch norm's statistics; None = a micro-batch
 
     @property
     def own_groups(self) -> int:  # Size of the groups that are mixed within a micro-batch, or 0
@@ -106,7 +107,7 @@ def _tf_gradients(program, names, weights, batch):
 
     def one(i, sums, moving):
         values = {**weights, **moving}
-        rng = Rng(ops, program.seed, batch["update"], i, batch=program.mask_batch)
+        rng = Rng(ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch)
         draws = {n: batch[n][i] for n in DRAWS if n in batch}
         with tf.GradientTape() as tape:
             tape.watch([values[n] for n in names])
@@ -149,7 +150,7 @@ def _jax_gradients(program, names, weights, batch, first=0):
 
     def loss_of(trained, moving, micro):
         i, images, labels, draws = micro
-        rng = Rng(ops, program.seed, batch["update"], i, batch=program.mask_batch)
+        rng = Rng(ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch)
         values = {**weights, **moving, **trained}
         scaled, *rest = micro_loss(ops, program, values, images, labels, draws, rng)
         return scaled, (rest, {n: rng.statistics.get(n, v) for n, v in moving.items()})
@@ -339,7 +340,7 @@ def _jax_step(model, state, data):
 def _kept_step(model):
     "The training step of a model as a function of (state, batches), compiled at its first call"
     program, compiled = model.program, []
-    case, how = case_to_dict(program.case), (program.trained, program.precision, program.seed)
+    case, how = case_to_dict(program.case), program[2:]
 
     def run(state, batches):
         data = next(batches)

@@ -23,10 +23,10 @@ def _end(number, frame):
 
 
 def answer_signals() -> None:
-    """Let Ctrl-C, SIGTERM and a SIGHUP that is not ignored end the process with a line and status 130."""
+    """Let requests to stop that are not ignored, such as SIGTERM, end the process with a line and status 130."""
     if not _is_command():
         return
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGXCPU"):
+        number = getattr(signal, name, None)  # Windows has the first two
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _end)

@@ -14,7 +14,7 @@ class Stopped(Exception):
 
 
 class StopSignals:
-    "Turns Ctrl-C, SIGTERM and SIGHUP into a request to stop after the current step; the second stops at once"
+    "Turns the signals that ask to stop into a request, met after the current step; the second stops at once"
 
     def __init__(
         self,
@@ -47,7 +47,7 @@ class StopSignals:
 
 
 class Interrupts:
-    """Turns SIGTERM and SIGHUP into what Ctrl-C is, a `KeyboardInterrupt`, while a command imports, compiles or ends.
+    """Turns all signals that ask to stop into a `KeyboardInterrupt`, while a command imports, compiles or ends.
 
     A `StopSignals` within takes over, and gives back. `asked` tells whether a signal came: libraries may turn the
     exception into one of their own, or lose it.
@@ -84,8 +84,24 @@ def _restore(handlers):
             signal.signal(number, handler)
 
 
+#: What queues send before they kill a job, or a limit of CPU time does; not on Windows.
+FOREWARNINGS = ("SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
 def _stop_signals():
-    "Signals that ask to stop; a SIGHUP that is ignored, as under nohup, stays so"
+    """Signals that ask to stop.
+
+    A SIGHUP that is ignored, as under nohup, stays so. Of the forewarnings, one that the user's program handles or
+    ignores stays the program's.
+    """
     hangup = getattr(signal, "SIGHUP", None)  # not on Windows
     ignored = hangup is None or signal.getsignal(hangup) == signal.SIG_IGN
-    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hangup])]
+    early = [getattr(signal, name) for name in FOREWARNINGS if hasattr(signal, name)]
+    early = [number for number in early if _is_free(signal.getsignal(number))]
+    return [signal.SIGINT, signal.SIGTERM, *([] if ignored else [hangup]), *early]
+
+
+def _is_free(handler):
+    "Whether nobody but this package handles a signal"
+    own = str(getattr(handler, "__module__", "")).startswith("effnet_repro")
+    return handler == signal.SIG_DFL or own

@@ -4,6 +4,7 @@ Every number in a file that decides how much memory is taken has a limit here. T
 for images needs, and the same for all readers.
 """
 
+import json
 import os
 import re
 import stat
@@ -45,12 +46,14 @@ _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1"}
 
 
 def kind_of(head: bytes) -> str:
-    """Return what a file is by its first 64 bytes or more: "a JPEG", "an HTML page", "a text", ..."""
+    """Return what a file is by its first 512 bytes, or as many as there are: "a JPEG", "an HTML page", "a text", ..."""
     if not head:
         return "an empty file"
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return kind
+    if head[257:262] == b"ustar":
+        return "a TAR archive"
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "a WebP image"
     if head[:2] == b"BM" and head[6:10] == bytes(4):
@@ -74,10 +77,10 @@ def _heif_or_film(brand):
 
 
 def _is_text(head):
-    return not re.search(rb"[\0-\x08\x0e-\x1f\x7f-\xff]", head)
+    return not re.search(rb"[\0-\x08\x0e-\x1f\x7f-\xff]", head[:64])
 
 
-def head_of(path, size: int = 64) -> bytes:
+def head_of(path, size: int = 512) -> bytes:
     """Return the first bytes of a file. What is no regular file has none: reading a FIFO would wait for ever."""
     if not stat.S_ISREG(os.stat(path).st_mode):
         return b""
@@ -103,6 +106,21 @@ def read_file(path, most: int = MOST_TEXT) -> bytes:
     if found.st_size > most:
         raise ValueError(f"{path} has {found.st_size:,} bytes; at most {most:,} are read.")
     return Path(path).read_bytes()
+
+
+def read_json(path) -> dict:
+    """Return the object in a small JSON file. Raises `ValueError` for anything else, OSError where there is none."""
+    try:
+        found = json.loads(read_file(path).decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text in UTF-8: it is {file_kind(path)}.") from None
+    except RecursionError:
+        raise ValueError(f"{path} is nested too deeply.") from None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}).") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} holds no JSON object.")
+    return found
 
 
 def check_pixels(height: int, width: int) -> None:

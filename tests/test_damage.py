@@ -1,8 +1,10 @@
 """Images of odd shapes, cut off, overwritten: read as all decoders do, refused by name, or left out."""
 
 import contextlib
+import errno
 import io
 import json
+import os
 from dataclasses import replace
 
 import numpy as np
@@ -79,6 +81,24 @@ def test_damaged_pictures_are_left_out_and_named(broken_set, tmp_path, capsys):
     later = d.training_batches(data, 16, 5, first_update=4, reader="numpy")
     np.testing.assert_array_equal(next(later)[1], seen[0][4])  # going on sees the same
     assert sum(mask.sum() for _, _, mask in d.validation_arrays(data, 16, 4)) == 15
+
+
+def test_images_that_a_disk_does_not_give_are_named_or_left_out(broken_set, tmp_path, monkeypatch):
+    opened = os.open
+
+    def fail(path, *how, **named):
+        if str(path).endswith("train-00000-of-00001"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return opened(path, *how, **named)
+
+    data = d.open_data(broken_set, verbose=False)
+    monkeypatch.setattr(os, "open", fail)
+    says = "Cannot read image 0 of the train split, at byte .*train-00000-of-00001: Input/output"
+    with pytest.raises(OSError, match=says):
+        decode.read_encoded(data, "train", 0)
+    data = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip", verbose=False)
+    assert (data.train_count, data.validation_count) == (0, 15)
+    assert "Cannot read image 0 of the train" in data.damaged[0] and "Errno" not in data.damaged[0]
 
 
 def test_damaged_pictures_are_refused_by_name(broken_set):
@@ -215,3 +235,27 @@ def test_what_only_tensorflow_refuses_is_named(broken_set, monkeypatch):
         with stream.explain_failures(data, "train", lambda: [3], str):
             refuse()
     one_line(error)
+
+
+def test_what_only_tensorflow_refuses_is_left_out(broken_set, monkeypatch, tmp_path, capsys):
+    import tensorflow as tf
+
+    monkeypatch.setenv("EFFNET_REPRO_CACHE", str(tmp_path))
+    data = d.open_data(broken_set, on_corrupt="skip", verbose=False)
+    known, refused = tf.io.decode_jpeg, {decode.read_encoded(data, "train", 2)[0]}
+
+    def decode_jpeg(data, **how):
+        if data in refused:
+            raise tf.errors.InvalidArgumentError(None, None, "Invalid JPEG data")
+        return known(data, **how)
+
+    monkeypatch.setattr(tf.io, "decode_jpeg", decode_jpeg)
+    left = decoding.settle_decoder(replace(data, decoder="tensorflow"))
+    # The training split holds it as image 2, and so does the validation split, with the same bytes.
+    assert (left.train_count, left.validation_count, len(left.damaged)) == (14, 14, 8)
+    assert "left out: TensorFlow cannot decode image 2 of the train" in capsys.readouterr().out
+    refused.clear()  # it is remembered
+    assert decoding.settle_decoder(replace(data, decoder="tensorflow")) == left
+    assert decoding.settle_decoder(replace(data, decoder="pillow")).train_count == 15
+    whole = decoding.settle_decoder(replace(data, decoder="tensorflow", on_corrupt="refuse"))
+    assert whole.train_count == 15  # where damage is refused, it is named when it is met

@@ -80,6 +80,13 @@ REFUSED = {  # kind: (files, words)
     ),
     "a class of nothing but HEIC": ({**FOLDERS, "train/c/x.heic": HEIC}, "c holds no image.*1 .heic"),
     "MNIST's files": ({"train-images-idx3-ubyte": "\0\0\x08\x03"}, "No data set.*data_format"),
+    "class names that look alike": (
+        {**TRAIN, "val/a/0.bmp": bmp(1), "val/B/0.bmp": bmp(2)}, "letter by letter: 'B' here, 'b' there",
+    ),
+    "archives": ({"train.tar": bytes(257) + b"ustar" + bytes(250), "x.csv": "1"}, "a TAR archive.*Unpack"),
+    "info.json in UTF-16": (
+        {**FOLDERS, "info.json": '{"num_classes": 2}'.encode("utf-16")}, "info.json is not a.*not text in UTF-8",
+    ),
     "compressed records": ({"train-00000-of-00001.tfrecord.gz": gzip.compress(b"x")}, "a gzip archive"),
     "CIFAR's labels": ({"data_batch_1.bin": bytes([11]) + bytes(3072)}, "has the label 11; the last one is 9"),
 }  # fmt: skip

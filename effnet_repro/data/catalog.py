@@ -18,7 +18,7 @@ from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.messages import say
-from effnet_repro.outside import MOST_CLASSES, read_file
+from effnet_repro.outside import MOST_CLASSES, read_json
 from effnet_repro.paths import local_path
 
 
@@ -39,6 +39,7 @@ class DataSet:
     damaged_kinds: Tuple[str, ...] = field(default=(), repr=False)  # The kind of each: see `places`
     validation_split: Optional[float] = None  # Share that names' hashes chose: see `split`
     decoder: str = field(default="auto", compare=False)  # What makes pixels: see `decoders`
+    on_corrupt: str = field(default="refuse", compare=False)  # What was asked for: see `open_data`
     # What readers found out about the images, as long as this object lives; a copy begins anew.
     kept: Dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -135,9 +136,9 @@ def _read_info(path):
     if not path.exists():
         return None, {}
     try:
-        info = json.loads(read_file(path).decode("utf-8-sig"))
-        if not isinstance(info, dict) or not isinstance(info.get("classes", []), list):
-            raise ValueError("it must be a JSON object, and `classes` a list")
+        info = read_json(path)
+        if not isinstance(info.get("classes", []), list):
+            raise ValueError("`classes` must be a list")
         number = info.get("num_classes")
         number = None if number is None else _whole(number, MOST_CLASSES)
         names = {}
@@ -147,9 +148,9 @@ def _read_info(path):
                 raise ValueError(f"the text of label {label} is none")
             if names.setdefault(label - 1, str(one["text"])) != str(one["text"]):
                 raise ValueError(f"label {label} has two names")
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else what[:200]
+        what = what.replace(f"{path} ", "it ").rstrip(".")[:200]
         raise ValueError(
             f"{path} is not a description of classes ({what}). It needs "
             f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
@@ -235,6 +236,7 @@ def open_data(
         damaged_kinds=tuple(one.kind for one in listing.damaged),
         validation_split=validation_split,
         decoder=decoder,
+        on_corrupt=on_corrupt,
     )
     data = leave_out_damaged(data, cache_dir, say) if on_corrupt == "skip" else data
     if verbose:

@@ -14,10 +14,22 @@ from typing import Callable, Dict
 import numpy as np
 
 from effnet_repro.data.cache import cache_folder, file_stamp, keep
-from effnet_repro.data.decode import decode_image, located, read_encoded
+from effnet_repro.data.decode import HINT, decode_image, located, read_encoded
 from effnet_repro.data.places import without
 from effnet_repro.data.tfrecord import masked_crc, scan_tfrecord
 from effnet_repro.data.threads import core_count
+from effnet_repro.outside import read_json
+
+
+def problems(numbers, problem: Callable[[int], str]) -> Dict[int, str]:
+    """Return what `problem` says of each image number, "" for nothing, asked on all cores."""
+
+    def look(part):
+        return {int(i): text for i in part for text in [problem(i)] if text}
+
+    with ThreadPoolExecutor(core_count()) as pool:
+        parts = np.array_split(np.asarray(numbers), -(-len(numbers) // 64) or 1)
+        return {i: text for found in pool.map(look, parts) for i, text in found.items()}
 
 
 def find_damaged(
@@ -29,20 +41,16 @@ def find_damaged(
     places = dataset.splits[split]
     chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
 
-    def look(part):
-        found = {}
-        for i in part:
-            try:
-                encoded, _ = read_encoded(dataset, split, i)
-                with located(dataset, split, i):
-                    decode_image(encoded)
-            except (OSError, ValueError) as error:
-                found[int(i)] = str(error)
-        return found
+    def problem(i):
+        try:
+            encoded, _ = read_encoded(dataset, split, i)
+            with located(dataset, split, i):
+                decode_image(encoded)
+        except (OSError, ValueError) as error:
+            return getattr(error, "strerror", None) or str(error)
+        return ""
 
-    with ThreadPoolExecutor(core_count()) as pool:
-        parts = np.array_split(chosen, -(-len(chosen) // 64) or 1)
-        found = {i: text for part in pool.map(look, parts) for i, text in part.items()}
+    found = problems(chosen, problem)
     if dataset.format == "tfrecord" and pictures is None:
         found = {**_wrong_checksums(places), **found}
     if dataset.format == "raw" and pictures is None:
@@ -83,18 +91,24 @@ def _wrong_checksums(places):
     return found
 
 
-def leave_out_damaged(dataset, cache_dir, say: Callable[[str], None]):
+def leave_out_damaged(
+    dataset,  # `DataSet`
+    cache_dir,  # Cache folder; None = the usual one
+    say: Callable[[str], None],  # Is told when images must be decoded to find out
+    find: Callable[..., Dict[int, str]] = find_damaged,  # Called with the data set and a split
+    by: str = "",  # The decoder that `find` asks; "" = the one whose word goes for all
+):
     """Return the `DataSet` without its damaged images, which it names in `damaged`.
 
-    Which ones these are, is kept in the cache folder; `say` is told when images must be decoded to find out.
+    Which ones these are, is kept in the cache folder.
     """
     splits, damaged, kinds = {}, list(dataset.damaged), list(dataset.damaged_kinds)
     for name, places in dataset.splits.items():
-        kept = cache_folder(cache_dir) / "damaged" / f"{_stamp(places)}.json"
+        kept = cache_folder(cache_dir) / "damaged" / f"{_stamp(places)}{by and '-'}{by}.json"
         found = _kept(kept, len(places.label))
         if found is None:
-            say(f"data: decoding {len(places.label):,} {name} images, once")
-            found = find_damaged(dataset, name)
+            say(f"data: decoding {len(places.label):,} {name} images{by and ' with '}{by}, once")
+            found = {i: text.replace(f" {HINT}", "") for i, text in find(dataset, name).items()}
             keep(kept, json.dumps(found).encode())
         splits[name] = without(places, sorted(found)) if found else places
         damaged += [found[i] for i in sorted(found)]
@@ -116,9 +130,7 @@ def _stamp(places):
 def _kept(path, count):
     "What was found earlier among `count` images; None where that is not there, or not whole"
     try:
-        found = {
-            int(i): str(text) for i, text in json.loads(path.read_text(encoding="utf-8")).items()
-        }
+        found = {int(i): str(text) for i, text in read_json(path).items()}
     except Exception:  # whatever is wrong with it, it is only a cache
         return None
     return found if all(0 <= i < count for i in found) else None

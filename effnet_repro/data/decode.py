@@ -6,6 +6,7 @@ TensorFlow decodes the same bytes with operations of its own.
 """
 
 import contextlib
+import errno
 import functools
 import io
 import os
@@ -350,15 +351,27 @@ def read_encoded(
     return read_image(dataset, split, i, raw, upright)[:2]
 
 
+def place_of(dataset, split: str, i: int) -> str:
+    """Return where an image lies, for a message: the byte at which it begins, and the file."""
+    places = dataset.splits[split]
+    return f"byte {places.offset[i]} of {places.files[places.file[i]]}"
+
+
+#: The end of a message about a damaged image, where it is not left out.
+HINT = "Replace it, or leave damaged images out with on_corrupt='skip'."
+
+
 @contextlib.contextmanager
 def located(dataset, split: str, i: int):
     """Let a `ValueError` about an image say where the image is, and the hint."""
     try:
         yield
     except ValueError as error:
-        places = dataset.splits[split]
-        where = f"byte {places.offset[i]} of {places.files[places.file[i]]}"
+        where = place_of(dataset, split, i)
         raise ValueError(
-            f"{error} It is image {i} of the {split} split, at {where}. Replace it, or leave "
-            f"damaged images out with on_corrupt='skip'."
+            f"{error} It is image {i} of the {split} split, at {where}. {HINT}"
         ) from None
+    except OSError as error:  # of a disk, or a file that is gone
+        file = place_of(dataset, split, i)
+        text = f"Cannot read image {i} of the {split} split, at {file}: {error.strerror or error}."
+        raise OSError(error.errno or errno.EIO, f"{text} {HINT}") from None

@@ -7,6 +7,7 @@ the first bytes. Validation images that are not sorted into class folders are re
 import csv
 import os
 import stat
+import unicodedata
 from pathlib import Path
 from typing import List, Optional
 
@@ -280,7 +281,7 @@ def open_folders(listing: Listing):
     if extra:
         raise ValueError(
             f"{validation} has class folders that {train} does not have: {', '.join(extra[:5])}. "
-            f"A class has the same name in both."
+            f"A class has the same name in both{_almost(extra, classes)}."
         )
     splits = {"train": _sorted_out(train, classes, listing)}
     if validation is not None and not inside and _flat(validation):
@@ -288,6 +289,16 @@ def open_folders(listing: Listing):
     else:
         splits["validation"] = _sorted_out(validation, classes, listing)
     return splits, dict(enumerate(classes))
+
+
+def _almost(extra, classes):
+    "What is said of class folders whose names look alike: in letter case, spaces or the encoding of accents"
+    plain = lambda name: unicodedata.normalize("NFKC", name).casefold().strip()
+    known = {plain(name): name for name in classes}
+    pairs = [
+        f"{name!a} here, {known[plain(name)]!a} there" for name in extra if plain(name) in known
+    ]
+    return f", letter by letter: {'; '.join(pairs[:3])}" if pairs else ""
 
 
 def _sorted_out(folder, classes, listing) -> Split:

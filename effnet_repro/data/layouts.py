@@ -30,7 +30,7 @@ from effnet_repro.data.tfrecord import (
     read_feature,
     scan_tfrecord,
 )
-from effnet_repro.outside import MOST_PIXELS, file_kind, head_of, kind_of
+from effnet_repro.outside import MOST_PIXELS, file_kind, head_of, kind_of, read_file
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX", "LARGE", "OPENERS", "Split", "left_by_tools", "recognize"]
 
@@ -243,7 +243,9 @@ def _open_cifar(listing):
     splits = {"train": _list_cifar(sorted(root.glob(train)), *how)}
     splits["validation"] = _list_cifar(sorted(root.glob(test)), *how)
     names = root / ("fine_label_names.txt" if hundred else "batches.meta.txt")
-    names = names.read_text("utf-8", "replace").split() if names.is_file() else range(how[1])
+    names = (
+        read_file(names).decode("utf-8", "replace").split() if names.is_file() else range(how[1])
+    )
     return splits, dict(enumerate(map(str, list(names)[: how[1]])))
 
 
@@ -346,10 +348,12 @@ def recognize(root: Path) -> Tuple[str, Path]:
     if deeper is None and holds_classes(root):
         return "folder", root
     names = [_described(path) for path in listed(root)[:7]]
+    packed = any("archive)" in name for name in names)
     raise FileNotFoundError(
         f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders, "
         f"folders of class folders (train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}. "
         + (f"Deeper there is {deeper}: give that folder." if deeper else "")
-        + ("" if deeper else "If it is one of these, name it with data_format.")
+        + ("" if deeper or packed else "If it is one of these, name it with data_format.")
+        + ("Unpack the archive first." if packed else "")
     )

@@ -29,6 +29,7 @@ from effnet_repro.data.team import Team
 from effnet_repro.data.tfrecord import make_example, scan_tfrecord, write_tfrecords
 from effnet_repro.data.threads import core_count
 from effnet_repro.messages import say
+from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 
 FORMS = ("jpeg", "raw")
@@ -226,7 +227,7 @@ def _agree(folder, plan):
     "Write down what is packed how; `ValueError` where something else is being packed there"
     path = folder / "pack.json"
     try:
-        there = json.loads(path.read_text(encoding="utf-8"))
+        there = read_json(path)
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty. Pack into a folder of its own.") from None

@@ -5,11 +5,12 @@ follow `transforms` bit for bit.
 """
 
 import logging
-from typing import Iterator, Tuple
+from typing import Dict, Iterator, Tuple
 
 import numpy as np
 
-from effnet_repro.data.decode import read_encoded
+from effnet_repro.data.damage import problems
+from effnet_repro.data.decode import HINT, read_encoded
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.threads import core_count
 from effnet_repro.data.transforms import resize
@@ -172,21 +173,29 @@ def validation_stream(request: ValidationRequest):
     return both.map(lambda images, rest: (images, *rest)).prefetch(auto)
 
 
-def refused_by_tensorflow(dataset, split: str, numbers) -> Iterator[str]:
-    """Yield a text for each of these images that TensorFlow cannot decode, although the other decoders may."""
+def refused_by_tensorflow(dataset, split: str, numbers=None) -> Dict[int, str]:
+    """Return what is wrong with each of these images that TensorFlow cannot decode, although the other decoders may.
+
+    `numbers` are those of the images to look at; None is all of the split.
+    """
     import tensorflow as tf
 
-    for i in numbers:
+    places = dataset.splits[split]
+    numbers = np.arange(len(places.label)) if numbers is None else np.asarray(numbers, int)
+
+    def problem(i):
         encoded, _ = read_encoded(dataset, split, i)
         try:
-            if tf.io.is_jpeg(encoded):
+            if encoded[:3] == b"\xff\xd8\xff":
                 tf.io.decode_jpeg(encoded, **_AS_OTHERS)
         except tf.errors.OpError:
-            places = dataset.splits[split]
-            yield (
+            return (
                 f"TensorFlow cannot decode image {i} of the {split} split, at byte {places.offset[i]} of "
-                f"{places.files[places.file[i]]}, which Pillow can. Use --decoder pillow, or replace the image."
+                f"{places.files[places.file[i]]}, which Pillow can. Use --decoder pillow, too. {HINT}"
             )
+        return ""
+
+    return problems(numbers, problem)
 
 
 def tensorflow_arrays(

@@ -2,7 +2,6 @@
 
 import contextlib
 import functools
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Callable
@@ -10,9 +9,11 @@ from typing import Callable
 import keras
 
 from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
+from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decode import has_jpegs
 from effnet_repro.data.decoders import is_installed
 from effnet_repro.messages import say
+from effnet_repro.outside import read_json
 from effnet_repro.training.device import has_jax_gpu
 
 
@@ -61,15 +62,29 @@ def settle_decoder(data: DataSet, run_dir=None, lead: Callable = lambda work: wo
     if waits and has_jpegs(data):
         found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
         say(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
-    return replace(data, decoder=chosen)
+    data = replace(data, decoder=chosen)
+    return _as_tensorflow_reads(data) if chosen == "tensorflow" else data
+
+
+def _as_tensorflow_reads(data):
+    "The data set without what TensorFlow alone refuses, where damaged images are left out"
+    if data.on_corrupt != "skip" or not has_jpegs(data):
+        return data
+    from effnet_repro.data.tf_reader import refused_by_tensorflow
+
+    before = len(data.damaged)
+    data = leave_out_damaged(data, None, say, refused_by_tensorflow, "tensorflow")
+    for place in data.damaged[before : before + 5]:
+        say(f"  left out: {place}")
+    return data
 
 
 def _stored_decoder(run_dir, data):
     "The decoder that config.json of a run names, or that was chosen before runs named one; None for a new run"
     if run_dir is None:
         return None
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(OSError, ValueError):
+        config = read_json(Path(run_dir) / "config.json")
         return config["decoder"] if "decoder" in config else _earlier(data)
     return None
 

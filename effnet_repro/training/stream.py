@@ -154,7 +154,7 @@ def explain_failures(data, split, due, doing):
         if type(error).__module__.startswith("tensorflow"):
             for damage in find_damaged(data, split, due()).values():
                 raise ValueError(damage) from None
-            for refused in refused_by_tensorflow(data, split, due()):
+            for refused in refused_by_tensorflow(data, split, due()).values():
                 raise ValueError(refused) from None
         raise
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 from effnet_repro.runs import append_rows, describe_machine, git, write_json
 
@@ -89,8 +90,7 @@ def origin_of_run(run_dir, command: Sequence[str], n: int = 1) -> Dict[str, obje
     - `command`: words of the command, or a string, with the data folder as a variable.
     - `n`: how many runs the row sums up.
     """
-    read = lambda name: json.loads((Path(run_dir) / name).read_text(encoding="utf-8"))
-    machine, config = read("environment.json"), read("config.json")
+    machine, config = (read_json(Path(run_dir) / f"{n}.json") for n in ("environment", "config"))
     names = ("device", "revision", "uncommitted_changes", "date", "backend")
     return {
         **{k: machine[k] for k in names},
@@ -110,7 +110,7 @@ def write_curve(path, run_dir, command: Sequence[str]) -> None:
     """
     with (Path(run_dir) / "metrics.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    config = json.loads((Path(run_dir) / "config.json").read_text(encoding="utf-8"))
+    config = read_json(Path(run_dir) / "config.json")
     rows = [{"case": config["case"]["name"], **row} for row in rows]
     write_rows(path, rows, ("case", "seed", "epoch"), origin_of_run(run_dir, command))
 

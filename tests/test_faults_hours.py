@@ -260,7 +260,10 @@ def command(run):
     return cli.COMMANDS["cases"]._replace(run=run)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
+
+
+@pytest.mark.parametrize("number", [getattr(signal, name) for name in SIGNALS])
 def test_a_signal_ends_a_command_with_a_line(capsys, number):
     before = signal.getsignal(number)
     assert run_program(command(lambda args: os.kill(os.getpid(), number)), []) == 130
@@ -300,12 +303,62 @@ def test_a_second_signal_while_the_stop_is_written_down(
     assert checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001.safetensors"
 
 
-def test_a_hangup_that_was_ignored_stays_ignored(capsys):
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
+def test_a_signal_that_was_ignored_stays_ignored(capsys, number):
+    before = signal.signal(number, signal.SIG_IGN)
     try:
-        assert run_program(command(lambda args: os.kill(os.getpid(), signal.SIGHUP)), []) == 0
+        assert run_program(command(lambda args: os.kill(os.getpid(), number)), []) == 0
     finally:
-        signal.signal(signal.SIGHUP, before)
+        signal.signal(number, before)
+
+
+def test_a_forewarning_of_a_queue_saves_and_goes_on_later(tmp_path, monkeypatch, no_events):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    ask = lambda: os.kill(os.getpid(), signal.SIGUSR1)
+    assert not train(tmp_path, Toy(at=once("step 5", ask))).finished
+    assert (
+        checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001-update-000005.safetensors"
+    )
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
+    assert train(tmp_path).finished
+
+
+def test_a_signal_that_the_program_handles_stays_its_own(tmp_path, monkeypatch, no_events):
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    heard = []
+    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(True))
+    try:
+        ask = lambda: os.kill(os.getpid(), signal.SIGUSR2)
+        assert train(tmp_path, Toy(at=once("step 5", ask))).finished and heard == [True]
+    finally:
+        signal.signal(signal.SIGUSR2, before)
+
+
+IN_THE_WAY = {  # what lies there instead -> how it is made
+    "a folder": lambda path: path.mkdir(parents=True),
+    "a FIFO": lambda path: os.mkfifo(path),
+    "a link to nothing": lambda path: path.symlink_to(path.name),
+    "an empty file": lambda path: path.write_bytes(b""),
+}
+PLACES = [
+    ".lock",
+    "config.json",
+    "metrics.csv",
+    "validation.csv",
+    "checkpoints/epoch-0004.safetensors",
+]
+
+
+@pytest.mark.parametrize("kind", IN_THE_WAY)
+def test_what_is_in_the_way_is_told_before_a_run(tmp_path, no_events, kind):
+    "Not after its first epoch, or after its last; and nothing waits for a FIFO."
+    places = ["checkpoints"] if "file" in kind else PLACES[1:] if "folder" in kind else PLACES
+    for number, place in enumerate(places):
+        path = tmp_path / str(number) / place
+        path.parent.mkdir(parents=True)
+        IN_THE_WAY[kind](path)
+        with pytest.raises(OSError, match=f"{place}: there is {kind} where .*Move it away"):
+            train(tmp_path / str(number), Toy(at=lambda event: pytest.fail(event)))
 
 
 EARLY = """

@@ -21,14 +21,14 @@ from effnet_repro.cli.kit import UsageError, choice, one_line, program
 from effnet_repro.cli.options import (
     BUDGETS,
     data_arguments,
-    data_dir_of,
     machine_arguments,
     precision_of,
+    reading_of,
     start_keras,
 )
 from effnet_repro.cli.resolve import open_data_of, plan_training, show_plan
 from effnet_repro.config import CHOICES, override
-from effnet_repro.runs import Options, Reading, check_run, notes_on
+from effnet_repro.runs import Options, check_run, notes_on
 
 
 def _installed():
@@ -272,10 +272,12 @@ def _cache(problems):
 def _data(args, plan, problems):
     "The data set, None where it cannot be used, and what is said of it"
     from effnet_repro.data.decoders import DECODERS, is_installed
+    from effnet_repro.runs.preflight import check_images
 
     try:
         known = plan and plan.resolved.data  # where the number of images decided the budget
         data = known or open_data_of(args, plan and plan.resolved.run_dir)
+        check_images(data)
     except (ImportError, ValueError, OSError) as e:
         problems.append(one_line(e))
         return None, {"found": "nothing usable"}
@@ -290,12 +292,11 @@ def _data(args, plan, problems):
 
 def _run_of(args, plan, data, problems, starts):
     "What the planned run would take here; what it would be refused for is a problem"
-    where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
     try:
-        check_run(replace(plan.resolved, data=data), Reading(*where), Options())
+        check_run(replace(plan.resolved, data=data), reading_of(args), Options())
         if not starts or any("does not work" in p for p in problems):
             return {"not tried": "see the problems"}
         return _cost(plan, data, args)
-    except (ValueError, OSError) as e:
+    except (ValueError, OSError, RuntimeError) as e:
         problems.append(one_line(e))
         return {"does not run": ""}

@@ -6,7 +6,6 @@ says for an IPU.
 
 import contextlib
 import importlib.util
-import json
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from effnet_repro.data.files import first_image
 from effnet_repro.distributed import has_joined, here, is_child
 from effnet_repro.ipu import has_graphcore_wheel
 from effnet_repro.messages import say
+from effnet_repro.outside import read_json
 from effnet_repro.runs import Options, Reading, check_run, notes_on, quiet_stderr, read_case
 
 BACKENDS = ("tensorflow", "jax")
@@ -285,9 +285,14 @@ def check_start(args, plan, init=None):
         raise UsageError(str(e)) from None
 
 
-def _check_start(args, plan, init):
+def reading_of(args) -> Reading:
+    """Return where a command's images are, and how they are read."""
     where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
-    data = check_run(plan, Reading(*where), options_of(args), init, args.weights)
+    return Reading(*where, args.on_corrupt)
+
+
+def _check_start(args, plan, init):
+    data = check_run(plan, reading_of(args), options_of(args), init, args.weights)
     if args.decoder == "nvimagecodec" or args.precision == "float16":
         start_keras(args)
         from effnet_repro.training.decoding import decoder_here
@@ -368,8 +373,7 @@ def start_keras(args):
 def _about(run):
     "What config.json says of a run; nothing where somebody removed it"
     with contextlib.suppress(OSError, ValueError):
-        found = json.loads((Path(run.run_dir) / "config.json").read_text(encoding="utf-8"))
-        return found if isinstance(found, dict) else {}
+        return read_json(Path(run.run_dir) / "config.json")
     return {}
 
 

@@ -4,7 +4,6 @@ The head is YAML, as model hubs read it. A card that somebody has edited is neve
 """
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Dict, List, Optional
@@ -13,6 +12,7 @@ import yaml
 
 from effnet_repro import __version__
 from effnet_repro.checkpoint import write_file
+from effnet_repro.outside import read_json
 from effnet_repro.runs import folder_of, read_rows
 from effnet_repro.scaling import count
 
@@ -51,7 +51,7 @@ def _known_of_run(source) -> Dict[str, object]:
     "config.json and validation.csv of the run that a file belongs to; {} and [] where there is none"
     try:
         run = folder_of(source)
-        config = json.loads((run / "config.json").read_text(encoding="utf-8"))
+        config = read_json(run / "config.json")
     except (OSError, ValueError):
         return {"config": {}, "rows": []}
     return {"config": config, "rows": read_rows(run / "validation.csv")[0]}

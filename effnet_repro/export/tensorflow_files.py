@@ -13,6 +13,7 @@ from effnet_repro.convert.weights import needed
 from effnet_repro.export.archive import ABOUT, append_metadata, read_appended
 from effnet_repro.network import run
 from effnet_repro.ops import TFOps
+from effnet_repro.outside import read_json
 
 HINT = "In the project's folder, run: pip install -e '.[keras]'."
 EXTRA = "assets.extra"  # The folder of a SavedModel that is its owner's
@@ -61,7 +62,7 @@ def open_saved_model(path) -> Callable:
 
 def read_saved_metadata(path) -> dict:
     """Return what a SavedModel says of itself."""
-    return json.loads((Path(path) / EXTRA / ABOUT).read_text(encoding="utf-8"))
+    return read_json(Path(path) / EXTRA / ABOUT)
 
 
 def write_litert(subject, path) -> None:

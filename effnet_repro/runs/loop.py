@@ -18,7 +18,7 @@ from effnet_repro.checkpoint import AVERAGE
 from effnet_repro.classes import match_run
 from effnet_repro.messages import say
 from effnet_repro.runs.folder import Run
-from effnet_repro.runs.lock import lock_folder
+from effnet_repro.runs.lock import check_places, lock_folder
 from effnet_repro.runs.recorder import Recorder
 from effnet_repro.runs.resume import refuse_other_run
 from effnet_repro.runs.runtime import Runtime
@@ -40,9 +40,11 @@ def execute(task: Task, runtime: Runtime) -> Run:
     run or a checkpoint that does not fit, RuntimeError where another process uses the folder, FloatingPointError where
     the loss is no longer finite.
     """
+    first = runtime.process[0] == 0
+    if first:
+        check_places(task.run_dir)
     data = runtime.settle(match_run(task.run_dir, task.data, runtime.lead), task.run_dir)
     task = replace(task, data=data)
-    first = runtime.process[0] == 0
     if not data.validation_count and task.options.validate_every is not None:
         if first:
             where = f"no validation images in {data.root}"

@@ -1,15 +1,19 @@
 """What a run will need, asked for before it begins: `--dry-run` and the doctor accept what the run accepts."""
 
+import errno
 import os
 from pathlib import Path
 from typing import List, NamedTuple, Optional
+
+import numpy as np
 
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes, match_run
 from effnet_repro.config import case_from_dict
-from effnet_repro.data import DataSet, open_data
+from effnet_repro.data import DataSet, find_damaged, open_data
 from effnet_repro.recipe import total_updates
+from effnet_repro.runs.lock import check_places, refuse_used_folder
 from effnet_repro.runs.resolved import Resolved
 from effnet_repro.runs.resume import check_init, refuse_other_run, stored_split
 from effnet_repro.runs.task import Options, Task
@@ -23,6 +27,11 @@ class Reading(NamedTuple):
     data_format: Optional[str] = None
     decoder: str = "auto"
     validation_split: Optional[float] = None
+    on_corrupt: str = "refuse"
+
+
+#: Images of each split that are decoded before a run, where damaged ones are not left out anyway.
+TRIED = 32
 
 
 def notes_on(case, data: DataSet) -> List[str]:
@@ -44,6 +53,11 @@ def notes_on(case, data: DataSet) -> List[str]:
 def check_folder(run_dir) -> None:
     """Raise OSError where a run could not write: a file in the way, or no right to."""
     path = Path(run_dir).absolute()
+    try:
+        os.lstat(str(path))
+    except OSError as e:
+        if e.errno in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise OSError(e.errno, f"Cannot write {run_dir}: {e.strerror}.") from None
     there = next(p for p in (path, *path.parents) if os.path.lexists(str(p)))
     if not there.is_dir():
         raise NotADirectoryError(f"Cannot write {run_dir}: {there} is no folder.")
@@ -51,6 +65,15 @@ def check_folder(run_dir) -> None:
         raise PermissionError(
             f"Cannot write {run_dir}: {there} is read-only for you. Choose another folder."
         )
+
+
+def check_images(data: DataSet) -> None:
+    """Decode a few images of each split, from its first to its last. Raises ValueError for one that is damaged."""
+    for name, split in data.splits.items():
+        count = len(split.label)
+        some = np.unique(np.linspace(0, max(count - 1, 0), min(count, TRIED)).astype(int))
+        for problem in find_damaged(data, name, some).values():
+            raise ValueError(problem)
 
 
 def check_run(
@@ -62,16 +85,21 @@ def check_run(
 ) -> DataSet:
     """Check all that can be checked without computing, and return the data of the run.
 
-    The data is listed, but no image is decoded. Raises ValueError or OSError, as the run itself would.
+    The data is listed, and a few images of it are decoded. Raises ValueError or OSError, as the run itself would, and
+    RuntimeError where another run is in the folder.
     """
+    check_places(plan.run_dir)
+    refuse_used_folder(plan.run_dir)
     share = reading.validation_split or stored_split(plan.run_dir, init)
     how = dict(decoder=reading.decoder, validation_split=share, verbose=False)
+    how["on_corrupt"] = reading.on_corrupt
     data = plan.data or open_data(reading.data_dir, reading.data_format, **how)
     if init is not None:
         metadata = load_weights(init, weights)[1]
         data = match_classes(init, metadata, data)
         check_init(init, metadata, data, plan.case)
     data = match_run(plan.run_dir, data)
+    check_images(data)
     course = Task(plan.case, data, plan.run_dir, None, options).course()
     total_updates(plan.case, course.schedule)
     check_folder(plan.run_dir)

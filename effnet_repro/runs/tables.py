@@ -7,6 +7,7 @@ from pathlib import Path
 
 from effnet_repro.checkpoint import write_file
 from effnet_repro.messages import shown
+from effnet_repro.outside import read_file
 from effnet_repro.paths import local_path
 from effnet_repro.runs.lock import wait_for_folder
 
@@ -25,12 +26,16 @@ def read_rows(
     "Read the whole rows of a CSV file, whatever else is in it"
     path = local_path(path)
     try:
-        text = path.read_bytes().decode()
+        text = read_file(path).decode()
         lines = list(csv.reader(io.StringIO(text, newline=""), strict=True))
     except (FileNotFoundError, NotADirectoryError):
         return [], []
+    except OSError as e:
+        return [], [f"{path} cannot be read: {e.strerror}."]
     except (UnicodeDecodeError, csv.Error) as e:
         return [], [f"{path} is not a table ({e})."]
+    except ValueError as e:  # no regular file, or too large
+        return [], [str(e)]
     if not lines or not any(lines[0]) or "\0" in text:
         return [], [f"{path} is empty." if not text else f"{path} is not a table."]
     names, rows, wrong = lines[0], [], []

@@ -1,6 +1,5 @@
 """Results for others: a row with where it is from, and images with their guesses."""
 
-import json
 from typing import Optional
 
 import numpy as np
@@ -9,6 +8,7 @@ from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict
 from effnet_repro.data import DataSet, plot_pictures, validation_arrays
+from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 from effnet_repro.results import origin_of_run, write_rows
 from effnet_repro.runs import Scores, score_row
@@ -29,9 +29,7 @@ def record(
 
     ValueError where the run lacks something that a row needs.
     """
-    case = json.loads((local_path(run_dir, "run_dir") / "config.json").read_text(encoding="utf-8"))[
-        "case"
-    ]
+    case = read_json(local_path(run_dir, "run_dir") / "config.json")["case"]
     row = {"what": what, "data": data, **score_row("last", scores)}
     row.update(case=case["name"], epochs=case["epochs"], seconds=round(seconds))
     write_rows(path, [row], ("what",), origin_of_run(run_dir, command))

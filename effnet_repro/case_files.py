@@ -12,6 +12,7 @@ from pathlib import Path
 import yaml
 
 from effnet_repro.fields import unknown_name
+from effnet_repro.outside import file_kind, read_file
 from effnet_repro.paths import local_path
 from effnet_repro.scaling import SIZE_TABLE, size_name
 
@@ -137,7 +138,7 @@ def _parse(text):
 def _text_of(path):
     "The text of a configuration file. ValueError or OSError names the file"
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return read_file(path).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise ValueError("it is not text in UTF-8") from None
     except OSError as e:
@@ -151,7 +152,7 @@ def read_sections(
     "Read a file of cases"
     path = _default_path() if path is None else local_path(path, "config_path")
     if not path.is_file():
-        what = ", which is a folder" if path.is_dir() else ""
+        what = f", which is {file_kind(path)}" if path.exists() else ""
         raise FileNotFoundError(
             f"No configuration file {path}{what}. Leave `path` out for the published cases."
         )

@@ -37,6 +37,8 @@ def unknown_name(
     hint = f"Did you mean {near[0]!r}?" if near else ""
     if begins and not near:
         hint = f"{list_some(begins, 5)} begin{'s' if len(begins) == 1 else ''} so."
+    elif not legal:
+        hint = "There are none."
     elif not near or len(legal) <= 8:
         hint += f" Legal names: {', '.join(legal)}."
     return ValueError(f"Unknown {what} {name!r}{f' in {where}' if where else ''}. {hint.strip()}")

@@ -3,18 +3,20 @@
 import ast
 import functools
 import json
+import os
 import re
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from pictures import encode, picture
 from tiny import ROOT
 
 from effnet_repro import cli
 from effnet_repro.config import FIELDS, budget_overrides, get_case, load_cases
 from effnet_repro.data import open_data
-from effnet_repro.runs import preflight
+from effnet_repro.runs import lock_folder, preflight
 from effnet_repro.runs.parameters import PARAMETERS, check_parameters
 
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -22,7 +24,7 @@ DRY = ("train", CASE, "--dry-run")
 #: What no message says: names of classes, structures, addresses and Python's own words.
 NO_WORDS = re.compile(
     r"Traceback|0x[0-9a-f]{6}|<class|object at|\b\w+Error\b|NoneType|Hardware\(|dict_|unforeseen|"
-    r"fault of effnet_repro|Warning:|codec|Errno"
+    r"fault of effnet_repro|Warning:|\bcodec|Errno"
 )
 
 
@@ -125,6 +127,7 @@ def test_no_flag_of_ipus_is_suggested_for_a_list(dry):
     [
         (["--data-dir", "/nowhere/at/all"], "must be a folder. Received: '/nowhere/at/all'"),
         (["--run-dir", "/dev/null/x"], "Cannot write /dev/null/x: /dev/null is no folder"),
+        (["--run-dir", "x/" * 2100], "File name too long"),
         (["--init", "nowhere"], "There is no file or folder nowhere"),
         (["--restore-path", "nowhere"], "There is no file or folder nowhere"),
         (["--data-format", "raw"], "No images in"),
@@ -168,6 +171,43 @@ def test_a_run_folder_of_another_run_is_refused_before_a_run(tmp_path, dry):
     assert (status, out) == (2, "") and "belongs to another run" in plain(err)
 
 
+SIZES = ("--budget", "smoke", "--global-batch-size", "4")
+
+
+@pytest.fixture
+def folders_of_images(tmp_path):
+    "Class folders of eight images each, of which the first is cut off"
+    for split in ("train", "val"):
+        for name in "ab":
+            (tmp_path / split / name).mkdir(parents=True)
+            for i in range(8):
+                data = encode(picture(40, 40, i))
+                data = data[:99] if (split, name, i) == ("train", "a", 0) else data
+                (tmp_path / split / name / f"{i}.jpg").write_bytes(data)
+    return tmp_path
+
+
+def test_images_are_tried_before_a_run(folders_of_images, run, tmp_path, monkeypatch):
+    monkeypatch.setenv("EFFNET_REPRO_CACHE", str(tmp_path / "cache"))
+    status, out, err = run(*DRY, *SIZES, "--data-dir", folders_of_images)
+    assert (status, out) == (2, "") and re.search("0.jpg.*on_corrupt='skip'", plain(err))
+    status, out, err = run(*DRY, *SIZES, "--data-dir", folders_of_images, "--on-corrupt", "skip")
+    assert (status, err) == (0, "")  # as the run itself
+    report = json.loads(run("doctor", "--json", "--data-dir", folders_of_images)[1])
+    assert any("0.jpg" in p for p in report["problems"].values())
+
+
+def test_a_folder_in_use_is_refused_before_a_run(dry, tmp_path):
+    with lock_folder(tmp_path / "run"):
+        status, out, err = dry("--run-dir", tmp_path / "run")
+        assert (status, out) == (1, "") and "in use by another run, process" in plain(err)
+    before = sorted(os.listdir(tmp_path / "run"))
+    assert dry("--run-dir", tmp_path / "run")[0] == 0  # nobody is there, as after a kill
+    (tmp_path / "run" / ".lock").write_text("process 1 on host since yesterday")
+    assert dry("--run-dir", tmp_path / "run")[0] == 0
+    assert sorted(os.listdir(tmp_path / "run")) == before
+
+
 OTHERS = [  # (words, words of the answer, status)
     (("plan", CASE, "--image-size", 10**9), "--image-size must be in [32, 4096]", 2),
     (("plan", CASE, "--stages", "100"), "No plan fits: B0-G16-LN_PN at 160 pixels on 16 IPUs", 2),
@@ -175,6 +215,9 @@ OTHERS = [  # (words, words of the answer, status)
     (("plan", CASE, "--global-batch-size", 10**30), "--global-batch-size must be from 0", 2),
     (("plan", CASE, "--figure", "x.abc"), "a figure is a .png, .svg or .pdf file", 2),
     (("cases", "--config-path", "."), "which is a folder", 2),
+    (("cases", "--config-path", "/dev/null"), "which is a device", 2),
+    (("cases", "--config-path", "n" * 300), "File name too long", 2),
+    (("pack", "x", "--images-in-a-file", "0"), "--images-in-a-file must lie between", 2),
     (("validate", "nowhere"), "There is no file or folder nowhere", 1),
     (("predict", "nowhere", "x.jpg"), "nowhere", 1),
     (("predict", "x", "y", "--class-names", "nowhere"), "Cannot read nowhere", 2),

@@ -3,7 +3,7 @@
 import json
 
 from effnet_repro.cli.fields import config_arguments, named_case
-from effnet_repro.cli.kit import UsageError, choice, format_arguments, print_rows, program
+from effnet_repro.cli.kit import UsageError, choice, format_arguments, one_line, print_rows, program
 from effnet_repro.config import FIELDS, case_to_dict, load_cases, unknown_name
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec, count
 
@@ -104,7 +104,7 @@ def cases_command(args):
     try:
         rows = [_case_row(case) for case in load_cases(args.config_path).values()]
     except (ValueError, OSError) as e:
-        raise UsageError(str(e)) from None
+        raise UsageError(one_line(e)) from None
     every = list(rows)
     for name in _FILTERS:
         wanted = getattr(args, name) or ()

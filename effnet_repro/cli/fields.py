@@ -7,7 +7,15 @@ import functools
 import os
 import re
 
-from effnet_repro.cli.kit import Once, UsageError, choice, real_number, user_path, whole_number
+from effnet_repro.cli.kit import (
+    Once,
+    UsageError,
+    choice,
+    one_line,
+    real_number,
+    user_path,
+    whole_number,
+)
 from effnet_repro.config import FIELDS, get_case
 
 _NO_FLAG = ("name", "precision")  # precision: see `options.machine_arguments`
@@ -33,7 +41,7 @@ def named_case(name, path):
     try:
         return get_case(name, path)
     except (ValueError, OSError) as e:
-        raise UsageError(str(e)) from None
+        raise UsageError(one_line(e)) from None
 
 
 def check_given(**values):

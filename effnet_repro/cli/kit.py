@@ -27,8 +27,9 @@ class UsageError(ValueError):
 
 EXIT_STATUSES = {
     0: "done",
-    1: "it failed while running; the line on stderr says why and what to do",
-    2: "the command line cannot be run as it stands: unknown flag, case or value",
+    1: "it failed; the line on stderr says why and what to do. Data, weights and folders that are not there count here",
+    2: "the command line cannot be run as it stands: unknown flag, case or value, or a file of cases or class names "
+    "that cannot be read",
     75: "--distributed: a process was lost, or told to stop by SIGTERM after saving; start the same command again",
     130: "stopped by Ctrl-C or SIGTERM after saving; the same command goes on",
 }

@@ -71,7 +71,7 @@ def pack_command(args):
     try:
         how.check()
     except ValueError as error:
-        raise UsageError(str(error)) from None
+        raise UsageError(str(error).replace("in_a_part", "images_in_a_file")) from None
     data = open_data(data_dir_of(args), args.data_format, on_corrupt=args.on_corrupt)
     begin = time.perf_counter()
     done = pack(data, args.target, how, args.workers)

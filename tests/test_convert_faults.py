@@ -8,6 +8,8 @@ import json
 import os
 import pickle
 import re
+import sys
+import types
 import zipfile
 
 import h5py
@@ -268,3 +270,72 @@ def test_checkpoints_of_tensorflow_of_absurd_shapes_are_refused(tmp_path, monkey
     monkeypatch.setattr("effnet_repro.outside.MOST_NUMBERS", 1000)
     with pytest.raises(ValueError, match="m.ckpt says to hold 4,096 numbers"):
         convert.read(prefix)
+
+
+# ---------------------------------------------------------------- PyTorch's own files, without PyTorch
+
+
+class Tensor:
+    "As much of a tensor as a reader asks for"
+
+    def __init__(self, shape=(2,), error=None):
+        self.shape, self.error = shape, error
+
+    def detach(self):
+        return self
+
+    def float(self):
+        if self.error:
+            raise self.error
+        return self
+
+    def numpy(self):
+        return np.ones(self.shape, "float32")
+
+
+def torch_archive(path):
+    "A ZIP archive as torch.save writes it: a pickle, which names storages beside it"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02}q\x00.")
+        archive.writestr("archive/version", b"3\n")
+
+
+def raises(error):
+    def load():
+        raise error
+
+    return load
+
+
+TORCH = {  # what torch.load gives -> words of the one line
+    "nothing but tensors": (lambda: [Tensor()], "holds a list, not a dictionary of tensors"),
+    "a tensor": (lambda: Tensor(), "holds one tensor, not a dictionary"),
+    "objects": (raises(pickle.UnpicklingError("Weights only\nload failed. See")), "which are not run .it is a ZIP"),
+    "a damaged archive": (raises(RuntimeError("PytorchStreamReader failed\n  finding data")), "not a whole file"),
+    "a large view": (lambda: {"a": Tensor((2**20, 2**12))}, "says to hold 4,294,967,296 numbers"),
+    "sparse tensors": (lambda: {"a": Tensor(error=RuntimeError("sparse"))}, "no plain numbers .sparse."),
+    "no tensors": (lambda: {"epoch": 3, "state_dict": {}}, "has neither timm's names nor ours"),
+    "other names": (lambda: {"model": {"a.weight": Tensor()}}, "has neither timm's names nor ours"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TORCH)
+def test_what_pytorch_reads_or_refuses_is_one_line(tmp_path, monkeypatch, kind):
+    load, says = TORCH[kind]
+    torch_archive(tmp_path / "w.pth")
+    torch = types.ModuleType("torch")
+    torch.load = lambda path, map_location, weights_only: load() if weights_only else None
+    monkeypatch.setitem(sys.modules, "torch", torch)
+    with pytest.raises(ValueError, match=says) as error:
+        convert.read(tmp_path / "w.pth")
+    assert "w.pth" in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
+def test_a_file_of_pytorch_without_pytorch(tmp_path, monkeypatch):
+    torch_archive(tmp_path / "w.pth")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(
+        ImportError, match="Reading w.pth.*Install torch, or save the state"
+    ) as error:
+        convert.read(tmp_path / "w.pth")
+    assert len(str(error.value).splitlines()) == 1

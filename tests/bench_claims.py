@@ -194,7 +194,7 @@ class Trainer:
             how = dict(parts=("Top",))
             self.top = Learner(case, data.num_classes, self.batch, **how)
         steps = self.steps(data, TOP_EPOCHS)
-        arrays = self.top.learn(arrays, data, steps, row["seed"])
+        arrays = self.top.learn(arrays, data, steps, row["seed"], warmup=0.0)
         return arrays, dict(row, top_epochs=TOP_EPOCHS)
 
 

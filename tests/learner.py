@@ -67,7 +67,7 @@ class Learner:
         self.model.optimizer.global_clipnorm = clip
         self.slots = [np.asarray(v.value) for v in self.model.optimizer.variables]
         self.evaluator = Evaluator(self.spec, program.precision)
-        self._validation = None, None, []
+        self._validation = None, {}
 
     def begin(self, seed: int) -> Dict[str, np.ndarray]:
         """Return fresh weights."""
@@ -141,13 +141,14 @@ class Learner:
         """Return the validation images, decoded once: a list of (images (n, S, S, 3) uint8, labels, mask)."""
         from effnet_repro.data import validation_arrays
 
-        known, size, batches = self._validation
-        if known is not data or size != image_size:
+        if self._validation[0] is not data:
+            self._validation = data, {}
+        known = self._validation[1]
+        if image_size not in known:
             each = min(TOGETHER, data.validation_count)
             how = dict(image_resize=self.case.image_resize)
-            batches = list(validation_arrays(data, image_size, each, **how))
-            self._validation = data, image_size, batches
-        return batches
+            known[image_size] = list(validation_arrays(data, image_size, each, **how))
+        return known[image_size]
 
 
 class _Classes:

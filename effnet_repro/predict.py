@@ -1,8 +1,8 @@
 """Images in, classes out: `predict` for a list, `Predictor` for a network that stays.
 
 Weights are read from whatever `convert.read` reads: a run folder, a checkpoint, a file of keras.applications, a state
-dict of PyTorch. An image is cut, resized and normalized as in the validation of the network it is shown to. Nothing
-heavy is imported before a `Predictor` is made.
+dict of timm or torchvision. An image is cut, resized and normalized as in the validation of the network it is shown
+to. Nothing heavy is imported before a `Predictor` is made.
 """
 
 import time

@@ -139,7 +139,7 @@ def test_headers_of_wrong_types_are_one_line(tmp_path, run, kind):
 def test_a_config_beside_a_file_may_be_anything(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     (tmp_path / "w.safetensors").write_bytes(save({"w": np.ones(2, "float32")}))
-    with pytest.raises(ValueError, match="has neither timm's names nor ours"):
+    with pytest.raises(ValueError, match="names of no EfficientNet that is read"):
         convert.read(tmp_path / "w.safetensors")
 
 

@@ -42,7 +42,7 @@ def _finetune_arguments(parser):
         "--new-head",
         action="store_true",
         help="other classes: the classifier begins anew, for those in --data-dir. SOURCE may be a file of "
-        "keras.applications or timm, too. --variable-filter says what trains: Top (default), more "
+        "keras.applications, timm or torchvision, too. --variable-filter says what trains: Top (default), more "
         "segments, or Top block for the whole network",
     )
     parser.add_argument(

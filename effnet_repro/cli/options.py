@@ -111,7 +111,7 @@ def classifier_arguments(parser):
         "source",
         type=user_path,
         metavar="RUN_OR_FILE",
-        help="run folder, checkpoint, or a file of keras.applications or timm",
+        help="run folder, checkpoint, or a file of keras.applications, timm or torchvision",
     )
     of_run = "of a run folder: last, average, auto (the average of a long run)"
     weights_argument(parser, ("auto", "last", "average"), of_run)

@@ -1,8 +1,8 @@
 """Checkpoints of the published code, Keras files and PyTorch state dicts become ours, and ours any of them.
 
 `convert` does it in one call. `formats` tells what a file is, `tf1`, `keras_files`, `torch_files` and `ours`
-read and write one format each (`torch_names` knows PyTorch's names), `recognize` finds the network by its
-shapes, and `settle` checks what was found and names it as we do.
+read and write one format each (`torch_names` and `torch_others` know PyTorch's names), `recognize` finds the
+network by its shapes, and `settle` checks what was found and names it as we do.
 """
 
 from effnet_repro.convert.conversion import convert, read

@@ -1,4 +1,4 @@
-"""State dicts of PyTorch, in safetensors or as `torch.save` writes them: timm's and ours.
+"""State dicts of PyTorch, in safetensors or as `torch.save` writes them: timm's, ours, and those of `torch_others`.
 
 A state dict does not tell timm's two kinds apart (`tf_efficientnet_b*` pads as TensorFlow does, plain
 `efficientnet_b*` symmetrically, with another epsilon), nor how images are centered: our own header, timm's
@@ -25,6 +25,7 @@ from effnet_repro.convert.torch_names import (
     to_state_dict,
     torch_name,
 )
+from effnet_repro.convert.torch_others import brought_to_timm, without_prefix
 from effnet_repro.convert.weights import (
     Found,
     case_in,
@@ -191,33 +192,46 @@ def find_torch(path, options):
     "Read a PyTorch file as `Found`; `options` are `TorchOptions`"
     state, said = (_read_safetensors if path.suffix == ".safetensors" else _read_pth)(path)
     said = {**_beside(path), **{k: v for k, v in said.items() if v}}
-    state = {n[7:] if n.startswith("module.") else n: v for n, v in state.items()}
     state = {n: own_layout(v) for n, v in state.items() if not n.endswith("num_batches_tracked")}
     case = case_in(said, path)
+    renamed = brought_to_timm(without_prefix(state))
+    state = renamed.state
     affine, notes = _torch_affine(said, options.input_mean, options.input_std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
         affine, notes = None, ()  # ours, centerd as published unless the header says otherwise
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=names_in(said, path), notes=notes)
-    about["crop_pct"] = _crop_pct(said.get("crop_pct"), path)
+    about["crop_pct"] = _crop_pct(said.get("crop_pct"), path) or renamed.crop_pct or None
     if "block0.conv.weight" in state:
         return Found(state, torch_name, **about)
     if "conv_stem.weight" not in state:
         raise ValueError(
-            f"{path} has neither timm's names nor ours: there is no conv_stem.weight. "
-            f"There: {list_some(state)}. torchvision's files are not read; timm has the same networks."
+            f"{path} has the names of no EfficientNet that is read: timm's, torchvision's, efficientnet-pytorch's or "
+            f"ours. There: {list_some(state)}."
         )
-    if pads_symmetrically(said, options.arch, path):
-        about.update(odd_size=True, notes=(*notes, _SYMMETRIC_NOTE))
-        state = with_our_epsilon(state)
+    if renamed.package:
+        if options.arch:
+            raise ValueError(
+                f"{path} has the names of {renamed.package}, and `arch` tells timm's networks apart. Leave it out."
+            )
+        about["notes"] = (*notes, f"Names of {renamed.package}.")
+    if renamed.package == "torchvision" or (
+        not renamed.package and pads_symmetrically(said, options.arch, path)
+    ):
+        old = renamed.old_epsilon or not renamed.package
+        about.update(odd_size=True, notes=(*about["notes"], _SYMMETRIC_NOTE + _EPSILON_NOTE * old))
+        state = with_our_epsilon(state) if old else state
     return Found(state, timm_name, **about)
 
 
 _SYMMETRIC_NOTE = (
-    "timm's plain efficientnet pads symmetrically: the numbers are timm's at sizes of 32 k + 1 pixels "
-    "and differ at others; epsilon 1e-5 became part of gamma."
+    "This network pads symmetrically: the numbers are the original's at sizes of 32 k + 1 pixels and differ at "
+    "others."
 )
+
+
+_EPSILON_NOTE = " Epsilon 1e-5 became part of gamma."
 
 
 def with_our_epsilon(state, theirs=1e-5, ours=1e-3):

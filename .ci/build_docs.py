@@ -8,6 +8,7 @@ files, what `finish` does to every page, and checks. Any problem ends it with a 
 
 import argparse
 import ast
+import collections
 import functools
 import html
 import json
@@ -111,9 +112,30 @@ def plain_names():
                 if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
                     place = f"{path.relative_to(tree.ROOT).as_posix()}#L{node.lineno}"
                     found[f"{module}.{node.name}"] = place
-                    if not node.name.islower() or "_" in node.name:  # `main` may be any word
+                    sure = node.name not in ambiguous_names()
+                    if sure and (
+                        not node.name.islower() or "_" in node.name
+                    ):  # `main` may be any word
                         found.setdefault(node.name, place)
     return found
+
+
+@functools.lru_cache(maxsize=None)
+def ambiguous_names():
+    "Public names that several modules define: which one is meant, only their own page can tell."
+    found = collections.Counter()
+    for path in tree.modules().values():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+                found[node.name] += 1
+    return {name for name, times in found.items() if times > 1}
+
+
+def without_guesses(text, page, ambiguous):
+    "Markdown without nbdev's links of ambiguous names to another page than this one."
+    link = re.compile(r"(?<!\[)\[`(\w+)(?:\(\))?`\]\((\w+)\.html#\w+\)")
+    keep = lambda m: m[0] if m[1] not in ambiguous or m[2] == page else f"`{m[1]}`"
+    return link.sub(keep, text)
 
 
 def link_plain_names(text, places, source_url):
@@ -190,6 +212,7 @@ def lay_out(proc, site, linked, source_url):
             if cell["cell_type"] == "raw":
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
+                source = without_guesses(source, target.stem, ambiguous_names())
                 cell["source"] = link_plain_names(plain_links(source, linked), places, source_url)
             if cell["cell_type"] == "code":
                 cell["outputs"] = one_stream(cell["outputs"])
@@ -203,6 +226,7 @@ def lay_out(proc, site, linked, source_url):
                     # nbdev links names in the comments of a signature, where a link is shown as typed
                     text = ANY_ARGUMENTS.sub(functools.partial(real_signature, target.stem), text)
                     text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
+                    text = without_guesses(text, target.stem, ambiguous_names())
                     text = plain_links(text, linked)
                     data["text/markdown"] = link_plain_names(text, places, source_url)
         target.write_text(json.dumps(nb))
@@ -314,16 +338,30 @@ def make_local(out):
             sheet.write_text(new)
 
 
+def offer_notebooks(out):
+    "Put the notebook behind each page into the site, and a link to it under the page's title."
+    (out / "files" / "nbs").mkdir(parents=True, exist_ok=True)
+    for path in tree.notebooks():
+        page = out / tree.page_name(path.name).replace(".ipynb", ".html")
+        if not page.is_file():  # the check says so
+            continue
+        shutil.copy2(path, out / "files" / "nbs" / path.name)
+        link = f'<p class="take-away"><a href="files/nbs/{path.name}" download>Download this page as a notebook</a></p>'
+        page.write_text(re.sub(r"(</h1>)", rf"\1{link}", page.read_text(), count=1))
+
+
 class Page(HTMLParser):
     "What a page refers to: links a reader may follow, resources a browser loads, its own anchors."
 
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.links, self.loads, self.anchors, self.no_alt = [], [], {"", "top"}, []
+        self.twice = set()  # ids
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         at = dict(attrs)
+        self.twice |= {at["id"]} & self.anchors if at.get("id") else set()
         self.anchors.update(v for k, v in at.items() if k in ("id", "name") and v)
         if tag == "a" and at.get("href") is not None:
             self.links.append(at["href"])
@@ -369,6 +407,7 @@ def check(out, expected):
             f"{name}: the image {p} has no alternative text (in `#| fig-alt:`, quote colons)"
             for p in page.no_alt
         ]
+        wrong += [f"{name}: two elements have the id {i}" for i in page.twice]
         own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
         files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
         weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())
@@ -439,6 +478,7 @@ def main():
         modules = add_sources(out, git_url)
         make_local(out)
         finish.finish(out, card=config["website"].get("image"))
+        offer_notebooks(out)
         expected = {Path(tree.page_name(n)).with_suffix(".html").as_posix() for n in present}
         wrong, pages = check(out, expected)
         wrong += [f"smalldocs: {w}" for w in built.warnings]

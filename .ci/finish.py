@@ -153,15 +153,13 @@ def tidy_numbers(cells):
             cell.string.replace_with(new)
 
 
-def least_width(cells, letter):
+def least_width(cells, name, letter):
     "The pixels that a column needs: its longest word, or all of a cell that is not to be broken."
-    parts = []
+    parts = [len(word) for word in name.replace(",", " ").split()]
     for cell in cells:
         text = cell.get_text(strip=True)
-        if {"num", "whole"} & set(cell.get("class", [])) and cell.find_parent("tbody"):
-            parts.append(len(text))
-        else:
-            parts += map(len, re.split(r"[\s_/]+", text))
+        whole = {"num", "whole"} & set(cell.get("class", []))
+        parts += [len(text)] if whole else map(len, re.split(r"[\s_/]+", text))
     return letter * max(parts, default=0)
 
 
@@ -181,9 +179,8 @@ def fit(table, columns, names):
     one below the other. One too wide for a desk is set in smaller letters."""
     if table.find_parent(class_="sortable"):
         return
-    heads = table.select("thead tr:last-child > *")
     width = lambda letter, more: sum(
-        least_width([*cells, head], letter) + more for cells, head in zip(columns, heads)
+        least_width(cells, name, letter) + more for cells, name in zip(columns, names)
     )
     sizes = [n for n, need in (("dense", (8.6, 20)), ("denser", (7, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]

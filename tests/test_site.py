@@ -65,6 +65,7 @@ def test_check_lets_a_good_site_pass(site):
         ("<p>as @fig-proxy shows</p>", "cross-reference"),
         ('<img src="data:image/png;base64,AA">', "no alternative text"),
         ("<svg><path/></svg>", "no alternative text"),
+        ('<p id="main">x</p><p id="main">y</p>', "two elements have the id main"),
         ('<div class="cell-output-stderr">W</div>', "stderr"),
         (f"<p>{'x' * 1_500_000}</p>", "weighs"),
     ],
@@ -253,6 +254,17 @@ def test_links_get_the_names_of_the_site():
     assert linked == {"config.yml"}
     doubled = "| [[`validate`](config.html#validate)](training.html#validate) |"
     assert build_docs.plain_links(doubled, set()) == "| [`validate`](training.html#validate) |"
+
+
+def test_ambiguous_names_stay_plain_but_on_their_own_page():
+    text = "[`validate`](config.html#validate), [`mix()`](augment.html#mix), [[`validate`](a.html#b)](c.html#d)"
+    plain = build_docs.without_guesses(text, "training", {"validate"})
+    assert plain == text.replace("[`validate`](config.html#validate)", "`validate`", 1)
+    assert build_docs.without_guesses(text, "config", {"validate"}) == text
+    assert {
+        "validate",
+        "predict",
+    } < build_docs.ambiguous_names() and "mix" not in build_docs.ambiguous_names()
 
 
 def test_the_sidebar_names_pages():

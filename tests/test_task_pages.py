@@ -14,7 +14,15 @@ from effnet_repro.config import override
 from effnet_repro.network import initial_weights
 from effnet_repro.scaling import ModelSpec
 
-PAGES = ("index", "06_your_classes", "07_export", "41_finetune", "46_own_pictures", "90_cli")
+PAGES = (
+    "index",
+    "06_your_classes",
+    "07_export",
+    "08_tasks",
+    "41_finetune",
+    "46_own_pictures",
+    "90_cli",
+)
 
 
 def commands(page):
@@ -44,6 +52,9 @@ def test_a_page_s_commands_are_understood(page):
 
 def test_there_are_commands_to_look_at():
     assert sum(len(commands(page)) for page in PAGES) > 12
+    assert {words[0] for words in commands("08_tasks")} == {
+        f"effnet-{name}" for name in cli.COMMANDS
+    }
     assert [words[0] for words in commands("06_your_classes")] == [
         "effnet-finetune",
         "effnet-validate",

@@ -15,7 +15,7 @@ from PIL import Image
 ENDINGS = {"png": "png", "jpeg": "jpg", "gif": "gif", "svg+xml": "svg", "webp": "webp"}
 DATA_URI = re.compile(r"data:image/([\w+]+);base64,(.*)", re.DOTALL)
 NUMBER = re.compile(
-    r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?%?$"
+    r"[-+\u2212]?(?=[\d.])(?:\d{1,3}(?:[,\u202f]\d{3})+|\d*)(?:\.\d+)?(?:e[-+]?\d+)?\s?[%*]?$"
 )
 # What a figure was drawn in, and what it is in the page, light or dark: ink, ground, notes, and the palette of
 # `effnet_repro.figures`.
@@ -154,13 +154,14 @@ def tidy_numbers(cells):
 
 
 def least_width(cells, name, letter):
-    "The pixels that a column needs: its longest word, or all of a cell that is not to be broken."
+    "The pixels that a column needs: its longest word, all of a cell that is not to be broken, what the sheet asks."
+    kinds = [set(cell.get("class", [])) for cell in cells]
     parts = [len(word) for word in name.replace(",", " ").split()]
-    for cell in cells:
+    for cell, kind in zip(cells, kinds):
         text = cell.get_text(strip=True)
-        whole = {"num", "whole"} & set(cell.get("class", []))
-        parts += [len(text)] if whole else map(len, re.split(r"[\s_/]+", text))
-    return letter * max(parts, default=0)
+        parts += [len(text)] if {"num", "whole"} & kind else map(len, re.split(r"[\s_/]+", text))
+    asked = 208 if any("words" in k for k in kinds) else 0 if all(k for k in kinds) else 96
+    return max(letter * max(parts, default=0), asked)
 
 
 def labels(head):
@@ -182,9 +183,9 @@ def fit(table, columns, names):
     width = lambda letter, more: sum(
         least_width(cells, name, letter) + more for cells, name in zip(columns, names)
     )
-    sizes = [n for n, need in (("dense", (8.6, 20)), ("denser", (7, 11))) if width(*need) > DESK]
+    sizes = [n for n, need in (("dense", (9.4, 21)), ("denser", (7.4, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
-    wide, cards = width(8, 10) > PHONE, len(columns) > 2 and sum(wordy) > 1
+    wide, cards = width(8.6, 10) > PHONE, len(columns) > 2 and sum(wordy) > 1
     long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
     table["class"] = [*table.get("class", []), *sizes, *(["long"] if wide and long else [])]
     if (wide or cards) and not long:
@@ -314,7 +315,7 @@ def wrap_sentences(soup):
         elif longest > 40 and ("\n" not in text.strip() or not re.search(r"\S {2,}\S", text)):
             pre["class"] = [*pre.get("class", []), "flow"]
         elif longest > 40:
-            pre["class"] = [*pre.get("class", []), "columns", *(["flow"] if longest > 64 else [])]
+            pre["class"] = [*pre.get("class", []), "columns", *(["flow"] if longest > 56 else [])]
             pre["style"] = f"--columns: {longest}"
 
 

@@ -109,7 +109,9 @@ def test_finish_tidies_tables_of_numbers(tmp_path):
     assert page.select_one("tbody th")["scope"] == "row" and not page.select("[border]")
 
 
-@pytest.mark.parametrize("text", ["7", "-1.5", "1,234", "12,345,678.9", "97.1 %", "1e-05", ".5", "1,234.5*"])
+@pytest.mark.parametrize(
+    "text", ["7", "-1.5", "1,234", "12,345,678.9", "97.1 %", "1e-05", ".5", "1,234.5*"]
+)
 def test_numbers_are_seen(text):
     assert finish.is_number(text)
 

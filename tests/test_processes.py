@@ -72,6 +72,21 @@ def test_any_number_goes_on_where_another_stopped(tmp_path):
 
 
 @pytest.mark.long
+def test_three_processes_train_as_one(tmp_path):
+    "A step of 24 images has six micro-batches of four: two for each process"
+    (tmp_path / "one").mkdir()
+    three, one = Runs(tmp_path, count=3), Runs(tmp_path / "one", count=1)
+    more = ("--global-batch-size", 24, "--mix-group-size", 4, "--max-steps", 2)
+    three.start(*more)
+    assert three.wait(400) == [0] * 3, [three.err(i) for i in range(3)]
+    one.alone(*more)
+    (step, ours), (last, theirs) = checkpoint(three.run_dir()), checkpoint(one.run_dir())
+    assert step == last == 2 and worst(ours, theirs) < TOLERANCE
+    ours, theirs = (lasting(rows(r.run_dir())[-1]) for r in (three, one))
+    assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+
+
+@pytest.mark.long
 def test_three_processes_that_cannot_share_a_step_are_refused_in_one_line(tmp_path):
     runs = Runs(tmp_path, count=3).start("--max-steps", 1)
     assert runs.wait() == [1, 1, 1]

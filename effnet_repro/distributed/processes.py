@@ -17,6 +17,7 @@ from typing import Any, Callable, Dict, List, Optional
 
 import numpy as np
 
+from effnet_repro.distributed.addresses import offered, own_address
 from effnet_repro.distributed.child import AGAIN, is_child
 from effnet_repro.distributed.ranks import Ranks, count_gpus, find_ranks, own_gpus
 from effnet_repro.messages import mute, say
@@ -338,7 +339,7 @@ def join(
         shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
     _JOINED.append(Processes(ranks.index, ranks.count, _client()))
-    with quiet(1):  # gloo counts its peers there
+    with quiet(1), offered(own_address(ranks, _client())):  # gloo counts its peers there
         here().gather(np.zeros(1, np.uint8))  # connects all devices while all are here
     return here()
 

@@ -88,6 +88,11 @@ class Predictor:
             raise ValueError(f"`image_size` must be at least 32. Received: {image_size}.")
         named = has_names(network.class_names)
         self.class_names = network.class_names if named else tuple(map(str, self._labels))
+        if not named:
+            self.notes += (
+                "The file names no classes, so their numbers are shown, from 0. class_names, or --class-names FILE "
+                "with a name a line, names them.",
+            )
         self.precision = choose_precision(precision)
         self._job = SquaresJob(self.image_size, self.case.image_resize, network.crop_pct)
         self._logits = predictor(self.spec, network.arrays, self.precision)

@@ -67,7 +67,7 @@ def test_to_timm_and_back(tmp_path, input_norm):
     back = convert.read(path)  # our header says which network, which padding, which centring
     assert back.spec == weights.spec and back.case == weights.case and not back.notes
     same({n: a for n, a in back.arrays.items() if n.startswith("all/")}, pack(weights.arrays))
-    # somebody else's file of the same arrays, centerd as the note says
+    # somebody else's file of the same arrays, centered as the note says
     save_file(state, str(tmp_path / "plain.safetensors"))
     mean, std = (
         [float(v) for v in part.split(")")[0].split(",")] for part in said[-1].split("(")[1:]

@@ -119,7 +119,10 @@ def test_names_are_numbers_where_there_are_none(tmp_path, images):
     path = write_network(tmp_path / "n.safetensors", ("class 0", "class 1"))
     (found,) = predict(path, sorted(images.rglob("*.png"))[0])
     assert [g.name for g in found.guesses] == [str(g.label) for g in found.guesses]
-    (named,) = predict(path, sorted(images.rglob("*.png"))[0], class_names=("hen", "cow"))
+    assert any("--class-names FILE" in note for note in Predictor(path).notes)
+    named = Predictor(path, class_names=("hen", "cow"))
+    assert not any("--class-names FILE" in note for note in named.notes)
+    (named,) = named(sorted(images.rglob("*.png"))[:1])
     assert {g.name for g in named.guesses} == {"hen", "cow"}
 
 
@@ -197,6 +200,19 @@ def test_mistakes_are_one_line(refused, network, mixed, tmp_path):
     assert "required: PATH" in refused("predict", network)
     assert "No file, run folder" in refused("predict", tmp_path / "no", mixed, status=1)
     assert "folder without a checkpoint" in refused("predict", mixed, mixed, status=1)
+
+
+def test_what_is_no_network_is_refused_at_once(refused, mixed, tmp_path, monkeypatch):
+    "Before Keras is imported, which takes seconds."
+    from effnet_repro.cli import finetune
+    from effnet_repro.cli import predict as command
+
+    for module in (command, finetune):
+        monkeypatch.setattr(module, "start_keras", None)
+    no = tmp_path / "no"
+    assert "No file, run folder" in refused("predict", no, mixed, status=1)
+    words = ("finetune", no, "--data-dir", mixed, "--new-head")
+    assert "No file, run folder" in refused(*words, status=1)
 
 
 def test_folders_are_searched(mixed):

@@ -5,7 +5,7 @@ import re
 import shlex
 
 import pytest
-from conversions import convert
+from conversions import convert, write_timm
 from pictures import ROOT, encode, folders, picture
 from tiny import STAGES, TINY, small_network  # noqa: F401
 
@@ -59,6 +59,7 @@ def test_there_are_commands_to_look_at():
         "effnet-finetune",
         "effnet-validate",
         "effnet-predict",
+        "effnet-predict",
     ]
     with pytest.raises(cli.UsageError):
         cli.COMMANDS["predict"].parser().parse_args(["run", "image", "--topp", "1"])
@@ -77,8 +78,8 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
     weights = convert.Weights(spec, initial_weights(spec), case, names)
     (tmp_path / "old-run" / "checkpoints").mkdir(parents=True)
     convert.write_ours(tmp_path / "old-run" / "checkpoints" / "epoch-0001.safetensors", weights)
-    again = []
-    for name, *words in commands("06_your_classes"):
+    again, (*mine, theirs) = [], commands("06_your_classes")
+    for name, *words in mine:
         more = ["--max-steps", 2, "--no-progress", "--weights", "last"] * (
             name == "effnet-finetune"
         )
@@ -89,6 +90,11 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
     assert [words[0] for words in again] == ["effnet-validate", "effnet-predict"]
     for name, *words in again:  # a run says what comes next
         assert run(name.partition("-")[2], *words)[0] == 0
+    write_timm(tmp_path / "tf_efficientnet_b0.safetensors", "tf_efficientnet_b0")
+    (tmp_path / "imagenet.txt").write_text("\n".join(f"kind {i}" for i in range(10)))
+    (tmp_path / "photo.jpg").write_bytes(encode(picture(40, 40)))
+    status, out, err = run("predict", *theirs[1:], "--image-size", 32)  # a network of ten classes
+    assert status == 0 and "kind " in out, err
     status, out, err = run("pack", "packed", "--data-dir", "photographs")
     ((name, *words),) = next_lines(out)
     how = ("--budget", "case", "--global-batch-size", 8, "--dry-run")  # of 24 images

@@ -82,7 +82,8 @@ def _plan_transfer(args):
     if args.print_poprun or args.device == "ipu":
         raise UsageError("--new-head trains with Keras. Leave out --print-poprun and --device ipu.")
     source, given = named_source(args, init_path=args.init_path), given_fields(args)
-    if args.config and format_of(source) == "ours":
+    kind = format_of(source)  # what is no network is refused before Keras takes its seconds
+    if args.config and kind == "ours":
         checked_source(args, init_path=args.init_path)
     start_keras(args)
     data = open_data_of(args, args.run_dir)

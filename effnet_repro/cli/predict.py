@@ -22,6 +22,7 @@ from effnet_repro.cli.options import (
     precision_of,
     start_keras,
 )
+from effnet_repro.convert import format_of
 from effnet_repro.data.files import find_images
 
 
@@ -147,6 +148,7 @@ def predict_command(args):
     images = _listed(args.paths)
     if not images:
         raise UsageError("No image is named.")
+    format_of(args.source)  # what is no network is refused before Keras takes its seconds
     start_keras(args)
     from effnet_repro.predict import Predictor
 

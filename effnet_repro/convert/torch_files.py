@@ -182,9 +182,7 @@ def _torch_affine(said, mean, std):
         raise ValueError(f"`input_std` must be positive. Received: {std.tolist()}.")
     scale = 1 / (255 * std)
     affine = (scale.astype("float32"), (-mean / std).astype("float32"))
-    note = (
-        "Images are centerd with ImageNet's mean and standard deviation, since the file names none."
-    )
+    note = "Images are centered with ImageNet's mean and standard deviation, since the file names none."
     return affine, (note,) if assumed else ()
 
 
@@ -198,7 +196,7 @@ def find_torch(path, options):
     state = renamed.state
     affine, notes = _torch_affine(said, options.input_mean, options.input_std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
-        affine, notes = None, ()  # ours, centerd as published unless the header says otherwise
+        affine, notes = None, ()  # ours, centered as published unless the header says otherwise
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=names_in(said, path), notes=notes)

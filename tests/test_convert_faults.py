@@ -314,8 +314,8 @@ TORCH = {  # what torch.load gives -> words of the one line
     "a damaged archive": (raises(RuntimeError("PytorchStreamReader failed\n  finding data")), "not a whole file"),
     "a large view": (lambda: {"a": Tensor((2**20, 2**12))}, "says to hold 4,294,967,296 numbers"),
     "sparse tensors": (lambda: {"a": Tensor(error=RuntimeError("sparse"))}, "no plain numbers .sparse."),
-    "no tensors": (lambda: {"epoch": 3, "state_dict": {}}, "has neither timm's names nor ours"),
-    "other names": (lambda: {"model": {"a.weight": Tensor()}}, "has neither timm's names nor ours"),
+    "no tensors": (lambda: {"epoch": 3, "state_dict": {}}, "names of no EfficientNet that is read"),
+    "other names": (lambda: {"model": {"a.weight": Tensor()}}, "names of no EfficientNet that is read"),
 }  # fmt: skip
 
 

@@ -119,3 +119,13 @@ def test_what_does_not_fit_is_named(tmp_path):
 def test_images_are_cut_as_torchvision_cuts_them(tmp_path):
     save_file(renamed(torchvision_names()), str(tmp_path / "model.safetensors"))
     assert convert.read(tmp_path / "model.safetensors").crop_pct == 0.875
+
+
+def test_relatives_are_refused_by_what_they_lack(tmp_path):
+    "Before anybody is asked for `arch`."
+    state = timm_vectors.state_dict(SHAPES)
+    path = tmp_path / "model.safetensors"
+    for lacking in ("conv_dw", "se.conv_reduce"):  # EfficientNetV2; lite
+        save_file({n: v for n, v in state.items() if f"blocks.0.0.{lacking}" not in n}, str(path))
+        with pytest.raises(ValueError, match=f"none of efficientnet_b0 to b7.*{lacking}"):
+            convert.read(path)

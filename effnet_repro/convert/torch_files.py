@@ -208,6 +208,12 @@ def find_torch(path, options):
             f"{path} has the names of no EfficientNet that is read: timm's, torchvision's, efficientnet-pytorch's or "
             f"ours. There: {list_some(state)}."
         )
+    lacking = [n for n in _OF_EVERY_B if n not in state]
+    if lacking:
+        raise ValueError(
+            f"{path} has timm's names, but is none of efficientnet_b0 to b7, tf_ or not: there is no {lacking[0]}. "
+            "EfficientNetV2, lite, MobileNet and others are not read."
+        )
     if renamed.package:
         if options.arch:
             raise ValueError(
@@ -221,6 +227,10 @@ def find_torch(path, options):
         about.update(odd_size=True, notes=(*about["notes"], _SYMMETRIC_NOTE + _EPSILON_NOTE * old))
         state = with_our_epsilon(state) if old else state
     return Found(state, timm_name, **about)
+
+
+#: Arrays that tell an EfficientNet of the first kind from its relatives
+_OF_EVERY_B = ("blocks.0.0.conv_dw.weight", "blocks.0.0.se.conv_reduce.weight")
 
 
 _SYMMETRIC_NOTE = (

@@ -29,10 +29,10 @@ from .scaling import Block, ModelSpec, num_groups
 
 # %% ../nbs/19_keras_layers.ipynb #432ea31a
 def current_ops():  # The backend that matches `keras.backend.backend()`
-    "Get the tensor operations of Keras' back end"
+    "Get the tensor operations of Keras' backend"
     backend = keras.backend.backend()
     if backend not in ("tensorflow", "jax"):
-        raise unknown_name("Keras back end", backend, ("tensorflow", "jax"), "KERAS_BACKEND")
+        raise unknown_name("Keras backend", backend, ("tensorflow", "jax"), "KERAS_BACKEND")
     return jax_ops() if backend == "jax" else get_ops(backend)
 
 

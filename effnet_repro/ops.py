@@ -365,7 +365,7 @@ def get_ops(
 ):  # The backend; always the same object for one name
     "Get the operations of a framework, importing it on first use"
     if name not in _IMPLEMENTATIONS:
-        raise unknown_name("back end", name, _IMPLEMENTATIONS)
+        raise unknown_name("backend", name, _IMPLEMENTATIONS)
     if name not in _instances:
         _instances[name] = _IMPLEMENTATIONS[name]()
     return _instances[name]

@@ -221,7 +221,7 @@ def _pullback(ops, fn, weights, x):
 def _compiled(ops, fn):
     "Compile a function of tensors"
     if ops.name not in ("tensorflow", "jax"):
-        raise unknown_name("back end for gradients", ops.name, ("tensorflow", "jax"))
+        raise unknown_name("backend for gradients", ops.name, ("tensorflow", "jax"))
     return ops.jax.jit(fn) if ops.name == "jax" else ops.tf.function(fn)
 
 # %% ../nbs/35_pipeline.ipynb #55a0f23b

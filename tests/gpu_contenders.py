@@ -155,7 +155,7 @@ def ours(model, size, batch, mode, **_):
 
 
 def keras_peer(model, size, batch, mode, **_):
-    "The same for a network of keras.applications on the JAX back end: mixed bfloat16, momentum"
+    "The same for a network of keras.applications on the JAX backend: mixed bfloat16, momentum"
     import keras
 
     keras.utils.set_random_seed(SEED)

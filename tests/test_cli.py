@@ -383,7 +383,7 @@ def test_data_that_is_not_there(run, refused, tmp_path):
     assert status == 1 and "must be a folder" in report["problems"]["1"]
     status, out, _ = run("doctor", CASE, "--global-batch-size", "2048", "--json", "--no-trial")
     assert status == 1 and "exceeds the 1200" in json.loads(out)["problems"]["1"]
-    assert report["versions"]["keras"] and "CPU" in report["back ends"]["tensorflow"]
+    assert report["versions"]["keras"] and "CPU" in report["backends"]["tensorflow"]
 
 
 def test_stopping_is_an_exit_status_of_its_own(monkeypatch, capsys):

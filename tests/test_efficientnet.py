@@ -1,4 +1,4 @@
-"""Keras models: published weights, keras.applications, folding, and the back ends' agreement."""
+"""Keras models: published weights, keras.applications, folding, and the backends' agreement."""
 
 import os
 import subprocess
@@ -123,7 +123,7 @@ np.save(f"{sys.argv[1]}/model.npy", model.predict(images, verbose=0))
 
 
 def test_layers_and_models_on_jax(tmp_path):
-    """The same lessons on the other back end; a process of its own, since Keras has one back end a process."""
+    """The same lessons on the other backend; a process of its own, since Keras has one backend a process."""
     env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
     run = subprocess.run(
         [sys.executable, "-c", JAX, str(tmp_path)], env=env, capture_output=True, text=True

@@ -257,7 +257,7 @@ def test_the_doctor_lists_what_is_missing(run, monkeypatch):
     status, out, _ = run("doctor", "--json")
     report = json.loads(out)
     assert status == 1 and any("keras not found" in p for p in report["problems"].values())
-    assert {"versions", "back ends", "not installed", "cache", "data"} <= set(report)
+    assert {"versions", "backends", "not installed", "cache", "data"} <= set(report)
 
 
 # ---------------------------------------------------------------- files of cases

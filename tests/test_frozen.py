@@ -1,4 +1,4 @@
-"""Frozen batch norm stays frozen in Keras' own `fit` and in ours, on both back ends, as in keras.applications."""
+"""Frozen batch norm stays frozen in Keras' own `fit` and in ours, on both backends, as in keras.applications."""
 
 import subprocess
 import sys
@@ -126,7 +126,7 @@ def test_the_body_goes_a_part_of_its_way():
 
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="this is the test on JAX")
 def test_on_jax():
-    "Keras has one back end a process"
+    "Keras has one backend a process"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
         env={**PYTHON, "KERAS_BACKEND": "jax"},

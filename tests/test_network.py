@@ -1,4 +1,4 @@
-"""The network against the published one, on both back ends, in inference and in training."""
+"""The network against the published one, on both backends, in inference and in training."""
 
 import re
 from pathlib import Path
@@ -21,7 +21,7 @@ def _forward(ops, spec, weights, pictures, labels, outputs, rng=None):
 
 
 def _with_gradients(name, spec, weights, pictures, labels, rng=None):
-    """Logits, loss, gradients by name and segment outputs, on one back end."""
+    """Logits, loss, gradients by name and segment outputs, on one backend."""
     ops, outputs = get_ops(name), {}
     trainable = [p.name for p in params(spec) if p.trainable]
     if name == "tensorflow":

@@ -313,5 +313,5 @@ def test_batch_norm_depends_on_the_micro_batch_but_not_on_the_cut():
 
 
 def test_numpy_has_no_gradients():
-    with pytest.raises(ValueError, match="back end for gradients 'numpy'.*tensorflow, jax"):
+    with pytest.raises(ValueError, match="backend for gradients 'numpy'.*tensorflow, jax"):
         make("numpy", network("GN"), [])

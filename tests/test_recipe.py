@@ -96,7 +96,7 @@ def test_rmsprop_is_tensorflow_1s_for_other_constants(constants):
 
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 def test_rmsprop_compiles(backend):
-    "One compiled step, the rate a tensor, on every back end the same numbers."
+    "One compiled step, the rate a tensor, on every backend the same numbers."
     framework = pytest.importorskip(backend)
     ops, constants = get_ops(backend), rmsprop_settings(CASE)
 

@@ -1,4 +1,4 @@
-"""The Keras runtime: resume to the bit, accumulation, frozen variables, both back ends, bad input."""
+"""The Keras runtime: resume to the bit, accumulation, frozen variables, both backends, bad input."""
 
 import contextlib
 import csv
@@ -237,7 +237,7 @@ np.savez(sys.argv[1], **one_update(sys.argv[2]))
 
 
 def one_update(optimizer="rmsprop"):
-    """Weights and slots after one update without masks, from the back end's own reader."""
+    """Weights and slots after one update without masks, from the backend's own reader."""
     from effnet_repro.training import updates as stream
     from effnet_repro.training import use_devices
 

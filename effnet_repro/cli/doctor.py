@@ -61,8 +61,8 @@ def _jax_devices():
     return ", ".join(str(d) for d in jax.devices())
 
 
-def _back_ends(problems):
-    "Back end -> its devices, or what is wrong with it"
+def _backends(problems):
+    "Backend -> its devices, or what is wrong with it"
     found = {}
     for name, devices in (("tensorflow", _tensorflow_devices), ("jax", _jax_devices)):
         if importlib.util.find_spec(name) is None:
@@ -76,14 +76,14 @@ def _back_ends(problems):
             found[name] = f"does not work: {one_line(e)}"
             problems.append(f"{name} {found[name]}")
     if all(v == "not installed" for v in found.values()):
-        problems.append("no back end. In the project's folder, run: pip install -e '.[keras]'")
+        problems.append("no backend. In the project's folder, run: pip install -e '.[keras]'")
     return found
 
 
 def _settings():
     "Environment variables that change speed or bits, and what unset means"
     unset = {
-        "KERAS_BACKEND": "the first back end that is installed",
+        "KERAS_BACKEND": "the first backend that is installed",
         "TF_ENABLE_ONEDNN_OPTS": "oneDNN on (x86 Linux)",
         "TF_NUM_INTEROP_THREADS": "set to 1 by effnet_repro: runs repeat to the bit",
         "TF_OVERRIDE_GLOBAL_THREADPOOL": "set to 1 by effnet_repro: each core classifies its part",
@@ -199,7 +199,7 @@ def doctor_command(args):
     problems, report = [], {"versions": _installed(), "settings": _settings()}
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         starts = _starts(args, problems)
-        report["back ends"] = _back_ends(problems)
+        report["backends"] = _backends(problems)
         report["not installed"] = _missing()
         report["cache"] = _cache(problems)
         data, report["data"] = _data(args, plan, problems)
@@ -218,7 +218,7 @@ def doctor_command(args):
 
 
 def _starts(args, problems):
-    "Whether Keras and its back end can be started; what is missing is a problem"
+    "Whether Keras and its backend can be started; what is missing is a problem"
     try:
         start_keras(args)
     except Exception as e:  # whatever a broken installation raises is what the user needs to read

@@ -31,7 +31,7 @@ def _export_arguments(parser):
     )
     parser.add_argument(
         "--backend",
-        type=choice("back end", BACKENDS),
+        type=choice("backend", BACKENDS),
         metavar="NAME",
         help="of Keras, for --format keras: tensorflow or jax",
     )

@@ -70,7 +70,7 @@ def runs_on_ipus(args):
 
 
 def _refuse_keras_flags(args):
-    "On IPUs there are no back ends, and the precision is a case's: 16.32, not bfloat16"
+    "On IPUs there are no backends, and the precision is a case's: 16.32, not bfloat16"
     given = {"--backend": args.backend, "--precision": args.precision}
     for flag, value in given.items():
         if value not in (None, "auto", *CHOICES["precision"]):

@@ -86,7 +86,7 @@ def machine_arguments(parser, more=()):
     "Flags for what computes; `more` are further precisions."
     parser.add_argument(
         "--backend",
-        type=choice("back end", BACKENDS),
+        type=choice("backend", BACKENDS),
         metavar="NAME",
         help="tensorflow or jax; default: $KERAS_BACKEND, or the first that is installed",
     )
@@ -328,7 +328,7 @@ def chosen_backend(args) -> str:
     chosen = args.backend or os.environ.get("KERAS_BACKEND")
     chosen = chosen or next((b for b in BACKENDS if _installed(b)), BACKENDS[0])
     if chosen not in BACKENDS:
-        raise UsageError(str(unknown_name("back end", chosen, BACKENDS, "KERAS_BACKEND")))
+        raise UsageError(str(unknown_name("backend", chosen, BACKENDS, "KERAS_BACKEND")))
     return chosen
 
 

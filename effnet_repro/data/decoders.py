@@ -68,7 +68,7 @@ def choose_decoder(
     if wish == "nvimagecodec" and not gpu:
         raise ValueError(
             "The decoder nvimagecodec needs JAX on an NVIDIA GPU. Received: decoder='nvimagecodec' with "
-            f"the back end {backend} on {'a GPU' if gpu else 'a CPU'}. Use decoder='auto'."
+            f"the backend {backend} on {'a GPU' if gpu else 'a CPU'}. Use decoder='auto'."
         )
     if wish != "auto":
         return wish

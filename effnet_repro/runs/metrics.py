@@ -74,7 +74,7 @@ def plot_run(
 def save_curves(
     run_dir: Path,  # A run folder
 ):  # None; writes curves.png, where Matplotlib is installed
-    """Draw the curves of a run into its folder, whatever back end and settings the user's Matplotlib has.
+    """Draw the curves of a run into its folder, whatever backend and settings the user's Matplotlib has.
 
     Raises whatever drawing raises: a run hands that to `BestEffort`.
     """
@@ -93,9 +93,9 @@ def save_curves(
 
 @contextlib.contextmanager
 def plain_matplotlib():  # A context
-    """Import Matplotlib without the back end that MPLBACKEND names, and draw with its own default settings within.
+    """Import Matplotlib without the backend that MPLBACKEND names, and draw with its own default settings within.
 
-    PyCharm, Colab and Jupyter export back ends that exist only inside them, and a user's settings may ask for LaTeX.
+    PyCharm, Colab and Jupyter export backends that exist only inside them, and a user's settings may ask for LaTeX.
     """
     wanted = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     try:

@@ -18,7 +18,7 @@ from effnet_repro.training.device import has_jax_gpu
 
 
 def decoder_here(data: DataSet) -> str:
-    """Return the decoder that the running back end reads a data set with."""
+    """Return the decoder that the running backend reads a data set with."""
     gpu = has_jax_gpu()
     wish = data.decoder
     resident = gpu and wish == "auto" and fits_device(data)

@@ -144,7 +144,7 @@ def _tf_updates(stream, controls, first_update):
 
 @contextlib.contextmanager
 def explain_failures(data, split, due, doing):
-    "Turn what a back end says about images or memory into one message"
+    "Turn what a backend says about images or memory into one message"
     try:
         yield
     except Exception as error:
@@ -160,7 +160,7 @@ def explain_failures(data, split, due, doing):
 
 
 def validation_stream(data, image_size, batch, image_resize="published", shard=(0, 1)):
-    "The validation batches of the running back end; of several processes each has its part of the images"
+    "The validation batches of the running backend; of several processes each has its part of the images"
     args, how = (data, image_size, batch), dict(image_resize=image_resize, shard=shard)
     if keras.backend.backend() == "tensorflow":
         make = lambda: _tensors(validation_batches, args, how, ["float32"])

@@ -23,6 +23,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import finish
+import mentions
 import tree
 import yaml
 
@@ -212,6 +213,7 @@ def lay_out(proc, site, linked, source_url):
             if cell["cell_type"] == "raw":
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
+                source = mentions.link_pages(source, mentions.titles())
                 source = without_guesses(source, target.stem, ambiguous_names())
                 cell["source"] = link_plain_names(plain_links(source, linked), places, source_url)
             if cell["cell_type"] == "code":

@@ -14,6 +14,7 @@ sys.path.insert(0, str(ROOT / ".ci"))
 import build_docs  # noqa: E402
 import build_readme  # noqa: E402
 import finish  # noqa: E402
+import mentions  # noqa: E402
 import tree  # noqa: E402
 from bs4 import BeautifulSoup  # noqa: E402
 from PIL import Image  # noqa: E402
@@ -256,6 +257,18 @@ def test_links_get_the_names_of_the_site():
     assert linked == {"config.yml"}
     doubled = "| [[`validate`](config.html#validate)](training.html#validate) |"
     assert build_docs.plain_links(doubled, set()) == "| [`validate`](training.html#validate) |"
+
+
+def test_mentions_of_pages_are_links_with_titles():
+    known = {"12_proxy_norm": "Proxy Norm"}
+    text = "`12_proxy_norm`, [12_proxy_norm](12_proxy_norm.ipynb#x), [`12_proxy_norm`](12_proxy_norm.ipynb), `13_x`"
+    assert mentions.link_pages(text, known) == (
+        "[Proxy Norm](12_proxy_norm.ipynb), [Proxy Norm](12_proxy_norm.ipynb#x), "
+        "[Proxy Norm](12_proxy_norm.ipynb), `13_x`"
+    )
+    for code in ("```sh\n`12_proxy_norm`\n```", "``12_proxy_norm``", "nbs/12_proxy_norm.ipynb"):
+        assert mentions.link_pages(code, known) == code
+    assert mentions.titles()["12_proxy_norm"] == "Proxy Norm"
 
 
 def test_ambiguous_names_stay_plain_but_on_their_own_page():

@@ -183,7 +183,7 @@ def fit(table, columns, names):
     width = lambda letter, more: sum(
         least_width(cells, name, letter) + more for cells, name in zip(columns, names)
     )
-    sizes = [n for n, need in (("dense", (9.1, 20)), ("denser", (7.4, 11))) if width(*need) > DESK]
+    sizes = [n for n, need in (("dense", (9.7, 20)), ("denser", (7.4, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
     wide, cards = width(8.6, 10) > PHONE, len(columns) > 2 and sum(wordy) > 1
     long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)

@@ -443,7 +443,7 @@ def test_pages_keep_their_point_without_scripts(browser, site, name, kept):
 
 
 def test_what_scrolls_sideways_can_be_reached_by_keyboard(visit):
-    page = visit("scaling.html", PHONE)
+    page = visit("pod.html", PHONE)
     stuck = page.evaluate(
         """() => [...document.querySelectorAll("main *")].filter((e) =>
             ["auto", "scroll"].includes(getComputedStyle(e).overflowX)

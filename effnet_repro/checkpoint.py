@@ -196,11 +196,16 @@ class NewerFormat(ValueError):
     "A whole file of a later version of this code"
 
 # %% ../nbs/33_checkpoint.ipynb #c7c0cc13
+_OF_OTHERS = (
+    "With weights of another program, effnet-finetune --new-head trains for other classes, and effnet-convert makes a "
+    "checkpoint of them."
+)
+
+
 def _decode(path, header):
     if _KEY not in (header or {}):
         raise ValueError(
-            f"{path} is a safetensors file, but not a checkpoint: its header has no entry {_KEY}. "
-            "Weights under published names are read by `load_published`."
+            f"{path} is a safetensors file, but not a checkpoint: its header has no entry {_KEY}. {_OF_OTHERS}"
         )
     metadata, sums = _parse(path, header[_KEY]), _parse(path, header.get(_SUMS, "{}"))
     if sums and zlib.crc32(header[_KEY].encode()) != sums.get("metadata"):
@@ -255,6 +260,8 @@ def _read(path, read):
         with safe_open(str(path), "np") as file:
             return read(file, *_decode(path, file.metadata()))
     except SafetensorError as e:
+        if path.suffix in (".h5", ".keras", ".pt", ".pth", ".bin"):
+            raise ValueError(f"{path} is no checkpoint of this project. {_OF_OTHERS}") from None
         raise DamagedFile(
             f"{path} is not a whole checkpoint: cut off while copying, or another kind of file ({e}). "
             "If a run wrote it, go on from the one before; `latest` does."

@@ -40,7 +40,7 @@ def batch_statistics(
     ops,  # Tensor operations
     x,  # Activations, (N, H, W, C), any float type
     images=None,  # That share their statistics, a divisor of N; None = all
-):  # Mean and variance of each channel over the batch, (C,) float32; with `images` those of each image's group, (N, 1, 1, C)
+):  # Mean and variance of each channel over the batch, (C,) float32; with `images`, (N, 1, 1, C) of its group
     "Compute batch statistics in float32"
     x = ops.cast(x, "float32") if ops.dtype(x) in ("bfloat16", "float16") else x
     if images is None:

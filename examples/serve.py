@@ -14,12 +14,14 @@ import numpy as np
 import onnxruntime
 from PIL import Image
 from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
 from effnet_repro.data.files import SquaresJob
 
 MOST_BYTES, MOST_PIXELS = 20_000_000, 40_000_000  # of an image
+MOST_SENT, MOST_SECONDS = 10 * MOST_BYTES, 60  # that a client may send, and take for it
 Image.MAX_IMAGE_PIXELS = None  # ours is smaller, and an answer
 model = os.environ.get("MODEL") or sys.exit(
     "serve: name a file of effnet-export: MODEL=b1.onnx ..."
@@ -36,7 +38,8 @@ def answer(data):
     try:
         width, height = Image.open(io.BytesIO(data)).size  # reads the file's head only
     except Exception:
-        return {"error": "This is no image that can be read."}, 400
+        hint = "Send the bytes of a file as the body, as curl --data-binary does."
+        return {"error": f"This is no image that can be read. {hint}"}, 400
     if width * height > MOST_PIXELS:
         return {"error": f"{width} x {height} pixels are too many: {MOST_PIXELS:,} at most."}, 413
     batch, (problem,) = square([data])
@@ -48,13 +51,28 @@ def answer(data):
     return [{"class": names[i], "probability": round(float(p[i]), 6)} for i in best], 200
 
 
+async def body(request):
+    "What a client sends, as far as an image may be long; None where it was too slow, or is gone"
+    data, sent = bytearray(), 0
+    try:
+        with anyio.fail_after(MOST_SECONDS):
+            async for chunk in request.stream():
+                data += chunk if len(data) <= MOST_BYTES else b""
+                sent += len(chunk)
+                if sent > MOST_SENT:
+                    break
+    except (TimeoutError, ClientDisconnect):
+        return None
+    return bytes(data)
+
+
 async def predict(request):
-    data = bytearray()
-    async for chunk in request.stream():
-        data += chunk if len(data) <= MOST_BYTES else b""
+    data = await body(request)
+    if data is None:
+        return JSONResponse({"error": f"No whole file came in {MOST_SECONDS} s."}, 408)
     if len(data) > MOST_BYTES:
         return JSONResponse({"error": f"The file is larger than {MOST_BYTES:,} bytes."}, 413)
-    found, status = await anyio.to_thread.run_sync(answer, bytes(data), limiter=at_once)
+    found, status = await anyio.to_thread.run_sync(answer, data, limiter=at_once)
     return JSONResponse(found, status)
 
 

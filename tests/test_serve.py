@@ -1,10 +1,12 @@
 """examples/serve.py: started as a reader starts it, and asked."""
 
+import contextlib
 import http.client
 import json
 import os
 import re
 import signal
+import socket
 import struct
 import subprocess
 import sys
@@ -40,7 +42,7 @@ def ask():
             break
     port = re.search(r":(\d+) ", said[-1] if said else "")
     assert port, "".join(said)
-    threading.Thread(target=service.stderr.read, daemon=True).start()
+    threading.Thread(target=lambda: said.extend(service.stderr), daemon=True).start()
 
     def post(data, method="POST", path="/predict"):
         link = http.client.HTTPConnection("127.0.0.1", int(port[1]), timeout=60)
@@ -48,6 +50,7 @@ def ask():
         got = link.getresponse()
         return got.status, json.loads(got.read() or b"null") if got.status != 405 else None
 
+    post.port, post.said = int(port[1]), said
     yield post
     os.kill(service.pid, signal.SIGTERM)
     assert service.wait(20) in (0, -signal.SIGTERM)
@@ -79,7 +82,7 @@ def test_an_image_is_named_as_the_file_names_it(ask):
     "data, expected, said",
     [
         (b"", 400, "no image"),
-        (b"no image", 400, "no image"),
+        (b"no image", 400, "no image.*--data-binary"),
         (encode(picture(50, 70, 1), "PNG")[:600], 400, "decoded|cut|Truncated|truncated"),
         (encode(picture(50, 70, 1), "JPEG")[:300], 400, "."),
         (huge_png(60_000), 413, "too many"),
@@ -99,6 +102,23 @@ def test_several_at_once_get_their_own_answers(ask):
     one_by_one = [ask(data) for data in images]
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, images * 3)) == one_by_one * 3
+
+
+def test_clients_that_go_or_send_without_end_leave_no_trace(ask):
+    "Nothing in the log, and the next one is answered."
+    head = b"POST /predict HTTP/1.1\r\nHost: x\r\n"
+    with socket.create_connection(("127.0.0.1", ask.port), 20) as link:
+        link.sendall(head + b"Content-Length: 9000\r\n\r\n" + bytes(100))
+    with socket.create_connection(("127.0.0.1", ask.port), 20) as link:
+        link.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        piece = b"400000\r\n" + bytes(2**22) + b"\r\n"
+        with contextlib.suppress(OSError):  # it hangs up
+            for _ in range(80):
+                link.sendall(piece)
+        with contextlib.suppress(OSError):
+            assert b" 413 " in link.recv(100)
+    assert ask(encode(picture(40, 40, 2), "PNG"))[0] == 200
+    assert not [line for line in ask.said if "Traceback" in line or "Exception" in line], ask.said
 
 
 def test_home_says_what_is_served(ask):

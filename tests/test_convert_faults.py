@@ -104,6 +104,13 @@ def header(**entries):
     return save({"w": np.ones(2, "float32")}, {k: json.dumps(v) for k, v in entries.items()})
 
 
+def eight_bits(**metadata):
+    "A safetensors file of numbers of eight bits, which some networks are published in"
+    entry = {"dtype": "F8_E4M3", "shape": [4], "data_offsets": [0, 4]}
+    head = json.dumps({"__metadata__": metadata, "w": entry}).encode()
+    return len(head).to_bytes(8, "little") + head + bytes(4)
+
+
 HEADERS = {
     "a list": ("w.safetensors", header(effnet_repro_torch=[1]), "header of .*w.safetensors is a list"),
     "a number": ("w.safetensors", header(effnet_repro_torch=5), "is a number"),
@@ -118,6 +125,13 @@ HEADERS = {
     "a mean that is a text": ("w.safetensors", header(effnet_repro_torch={"mean": "x"}), "input_mean"),
     "a crop that is a list": ("w.safetensors", header(effnet_repro_torch={"crop_pct": [1]}), "`crop_pct` of"),
     "ours, a list": ("w.safetensors", header(effnet_repro=[1]), "w.safetensors is damaged: its metadata"),
+    "ours, with class names that are a number": (
+        "w.safetensors", checkpoint.encode({"w": np.ones(2)}, {"case": {}, "class_names": 5}), "its class_names",
+    ),
+    "ours, with a number of classes that is text": (
+        "w.safetensors", checkpoint.encode({"w": np.ones(2)}, {"case": {}, "num_classes": "x"}), "its num_classes",
+    ),
+    "eight bits a number": ("w.safetensors", eight_bits(), "that NumPy can hold"),
     "ours, without a case": (
         "w.safetensors", checkpoint.encode({"w": np.ones(2)}, {"case": 5}), "does not say which case",
     ),
@@ -131,6 +145,16 @@ def test_headers_of_wrong_types_are_one_line(tmp_path, run, kind):
     status, _, err = run("convert", tmp_path / name, tmp_path / "out.safetensors", "--to", "torch")
     assert status == 1 and len(err.splitlines()) == 1 and re.search(says, err), err
     assert "unforeseen" not in err
+
+
+def test_a_checkpoint_of_numbers_that_numpy_lacks(tmp_path):
+    path = tmp_path / "epoch-0001.safetensors"
+    path.write_bytes(eight_bits(effnet_repro='{"format_version": 1}'))
+    with pytest.raises(checkpoint.DamagedFile, match="epoch-0001.safetensors is not a whole"):
+        checkpoint.load(path)
+    path.write_bytes(eight_bits(effnet_repro="[" * 10**5))
+    with pytest.raises(checkpoint.DamagedFile, match="its metadata"):
+        checkpoint.load(path)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +230,13 @@ def dense(units):
         "class_name": "Sequential",
         "config": {"layers": [{"class_name": "Dense", "config": {"units": units}}]},
     }
+
+
+def test_an_empty_data_set_of_hdf5_is_no_weight(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as made:
+        made.create_dataset("a", data=h5py.Empty("f4"))
+    with pytest.raises(ValueError, match="w.h5 is not a file of keras.applications"):
+        convert.read(tmp_path / "w.h5")
 
 
 @pytest.mark.parametrize("suffix", [".h5", ".keras"])

@@ -36,8 +36,8 @@ def _h5_shapes(path):
     h5py, shapes = needed("h5py", "A Keras file"), {}
 
     def note(name, item):
-        if hasattr(item, "shape"):
-            check_numbers(path, math.prod(item.shape or ()))
+        if getattr(item, "shape", None) is not None:  # a data set, and not an empty one
+            check_numbers(path, math.prod(item.shape))
             if not name.startswith("optimizer"):
                 shapes[name] = item.shape
 
@@ -55,7 +55,7 @@ def _h5_shapes(path):
             f"{path} is not a whole Keras file: cut off while copying, or another kind of file "
             f"(it is {file_kind(path)}; {(str(e).splitlines() or [type(e).__name__])[0][:200]})."
         ) from None
-    check_numbers(path, sum(math.prod(shape or ()) for shape in shapes.values()))
+    check_numbers(path, sum(math.prod(shape) for shape in shapes.values()))
     return shapes
 
 

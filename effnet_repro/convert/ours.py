@@ -1,5 +1,7 @@
 """Our own checkpoints, read and written as weights."""
 
+import numpy as np
+
 from effnet_repro.averaging import load_weights
 from effnet_repro.checkpoint import save
 from effnet_repro.config import case_from_dict, case_to_dict, earlier_note
@@ -18,6 +20,7 @@ def read_ours(path, weights, given):
         )
     spec = spec_of_arrays(ModelSpec.from_case(case, metadata["num_classes"]), arrays)
     check_matches(arrays, params(spec))
+    arrays = {name: np.asarray(array, "float32") for name, array in arrays.items()}
     names = metadata.get("class_names") or class_names_of(spec.num_classes)
     notes = (f"Weights of {file.name}.", earlier_note(metadata["case"]))
     crop_pct = metadata.get("crop_pct")

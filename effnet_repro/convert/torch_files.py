@@ -87,7 +87,7 @@ def open_safetensors(path, read):
     try:
         with safe_open(str(path), "np") as file:
             return read(file)
-    except (SafetensorError, TypeError) as e:  # TypeError: a type of numbers that NumPy lacks
+    except (SafetensorError, AttributeError, TypeError) as e:  # a type of numbers that NumPy lacks
         raise ValueError(
             f"{path} is not a whole safetensors file that NumPy can hold: cut off while copying, or "
             f"another kind of file (it is {file_kind(path)}; {e}). Copy it again."

@@ -444,6 +444,19 @@ def test_closed_and_full_streams(redirect, status, lines):
     assert done.returncode in (status, 141 if "head" in redirect else status)
 
 
+def test_a_folder_that_is_gone_is_what_is_told(capsys, tmp_path):
+    (tmp_path / "gone").mkdir()
+    before = os.getcwd()
+    os.chdir(tmp_path / "gone")
+    try:
+        (tmp_path / "gone").rmdir()
+        assert cli.main(["train", "B0-G1-GN-Native_16IPU_2x8", "--dry-run"]) in (1, 2)
+    finally:
+        os.chdir(before)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "The folder that this was started in is gone" in line
+
+
 def test_what_is_printed_of_names_never_fails(tmp_path):
     name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.yml")
     done = subprocess.run(

@@ -16,7 +16,7 @@ from effnet_repro import checkpoint, convert, training
 from effnet_repro.averaging import WeightAverage
 from effnet_repro.config import override
 from effnet_repro.data import open_data, validation_arrays
-from effnet_repro.data.files import as_pixels, find_images
+from effnet_repro.data.files import SquaresJob, as_pixels, find_images
 from effnet_repro.network import initial_weights
 from effnet_repro.predict import Predictor, predict, suitable_batch
 from effnet_repro.scaling import ModelSpec
@@ -152,11 +152,15 @@ def test_a_broken_network_gives_no_answer(network, tmp_path, images):
 
 
 def test_a_table_and_what_is_wrong(run, network, mixed):
+    (mixed / "below" / "c.JPG").rename(mixed / "below" / "c\n\x1b[31m.JPG")  # orders to a terminal
     status, out, err = run("predict", network, mixed, mixed / "gone.jpg", "--top", 2)
     assert status == 1
     title, *rows = out.splitlines()
     assert title.split() == ["image", "class", "probability"] and len(rows) == 4
-    assert [row.split()[0] for row in rows[::2]] == [f"{mixed}/a.jpg", f"{mixed}/below/c.JPG"]
+    assert [row.split()[0] for row in rows[::2]] == [
+        f"{mixed}/a.jpg",
+        f"{mixed}/below/c\\n\\x1b[31m.JPG",
+    ]
     assert all(len(row) == len(title) for row in rows)
     assert f"{mixed}/b.jpg: Not an image that can be decoded" in err
     assert f"{mixed}/gone.jpg: No such file" in err
@@ -223,6 +227,9 @@ def test_folders_are_searched(mixed):
     assert find_images([mixed]) == [f"{mixed}/{name}" for name in names]
     given = [mixed / "notes.txt", mixed / "empty", mixed / "gone"]
     assert find_images(given) == [str(path) for path in given]
+    _, (text, empty, gone) = SquaresJob(32, "modern")(find_images(given))
+    assert "it is a text" in text and gone == "No such file or directory"
+    assert empty.startswith("A folder without images (.jpg")
 
 
 def test_batches_suit_the_device(monkeypatch):

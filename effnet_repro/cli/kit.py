@@ -6,6 +6,7 @@ import difflib
 import functools
 import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -164,10 +165,21 @@ COMMANDS: Dict[str, Command] = {}
 _EXPECTED = (ValueError, OSError, ImportError, ArithmeticError, RuntimeError, MemoryError)
 
 
+def _has_folder():
+    "Whether the current folder is still there"
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return False
+    return True
+
+
 def one_line(error):
     """Return what went wrong as one line of at most 800 characters; an error that no check foresaw carries its type."""
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         text = f"{error.strerror}: {error.filename}"
+    elif isinstance(error, FileNotFoundError) and not _has_folder():
+        text = "The folder that this was started in is gone. Change to another one"
     elif isinstance(error, OSError) and error.strerror:
         text = error.strerror
     else:
@@ -176,7 +188,7 @@ def one_line(error):
     text = text if len(text) <= 800 else text[:800] + " ..."
     if isinstance(error, MemoryError):
         return (
-            "The memory of this machine is not enough. Use a smaller --micro-batch-size or image."
+            "The memory of this machine is not enough. Use fewer images at a time, or smaller ones."
         )
     if isinstance(error, _EXPECTED) and text:
         return text

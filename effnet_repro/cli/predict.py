@@ -70,11 +70,17 @@ def _printable(text):
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
+def _in_a_line(text):
+    "Printable text of one line: a name may hold ends of lines, and what a terminal takes for an order"
+    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
+    return "".join(map(plain, _printable(text)))
+
+
 class _Table:
     "A row for each guess; the widths are known before the first image is"
 
     def __init__(self, images, names, top):
-        longest = lambda texts: max((len(_printable(t)) for t in texts), default=0)
+        longest = lambda texts: max((len(_in_a_line(t)) for t in texts), default=0)
         self.widths = max(5, longest(images)), max(5, longest(names))
 
     def begin(self):
@@ -82,8 +88,8 @@ class _Table:
 
     def row(self, p):
         for rank, guess in enumerate(p.guesses):
-            name = "" if rank else _printable(p.image)
-            self._line(name, _printable(guess.name), f"{guess.probability:.4f}")
+            name = "" if rank else _in_a_line(p.image)
+            self._line(name, _in_a_line(guess.name), f"{guess.probability:.4f}")
 
     def _line(self, image, name, probability):
         print(f"{image:<{self.widths[0]}}  {name:<{self.widths[1]}}  {probability:>11}")
@@ -181,7 +187,7 @@ def _print_all(table, predictions):
             sys.stdout.flush()
             if prediction.problem:
                 wrong += 1
-                name = _printable(prediction.image)
+                name = _in_a_line(prediction.image)
                 print(f"{name}: {prediction.problem}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         table.end()  # what was printed stays readable

@@ -79,14 +79,14 @@ class SquaresJob:
             try:
                 square[...] = self._square(image)
                 problems.append("")
-            except IsADirectoryError:
-                problems.append(f"A folder without images ({' '.join(IMAGE_SUFFIXES)}).")
             except (OSError, ValueError) as error:
                 problems.append(getattr(error, "strerror", None) or str(error))
         return squares, problems
 
     def _square(self, image):
         if isinstance(image, (str, os.PathLike)):
+            if os.path.isdir(image):
+                raise ValueError(f"A folder without images ({' '.join(IMAGE_SUFFIXES)}).")
             image = read_file(image, MOST_IMAGE_BYTES)
         if isinstance(image, bytes):
             fast = self.image_resize == "published"

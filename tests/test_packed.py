@@ -1,5 +1,6 @@
 """Packed sets: smaller images, crops drawn as before, whole after an interruption, read like any set."""
 
+import errno
 import json
 import os
 from itertools import islice
@@ -187,6 +188,31 @@ def test_a_damaged_image_is_named(tmp_path):
     data = d.open_data(tmp_path / "s", verbose=False)
     with pytest.raises(ValueError, match="image 1 of the train split, at byte"):
         packed.pack(data, tmp_path / "p", packing("jpeg"), 1)
+
+
+@pytest.mark.parametrize("form", packed.FORMS)
+def test_a_disk_that_fills_up_is_named(source, tmp_path, form, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    name = {"jpeg": "train-00000-of-00003", "raw": "pixels-train-00000-of-00003.npy"}[form]
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match=f"Cannot write .*{name}: No space left.*Make room") as error:
+        packed.pack(source, tmp_path, packing(form), 1, say=lambda line: None)
+    assert error.value.errno == errno.ENOSPC
+
+
+def test_no_more_processes_than_parts(source, tmp_path, monkeypatch):
+    asked = []
+
+    class Team(packed.Team):
+        def __init__(self, job, room, count):
+            asked.append(count)
+            super().__init__(job, None, 1)
+
+    monkeypatch.setattr(packed, "Team", Team)
+    packed.pack(source, tmp_path, packing("jpeg"), 10**20, say=lambda line: None)
+    assert asked == [5]  # three of training images, two of validation images
 
 
 def test_class_folders_are_shuffled(tmp_path):

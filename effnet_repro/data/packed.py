@@ -92,13 +92,22 @@ class _Part:
         except (OSError, ValueError, KeyError, TypeError):
             whole = False
         if not whole:
-            images = (self._image(split, int(number)) for number in numbers)
-            {"jpeg": self._write_records, "raw": self._write_raw}[self.how.form](
-                files, split, images
-            )
+            self._write(files, split, numbers)
             self._check(files, len(numbers))
         size = sum(path.stat().st_size for path in files)
         return np.zeros(0, np.uint8), {"images": len(numbers), "bytes": size, "found": whole}
+
+    def _write(self, files, split, numbers):
+        images = (self._image(split, int(number)) for number in numbers)
+        write = {"jpeg": self._write_records, "raw": self._write_raw}[self.how.form]
+        try:
+            write(files, split, images)
+        except OSError as error:
+            if str(error.strerror).startswith("Cannot read"):  # an image
+                raise
+            hint = "Make room, or choose another folder; what is packed already is used again."
+            text = f"Cannot write {files[0]}: {error.strerror}. {hint}"
+            raise OSError(error.errno, text) from None
 
     def parts(self, split):
         return -(-len(self.order[split]) // self.how.in_a_part)
@@ -259,7 +268,8 @@ def pack(
     prints = {name: dataset.split_fingerprint(name) for name in dataset.splits}
     _agree(folder, {**asdict(how), "source": prints})
     job, done = _Part(dataset, str(folder), how, _orders(dataset)), {}
-    count = workers or core_count()
+    most = sum(job.parts(split) for split in dataset.splits)
+    count = min(workers or core_count(), max(most, 1))
     with Team(job, 1 if count > 1 and os.name == "posix" else None, count) as team:
         for split in dataset.splits:
             parts, facts = job.parts(split), {"images": 0, "bytes": 0, "found": 0}

@@ -212,9 +212,9 @@ def serve():
     """Do pieces of one job, one after the other, until the caller closes its end: what a process runs."""
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a library prints is no reply
-    *shared, file, room = pickle.load(requests)
-    job, memory = _Shared(*shared).load(), mmap.mmap(file, max(room, 1))
-    with contextlib.suppress(EOFError, BrokenPipeError):
+    with contextlib.suppress(EOFError, BrokenPipeError):  # the caller is gone
+        *shared, file, room = pickle.load(requests)
+        job, memory = _Shared(*shared).load(), mmap.mmap(file, max(room, 1))
         while True:
             pickle.dump(_attempt(job, pickle.load(requests), memory), replies, protocol=5)
             replies.flush()

@@ -212,6 +212,8 @@ def _decode(path, header):
         raise _damaged(path, "its metadata")
     if not isinstance(metadata.get("format_version"), int):
         raise _damaged(path, "its format_version")
+    for name in _wrong_kinds(metadata):
+        raise _damaged(path, f"its {name}")
     if metadata["format_version"] > FORMAT_VERSION:
         raise NewerFormat(
             f"{path} has format_version {metadata['format_version']}, this code reads up to {FORMAT_VERSION}. "
@@ -224,7 +226,7 @@ def _parse(path, text):
     "A JSON object in the header"
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise _damaged(path, "its metadata")
@@ -236,6 +238,18 @@ def _damaged(path, what):
         f"{path} is damaged: {what} changed since it was written. Copy it again, or delete it and "
         "go on from the one before."
     )
+
+# %% ../nbs/33_checkpoint.ipynb #51a8d395
+_WHOLE = ("num_classes", "update", "epoch", "seed")
+
+
+def _wrong_kinds(metadata):
+    "Names of metadata that have another type than a run gives them"
+    whole = lambda value: isinstance(value, int) and not isinstance(value, bool)
+    wrong = [n for n in _WHOLE if metadata.get(n) is not None and not whole(metadata[n])]
+    names = metadata.get("class_names") or []
+    text = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return wrong + ([] if text else ["class_names"])
 
 # %% ../nbs/33_checkpoint.ipynb #f08847bf
 def _not_there(path):
@@ -259,7 +273,7 @@ def _read(path, read):
     try:
         with safe_open(str(path), "np") as file:
             return read(file, *_decode(path, file.metadata()))
-    except SafetensorError as e:
+    except (SafetensorError, AttributeError, TypeError) as e:  # a type that NumPy lacks
         if path.suffix in (".h5", ".keras", ".pt", ".pth", ".bin"):
             raise ValueError(f"{path} is no checkpoint of this project. {_OF_OTHERS}") from None
         raise DamagedFile(

@@ -214,6 +214,7 @@ def lay_out(proc, site, linked, source_url):
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
                 source = mentions.link_pages(source, mentions.titles())
+                source = mentions.link_modules(source, source_url)
                 source = without_guesses(source, target.stem, ambiguous_names())
                 cell["source"] = link_plain_names(plain_links(source, linked), places, source_url)
             if cell["cell_type"] == "code":

@@ -1,5 +1,6 @@
-"Mentions of pages: on the site each is a link that says the page's title, not the notebook's file."
+"Mentions of pages and modules: on the site each is a link; that of a page says its title, not the notebook's file."
 
+import collections
 import functools
 import json
 import re
@@ -8,6 +9,7 @@ import tree
 
 FENCED = re.compile(r"(?ms)(^```.*?^```)")
 LINKED = re.compile(r"\[`?(\d\d_\w+)(?:\.ipynb)?`?\](?=\()")
+MODULE = re.compile(r"(?<![\[`])`([\w/]+\.py)`(?![`\]])")
 BARE = re.compile(r"(?<![\[`])`(\d\d_\w+)(?:\.ipynb)?`(?![`\]])")
 
 
@@ -35,3 +37,31 @@ def link_pages(text, known):
     return "".join(
         p if i % 2 else BARE.sub(bare, LINKED.sub(linked, p)) for i, p in enumerate(parts)
     )
+
+
+@functools.lru_cache(maxsize=None)
+def files():
+    "How a page may write a module's file -> the module: its path, that below the package, a name that no other has."
+    found, names = {}, collections.Counter(path.name for path in tree.modules().values())
+    for module, path in tree.modules().items():
+        inside = path.relative_to(tree.ROOT / "effnet_repro").as_posix()
+        found[f"effnet_repro/{inside}"] = module
+        written = {inside, path.name} if names[path.name] == 1 else {inside} - {path.name}
+        found.update(dict.fromkeys(written, module))
+    return found
+
+
+def link_modules(text, source_url):
+    "Markdown in which the file of a module, in backticks, is a link to its page or, without one, to its source."
+
+    def one(match):
+        module = files().get(match[1])
+        if module is None:
+            return match[0]
+        path = tree.modules()[module]
+        page = tree.page_of(path)
+        inside = path.relative_to(tree.ROOT).as_posix()
+        return f"[`{match[1]}`]({f'{page}.ipynb' if page else f'{source_url}/{inside}#L1'})"
+
+    parts = FENCED.split(text)
+    return "".join(p if i % 2 else MODULE.sub(one, p) for i, p in enumerate(parts))

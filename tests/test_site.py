@@ -271,6 +271,22 @@ def test_mentions_of_pages_are_links_with_titles():
     assert mentions.titles()["12_proxy_norm"] == "Proxy Norm"
 
 
+def test_files_of_modules_are_links():
+    linked = mentions.link_modules(
+        "`runs/loop.py`, `loop.py`, `kit.py`, `validate.py`, `tests/x.py`", "https://x"
+    )
+    there = "https://x/effnet_repro"
+    assert linked == (
+        f"[`runs/loop.py`]({there}/runs/loop.py#L1), [`loop.py`]({there}/runs/loop.py#L1), "
+        f"[`kit.py`]({there}/cli/kit.py#L1), [`validate.py`]({there}/cli/validate.py#L1), `tests/x.py`"
+    )
+    assert (
+        mentions.link_modules("`norms.py` ``norms.py``", "")
+        == "[`norms.py`](11_norms.ipynb) ``norms.py``"
+    )
+    assert mentions.link_modules("`figures.py`", "") == "`figures.py`"  # there are two
+
+
 def test_ambiguous_names_stay_plain_but_on_their_own_page():
     text = "[`validate`](config.html#validate), [`mix()`](augment.html#mix), [[`validate`](a.html#b)](c.html#d)"
     plain = build_docs.without_guesses(text, "training", {"validate"})

@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from .config import unknown_name
-from .kernels.ops import jax_ops
+from .kernels.ops import alone, jax_ops
 from .group_conv import group_conv, kernel_shape
 from .mbconv import Scope, mbconv, norm_act, squeeze_excite
 from effnet_repro.network import (
@@ -158,7 +158,7 @@ class GroupConv2D(ParamLayer):
         return (Param("kernel", shape, "fan_in", decay=True),)
 
     def compute(self, ops, weights, x, rng):
-        return group_conv(ops, x, weights["kernel"], self.strides)
+        return group_conv(alone(ops, x), x, weights["kernel"], self.strides)
 
     def compute_output_shape(self, input_shape):
         n, h, w, c = input_shape

@@ -131,25 +131,33 @@ def test_norm_groups_must_divide():
         norm.fused_norm(np.zeros((1, 2, 2, 24), "float32"), how=norm.NormOptions(norm_groups=5))
 
 
-@pytest.mark.parametrize("norm, training", [("LN_PN", True), ("GN", False)])
-def test_a_block_is_the_same_through_the_kernels(norm, training):
+BLOCKS = [
+    ("LN_PN", True, 16, "float32", 1e-5),
+    ("GN", False, 16, "float32", 1e-5),
+    ("LN_PN", False, 8, "bfloat16", 2e-2),
+]
+
+
+@pytest.mark.parametrize("norm, training, group_size, kind, tolerance", BLOCKS)
+def test_a_block_is_the_same_through_the_kernels(norm, training, group_size, kind, tolerance):
     from effnet_repro.mbconv import mbconv
     from effnet_repro.network import block_params, initial_value
     from effnet_repro.ops import Rng
     from effnet_repro.scaling import Block, ModelSpec
 
-    spec = ModelSpec(norm=norm, norm_groups=1 if norm == "LN_PN" else 4)
-    block = Block("block2b", 3, 1, 16, 64, 16, 4, 16, True, True, 0.5)
+    groups = 1 if norm == "LN_PN" else 4
+    spec = ModelSpec(norm=norm, norm_groups=groups, group_size=group_size)
+    block = Block("block2b", 3, 1, 16, 64, 16, 4, group_size, True, True, 0.5)
     rng = np.random.default_rng(0)
     table = [p for part in block_params(spec, block) for p in part]
     weights = {p.name: initial_value(p, rng) + 0.1 * rng.normal(size=p.shape) for p in table}
     weights = {n: w.astype("float32") for n, w in weights.items()}
-    x = rng.normal(size=(3, 6, 6, 16)).astype("float32")
+    x = get_ops("jax").const(rng.normal(size=(3, 6, 6, 16)), kind)
     rng = Rng(get_ops("jax"), 3) if training else None
     plain, own = (
         mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
     )
-    assert relative_error(own, plain) < 1e-5
+    assert relative_error(own, plain) < tolerance
 
 
 PRODUCTS = [((1, 9, 33, 24), 96, 3, "bfloat16"), ((2, 5, 7, 16), 32, 1, "float32")]

@@ -153,15 +153,15 @@ def tidy_numbers(cells):
             cell.string.replace_with(new)
 
 
-def least_width(cells, name, letter):
-    "The pixels that a column needs: its longest word, all of a cell that is not to be broken, what the sheet asks."
+def least_width(cells, name, letter, phone):
+    "The pixels that a column needs: its longest word, an unbroken cell, on a phone what the style sheet asks."
     kinds = [set(cell.get("class", [])) for cell in cells]
     parts = [len(word) for word in name.replace(",", " ").split()]
     for cell, kind in zip(cells, kinds):
         text = cell.get_text(strip=True)
         parts += [len(text)] if {"num", "whole"} & kind else map(len, re.split(r"[\s_/]+", text))
     asked = 208 if any("words" in k for k in kinds) else 0 if all(k for k in kinds) else 96
-    return max(letter * max(parts, default=0), asked)
+    return max(letter * max(parts, default=0), asked if phone else 0)
 
 
 def labels(head):
@@ -180,12 +180,12 @@ def fit(table, columns, names):
     one below the other. One too wide for a desk is set in smaller letters."""
     if table.find_parent(class_="sortable"):
         return
-    width = lambda letter, more: sum(
-        least_width(cells, name, letter) + more for cells, name in zip(columns, names)
+    width = lambda letter, more, phone=False: sum(
+        least_width(cells, name, letter, phone) + more for cells, name in zip(columns, names)
     )
     sizes = [n for n, need in (("dense", (9.7, 20)), ("denser", (7.4, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
-    wide, cards = width(8.6, 10) > PHONE, len(columns) > 2 and sum(wordy) > 1
+    wide, cards = width(8.6, 10, phone=True) > PHONE, len(columns) > 2 and sum(wordy) > 1
     long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
     table["class"] = [*table.get("class", []), *sizes, *(["long"] if wide and long else [])]
     if (wide or cards) and not long:

@@ -1,8 +1,11 @@
 """Sentences that claim something about the whole project are held to it."""
 
+import csv
 import json
 import re
 from pathlib import Path
+
+from effnet_repro.intervals import judge_claims
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT / "nbs"
@@ -78,3 +81,36 @@ def test_no_ratio_is_typed_into_the_pages_of_results():
     typed = re.compile(r"\d[\d,.]* ?(images/s|pictures/s|times as fast|ms\b)|\b\d+\.\d+x\b")
     for name in ("index", "50_results", "51_throughput", "52_gpu"):
         assert [m[0] for text in cells(name) for m in typed.finditer(text)] == [], name
+
+
+def test_the_words_about_the_paper_s_claims_are_the_verdicts():
+    "Rows that change a verdict ask for other words on the two pages that speak of them."
+    with (ROOT / "results" / "claims.csv").open(newline="") as file:
+        verdicts = {j.claim.text: j.verdict for j in judge_claims(list(csv.DictReader(file)))}
+    said = {
+        "It beats plain layer norm and group norm": {
+            "Proxy Norm beats plain layer norm": "holds",
+            "layer norm with Proxy Norm beats group norm": "holds",
+        },
+        "With as many multiply-adds as at full size it is clearly better": {
+            "half resolution keeps up at equal multiply-adds": "holds"
+        },
+        "it may be a little worse": {
+            "native beats half resolution with fine-tuning": "cannot tell"
+        },
+        "Group convolutions of 16 are not free here": {
+            "groups of 16 match depthwise convolutions": "does not hold"
+        },
+        "Batch norm is best when it sees 8 images": {
+            "Proxy Norm beats batch norm of 8 images": "does not hold",
+            "Proxy Norm matches batch norm of 32 images": "cannot tell",
+            "Proxy Norm matches batch norm of 256 images": "does not hold",
+            "Proxy Norm beats batch norm of 2 images": "holds",
+        },
+    }
+    page = " ".join(shown("54_claims").split())
+    for words, claims in said.items():
+        assert words in page
+        assert {c: verdicts[c] for c in claims} == claims, words
+    summary = shown("50_results")
+    assert all(claim in summary for claim in verdicts)

@@ -64,6 +64,11 @@ class Recipe:
     weight_decay: float  # Times the rate
 
 
+def recipes(*rows):
+    "Recipes of rows of numbers"
+    return tuple(Recipe(*row) for row in rows)
+
+
 @dataclass(frozen=True)
 class Arm:
     "A network, how large its images are in training, and how many of them batch norm sees"
@@ -102,35 +107,29 @@ ARMS = {
 }
 TUNED = ("G16-BN", "G1-GN")
 DEPTH = ("G16-BN", "G16-GN", "G16-LN", "G16-LN_PN")  # Arms whose channels are looked at
-TRIALS = tuple(
-    Recipe(*numbers)
-    for numbers in (
-        (0.004, 0.3, 0.05),
-        (0.002, 0.3, 0.05),
-        (0.008, 0.3, 0.05),
-        (0.004, 0.1, 0.05),
-        (0.004, 0.3, 0.2),
-        (0.002, 0.05, 0.05),
-        (0.001, 0.1, 0.05),
-        (0.008, 0.3, 0.2),
-        (0.002, 0.1, 0.2),
-        (0.016, 0.3, 0.05),
-    )
+TRIALS = recipes(
+    (0.004, 0.3, 0.05),
+    (0.002, 0.3, 0.05),
+    (0.008, 0.3, 0.05),
+    (0.004, 0.1, 0.05),
+    (0.004, 0.3, 0.2),
+    (0.002, 0.05, 0.05),
+    (0.001, 0.1, 0.05),
+    (0.008, 0.3, 0.2),
+    (0.002, 0.1, 0.2),
+    (0.016, 0.3, 0.05),
 )
-SMALL_TRIALS = tuple(
-    Recipe(*numbers)
-    for numbers in (
-        (0.002, 0.05, 0.05),
-        (0.002, 0.3, 0.05),
-        (0.001, 0.3, 0.05),
-        (0.001, 0.05, 0.05),
-        (0.004, 0.3, 0.05),
-        (0.0005, 0.3, 0.05),
-        (0.002, 0.3, 0.2),
-        (0.001, 0.3, 0.2),
-        (0.001, 0.15, 0.1),
-        (0.0005, 0.05, 0.2),
-    )
+SMALL_TRIALS = recipes(
+    (0.002, 0.05, 0.05),
+    (0.002, 0.3, 0.05),
+    (0.001, 0.3, 0.05),
+    (0.001, 0.05, 0.05),
+    (0.004, 0.3, 0.05),
+    (0.0005, 0.3, 0.05),
+    (0.002, 0.3, 0.2),
+    (0.001, 0.3, 0.2),
+    (0.001, 0.15, 0.1),
+    (0.0005, 0.05, 0.2),
 )
 
 

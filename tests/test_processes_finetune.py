@@ -5,7 +5,7 @@ from process_runs import Runs, checkpoint, worst
 
 pytest.importorskip("jax")
 pytestmark = pytest.mark.long
-TOLERANCE = 2e-6  # As in test_processes.py
+TOLERANCE = 1e-5  # As in test_processes.py, but these learn faster, and rounding grows with them
 
 
 class Finetunings(Runs):

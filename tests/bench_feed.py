@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from effnet_repro import data as d  # noqa: E402
-from effnet_repro.data import decode, decoders, device, gpu_decode, gpu_reader, transforms  # noqa: E402
+from effnet_repro.data import decode, decoders, device, gpu_decode, transforms  # noqa: E402
 from effnet_repro.data.threads import core_count  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
 from tests.bench_sets import repeat_records  # noqa: E402
@@ -104,15 +104,6 @@ def _decoded_until(producer, some, until):
     return count
 
 
-def idle(make, args):
-    "The stream of a GPU whose cores decode nothing"
-    gpu_reader.Balance.count, count = lambda self, images: 0, gpu_reader.Balance.count
-    try:
-        yield from make(args)
-    finally:
-        gpu_reader.Balance.count = count
-
-
 def streams(data, sizes, batch):
     "(name, size, batch, stream) of each reader that can be used here"
     able = lambda name: (
@@ -129,14 +120,6 @@ def streams(data, sizes, batch):
             else:
                 make = lambda a, r=reader: d.training_batches(*a, batch, reader=r)
             yield f"{name}: training", size, batch, make, args
-            if name == "nvimagecodec":
-                yield (
-                    f"{name}, cores idle: training",
-                    size,
-                    batch,
-                    functools.partial(idle, make),
-                    args,
-                )
     if able("nvimagecodec"):
         for each in (64, 256):
             make = lambda a, e=each: d.validation_batches(*a, e, reader="nvimagecodec")

@@ -38,6 +38,13 @@ sys.exit(status)
 """
 
 
+#: What runs before, so that images are made as on a GPU: of a set that stays on the device, or one after the other.
+AS_ON_GPU = """
+from effnet_repro.training import stream
+stream.has_jax_gpu, stream.fits_device = (lambda: True), (lambda data: {})
+"""
+
+
 def environment(**more):
     return {**PYTHON, "KERAS_BACKEND": "jax", "XLA_FLAGS": FAST, **more}
 
@@ -53,6 +60,7 @@ class Runs:
 
     def __init__(self, folder, count=2, port=None, coordinator=None, hosts=None):
         self.folder, self.count = Path(folder), count
+        self.before = ""  # What the program of a process does first
         self.hosts = hosts  # As in `two_hosts`, a process on each; None = all on this one
         self.port = port or free_port()
         self.coordinator = coordinator or f"127.0.0.1:{self.port}"
@@ -70,7 +78,7 @@ class Runs:
     def command(self, index, *more, parents):
         rank = ["--distributed", "--coordinator", self.coordinator, "--processes", str(self.count)]
         words = self.words(index, *rank, "--process", index, *more)
-        program = ["-m", "effnet_repro.cli"] if parents else ["-c", PLAIN]
+        program = ["-m", "effnet_repro.cli"] if parents else ["-c", self.before + PLAIN]
         words = [sys.executable, *program, *words]
         return words if self.hosts is None else self.hosts.command(index, words)
 
@@ -128,7 +136,12 @@ class Runs:
 
 def alone(*runs, more=()):
     "Each of these runs by one process without --distributed, one after the other"
-    words = [sys.executable, "-c", PLAIN, json.dumps([one.words(0, *more) for one in runs])]
+    words = [
+        sys.executable,
+        "-c",
+        runs[0].before + PLAIN,
+        json.dumps([one.words(0, *more) for one in runs]),
+    ]
     done = subprocess.run(words, env=environment(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 

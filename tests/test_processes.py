@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 from pictures import encode, folders, picture
-from process_runs import Runs, alone, ask, checkpoint, free_port, worst
+from process_runs import AS_ON_GPU, Runs, alone, ask, checkpoint, free_port, worst
 
 pytest.importorskip("jax")
 AGAIN = 75
@@ -69,6 +69,21 @@ def test_any_number_goes_on_where_another_stopped(tmp_path):
     assert step == last == 4 and worst(ours, theirs) < TOLERANCE
     ours, theirs = (lasting(rows(f)[-1]) for f in (tmp_path / "run", whole.run_dir()))
     assert ours == pytest.approx(theirs, rel=1e-5, abs=2e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stays", [True, False], ids=["stay on the device", "sent to the device"])
+def test_images_that_the_devices_cut_are_shared(tmp_path, stays):
+    "As on GPUs: each process cuts its own images out of what it has; together they are those of one process"
+    (tmp_path / "one").mkdir()
+    two, one = Runs(tmp_path), Runs(tmp_path / "one", count=1)
+    two.before = one.before = AS_ON_GPU.format(stays)
+    more = ("--max-steps", 2, "--no-validation", "--decoder", "simplejpeg")
+    two.start(*more, parents=False)
+    assert two.wait(400) == [0, 0], (two.err(0), two.err(1))
+    one.alone(*more)
+    (step, ours), (last, theirs) = checkpoint(two.run_dir()), checkpoint(one.run_dir())
+    assert step == last == 2 and worst(ours, theirs) < TOLERANCE
 
 
 @pytest.mark.long

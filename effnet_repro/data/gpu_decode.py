@@ -189,11 +189,10 @@ class Codec:
         kinds = codec.HW_GPU_ONLY, codec.HYBRID_CPU_GPU
         if device is None:
             where["device_id"], kinds = codec.NVIMGCODEC_DEVICE_CPU_ONLY, [codec.CPU_ONLY]
-        self._decoder, self.exact = None, False  # exact: the pixels of libjpeg's accurate DCT
+        self._decoder = None
         for kind in kinds:
             with _silence(), contextlib.suppress(RuntimeError):
                 self._decoder = codec.Decoder(**where, backends=[codec.Backend(kind)])
-                self.exact = kind != codec.HYBRID_CPU_GPU
                 break
         if self._decoder is None:
             raise RuntimeError("nvImageCodec finds no nvJPEG: is the package nvidia-nvjpeg there?")
@@ -277,7 +276,6 @@ class Producer:
         _, first = _checked(driver.cuCtxGetStreamPriorityRange())  # before the network's kernels
         self._stream = _checked(driver.cuStreamCreateWithPriority(flags, first))
         self._codec = Codec(ordinal, max(1, core_count() // PRODUCERS))
-        self.exact = self._codec.exact
         self._table = Stage(ordinal)
 
     def decode(self, data: Sequence[np.ndarray]) -> List[Optional[Image]]:

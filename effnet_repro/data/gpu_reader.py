@@ -1,8 +1,8 @@
 """The reader whose images are decoded on a GPU: processes read files, producers decode, cut and resize.
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
-JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. If the
-GPU's pixels are those of the host exactly, the cores decode a share of all images, too, where that pays (`Balance`).
+JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. The
+cores decode nothing else: a share of all images, tried, made batches come more slowly (`results/feed.csv`).
 
 Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
 in other processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
@@ -11,8 +11,6 @@ in other processes: with reading in threads a reader came to 9,600 images/s, mos
 import contextlib
 import itertools
 import queue
-import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
@@ -29,7 +27,7 @@ from effnet_repro.data.decode import (
 )
 from effnet_repro.data.device import whole_images
 from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty, keep, kept
-from effnet_repro.data.rectangles import PIECE, ROOM, RectanglesJob
+from effnet_repro.data.rectangles import ROOM
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import core_count, made_ahead
@@ -134,67 +132,6 @@ class _Read(NamedTuple):
         return _Read(*(column[at] for column in self))
 
 
-class Balance:
-    """Which share of the images the cores make beside a GPU: as much as makes the batches come faster.
-
-    The pixels are the same, so nothing depends on the share but the time. Now and then a larger share is tried for some
-    batches, or a smaller one: a larger one stays if batches come faster by `gain`, a smaller one if they come as fast.
-    Where the network is what all wait for, the cores so end up with nothing.
-    """
-
-    step, most, gain = 0.07, 0.35, 0.02
-    left_out, window = 6, 10  # Batches after a change; batches that are then timed
-    pauses = 4, 64  # Windows to the next trial after a failure, and after many: each doubles them
-
-    def __init__(self, clock: Callable[[], float] = time.perf_counter):
-        self.share, self._settled, self._clock, self._lock = 0.0, 0.0, clock, threading.Lock()
-        self._seen, self._images, self._since, self._rate = 0, 0, 0.0, None
-        self._up, self._wait, self._pause = True, 1, self.pauses[0]
-
-    def count(self, images: int) -> int:
-        """Return how many of so many images the cores make."""
-        return int(self.share * images)
-
-    def done(self, images: int):
-        """Take in that a batch of so many images is done."""
-        with self._lock:
-            self._seen += 1
-            if self._seen <= self.left_out:
-                self._images, self._since = 0, self._clock()
-                return
-            self._images += images
-            if self._seen >= self.left_out + self.window:
-                self._judge(self._images / max(self._clock() - self._since, 1e-9))
-                self._seen = 0
-
-    def _judge(self, rate):
-        "Keep what was tried, or go back; and try again, at once after a success"
-        tried = self.share != self._settled
-        if tried and rate > self._rate * (1 + self.gain if self._up else 1 - self.gain / 2):
-            self._settled, self._wait, self._pause = self.share, 0, self.pauses[0]
-        elif tried:
-            self.share = self._settled
-            return self._turn()
-        self._rate = rate
-        self._wait -= 1
-        if self._wait <= 0:
-            aim = self._settled + (self.step if self._up else -self.step)
-            if not 0 <= round(aim, 6) <= self.most:
-                return self._turn()
-            self.share = max(aim, 0.0)
-        return None
-
-    def _turn(self):
-        "Try the other way, later"
-        self._up, self._wait = not self._up, self._pause
-        self._pause = min(2 * self._pause, self.pauses[1])
-
-
-def spare_cores() -> int:
-    """Return how many cores may decode beside a GPU: the others read, feed it, and run the training loop."""
-    return max(0, core_count() - 6)
-
-
 class Maker(NamedTuple):
     """What makes images on a GPU, given its number: producers and stages, which are kept, and arrays to write into."""
 
@@ -217,30 +154,29 @@ class _Batch(NamedTuple):
 class _Stream:
     "Makes the arrays of batches in threads, ahead of who takes them"
 
-    def __init__(self, request, split, make, gpu=0, gpus=1):
+    def __init__(self, request, split, make, gpu=0):
         small = replace(request, dataset=one_split(request.dataset, split))
-        self.request, self.split, self.make, self.gpu, self.gpus = small, split, make, gpu, gpus
+        self.request, self.split, self.make, self.gpu = small, split, make, gpu
         self.published = request.image_resize == "published"
-        self.producers, self.balance, self.room = queue.SimpleQueue(), Balance(), 2**18
-        first = kept(make.producer, gpu)
-        for one in (first, *[None] * (PRODUCERS - 1)):  # the others are made when they are needed
+        self.producers = queue.SimpleQueue()
+        for one in (
+            kept(make.producer, gpu),
+            *[None] * (PRODUCERS - 1),
+        ):  # made when they are needed
             self.producers.put(one)
-        self.pools, self.cores = contextlib.ExitStack(), None
+        self.pools = contextlib.ExitStack()
         self.pools.callback(self._keep)
         try:
-            self._open(first)
+            self._open()
         except BaseException:
             self.pools.close()
             raise
 
-    def _open(self, first):
+    def _open(self):
         pays = pays_processes(len(self.request.dataset.splits[self.split].label))
-        self.space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
+        space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
         job = ReadJob(self.request, self.split)
-        self.readers = self.pools.enter_context(Team(job, self.space, count))
-        self.spare = 0  # Cores that may decode
-        if first.exact and self.split == "train":
-            self.spare = spare_cores() // self.gpus
+        self.readers = self.pools.enter_context(Team(job, space, count))
         pool = lambda count: self.pools.enter_context(ThreadPoolExecutor(count))
         self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
 
@@ -259,37 +195,22 @@ class _Stream:
     def begin(self, batch):
         "Hand out the work of a batch; the future gives its array and labels"
         numbers, places = batch.numbers, batch.places
-        shared = self.balance.count(len(numbers)) if self.spare else 0
-        own, stage, pieces = len(numbers) - shared, None, []
-        parts = np.array_split(np.arange(own), -(-own // SLICE))
+        parts = np.array_split(np.arange(len(numbers)), -(-len(numbers) // SLICE))
         slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
-        if shared:
-            if self.cores is None:
-                team = Team(RectanglesJob(self.request), self.space, self.spare)
-                self.cores = self.pools.enter_context(team)
-            stage = kept(self.make.stage, self.gpu)
-            stage.begin(self.room * shared)
-            for at in range(own, len(numbers), PIECE):
-                piece = slice(at, at + PIECE)
-                pieces.append(self.cores.submit((numbers[piece], places[piece]), stage.place))
         out = self.make.empty(batch.shape, self.gpu)
-        return self.producing.submit(self._produce, numbers[:own], out, slices, stage, pieces)
+        return self.producing.submit(self._produce, numbers, out, slices)
 
-    def _produce(self, numbers, out, slices, stage, pieces):
+    def _produce(self, numbers, out, slices):
         producer = self.producers.get()
         try:
             producer = producer or kept(self.make.producer, self.gpu)
             read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
-            rows, own = cuts.rows(), len(numbers)
-            for part in np.array_split(np.arange(own), -(-own // AT_ONCE)):
+            rows, count = cuts.rows(), len(numbers)
+            for part in np.array_split(np.arange(count), -(-count // AT_ONCE)):
                 part = slice(int(part[0]), int(part[-1]) + 1)
                 images, sent = self._decoded(producer, read.part(part))
                 producer.write(images, rows[part], out, part.start, self.published, sent)
                 self._give_back(sent)
-            if pieces:
-                more = self._from_cores(producer, out, own, stage, pieces)
-                labels = np.concatenate([labels, more])
-            self.balance.done(len(labels))
             return out, labels
         except BaseException:
             producer = None  # what it was about to do is unknown
@@ -319,21 +240,6 @@ class _Stream:
         begins = [stage.place(pixels.reshape(-1, 3)) for pixels in self.rescuing.map(on_host, late)]
         images.update(zip(late, stage.images(begins, sizes[late])))
         return [images[i] for i in every], stage
-
-    def _from_cores(self, producer, out, first, stage, pieces):
-        "Write what the cores made into `out`; the labels"
-        begins, rest = zip(*(one.result() for one in pieces))
-        sizes, flips, labels = map(np.concatenate, zip(*rest))
-        counts = [3 * size.prod(1) for size, _, _ in rest]
-        begins = np.concatenate([at + np.cumsum(n) - n for at, n in zip(begins, counts)])
-        self.room = max(self.room, int(1.1 * 3 * sizes.prod(1).sum() / len(sizes)))
-        cuts = _central(sizes, self.request)
-        if self.request.random:
-            cuts = _squares(whole_images(sizes), flips, self.request.image_size)
-        images = stage.images(begins, sizes)
-        producer.write(images, cuts.rows(), out, first, self.published, stage)
-        self._give_back(stage)
-        return labels
 
     def _give_back(self, stage):
         if stage is not None:
@@ -372,7 +278,7 @@ def _part(request, make, index):
         numbers, places = (np.concatenate(column) for column in zip(*taken))
         return _Batch(numbers, places, (last - first, size, size, 3))
 
-    with _Stream(request, "train", make, request.gpus[index], gpus) as stream:
+    with _Stream(request, "train", make, request.gpus[index]) as stream:
         batches = map(batch, itertools.count(request.first_update))
         for done in made_ahead(stream.begin, batches, PRODUCERS + 1):
             yield done.result()

@@ -79,8 +79,7 @@ def _placement():
     layout = lambda value: distribution.get_data_layout(np.shape(value)).backend_layout
     send = jax.device_put
     if has_other_processes():  # what is here is a part of the batch
-        own = lambda value: jax.make_array_from_process_local_data(layout(value), value)
-        send = lambda part: {n: own(v) for n, v in part.items()}
+        send = lambda part: jax.tree.map(lambda value: _of_all(value, layout), part)
     elif distribution is not None:
         send = lambda part: jax.device_put(part, jax.tree.map(layout, part))
     elif jax.default_backend() == "cpu":
@@ -92,6 +91,15 @@ def _placement():
         return ({**send({n: v for n, v in batch.items() if n not in stays}), **stays},)
 
     return place
+
+
+def _of_all(value, layout):
+    "The array of all processes that this process has a part of; one that is whole already stays"
+    import jax
+
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        return value
+    return jax.make_array_from_process_local_data(layout(value), value)
 
 
 class Unread:

@@ -22,7 +22,7 @@ from effnet_repro.data.decoders import READER_OF
 from effnet_repro.data.tf_reader import refused_by_tensorflow
 from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
 from effnet_repro.training.decoding import decoder_here
-from effnet_repro.training.device import has_jax_gpu
+from effnet_repro.training.device import has_jax_gpu, has_other_processes
 from effnet_repro.training.step import on_all_devices
 
 
@@ -86,24 +86,33 @@ def _arrays(args, how):
     return ({"images": joined(images), "labels": labels} for images, labels in stream)
 
 
-def _sharing():
-    "How many devices share a training step"
+def _mesh():
+    "The mesh of the devices that share a training step; None where there is one device"
     distribution = keras.distribution.distribution()
-    return 1 if distribution is None else distribution.device_mesh.devices.size
+    return None if distribution is None else distribution.device_mesh.backend_mesh
+
+
+def _sharing():
+    "How many devices of this process share a training step"
+    mesh = _mesh()
+    return 1 if mesh is None else len(mesh.local_devices)
 
 
 def joined(images):
-    """Return the images of a training step as one array, if they are a list: parts, made on one device after the other.
+    """Return the images of a training step as one array, where GPUs made them: parts, one made on each device.
 
-    No part leaves its device.
+    No part leaves its device. Other processes have parts of the array, too. Images of the host stay as they are.
     """
-    if not isinstance(images, list):
+    parts, mesh = images if isinstance(images, list) else [images], _mesh()
+    alone = not isinstance(images, list) and not (has_other_processes() and _sharing() == 1)
+    if isinstance(parts[0], np.ndarray) or alone:
         return images
     import jax
 
-    shape = (sum(map(len, images)), *images[0].shape[1:])
+    count = sum(map(len, parts)) * mesh.devices.size // len(mesh.local_devices)
+    shape = (count, *parts[0].shape[1:])
     layout = keras.distribution.distribution().get_data_layout(shape).backend_layout
-    parts = [jax.device_put(one, device) for one, device in zip(images, jax.local_devices())]
+    parts = [jax.device_put(one, device) for one, device in zip(parts, mesh.local_devices)]
     return jax.make_array_from_single_device_arrays(shape, layout, parts)
 
 

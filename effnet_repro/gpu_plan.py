@@ -1,8 +1,8 @@
 """How long a case takes on GPUs, and what it waits for: from measured rates, none of them measured here.
 
-The rates are those of H100s with 16 cores a GPU (`gpu_rates.json`, which `collect` makes from the tables in
-`results/`). Networks whose training step was not measured are projected: the measured ones handle about the same number
-of activations a second (`scaling.count`).
+The rates of training steps are those of an H100; those of readers are what `effnet-train` took from them on an H200
+with 16 cores (`gpu_rates.json`, which `collect` makes from the tables in `results/`). Networks whose training step was
+not measured are projected: the measured ones handle about the same number of activations a second (`scaling.count`).
 """
 
 import csv
@@ -15,6 +15,13 @@ from effnet_repro.config import Case, unknown_name
 from effnet_repro.scaling import count
 
 IMAGENET = 1281167  # Training images
+# What a run of `gpu_use.csv` reads, as `plan_gpus` calls it
+_READERS = {
+    "photographs": "photographs, GPU",
+    "photographs, cores alone": "photographs",
+    "packed, jpeg 256": "jpeg 256",
+    "packed, raw 192": "raw 192",
+}
 RATES = "gpu_rates.json"
 
 
@@ -49,18 +56,11 @@ def collect(folder: Path) -> dict:
     shares = [
         float(r["of_bare_step"]) for r in rows("gpu_use.csv") if r["run"].endswith("defaults")
     ]
-    readers = {
-        f"{row['packed']} {row['short_side']}".strip(): {
-            "images_per_s": float(row["images_per_s_16_cores_projected"]),
-            "projected": True,
-        }
-        for row in rows("packed.csv")
-        if row["packed"] != "original"
-    }
-    for name, decoder in (("photographs", "simplejpeg"), ("photographs, GPU", "nvimagecodec")):
-        found = [r for r in rows("feed.csv") if r["reader"] == f"{decoder}: training"]
-        rate = median(float(r["images_per_s"]) for r in found)
-        readers[name] = {"images_per_s": rate, "projected": False}
+    readers = {}
+    for row in rows("gpu_use.csv"):  # trainings that waited for their readers
+        name = _READERS.get(row["run"])
+        if name and row["case"].startswith("B0-G16-LN_PN-Half_"):
+            readers[name] = {"images_per_s": float(row["images_per_s"]), "projected": False}
     first = rows("gpu_speed.csv")[0]
     origin = {n: first[n] for n in ("device", "revision", "date")}
     origin["versions"], origin["command"] = (

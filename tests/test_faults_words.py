@@ -197,6 +197,13 @@ def test_images_are_tried_before_a_run(folders_of_images, run, tmp_path, monkeyp
     assert any("0.jpg" in p for p in report["problems"].values())
 
 
+def test_a_run_without_a_whole_checkpoint_is_refused_before_a_run(tmp_path, dry):
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "epoch-0001.safetensors").write_bytes(b"cut")
+    status, out, err = dry("--run-dir", tmp_path)
+    assert (status, out) == (2, "") and "No checkpoint in" in plain(err) and "is whole" in err
+
+
 def test_a_folder_in_use_is_refused_before_a_run(dry, tmp_path):
     with lock_folder(tmp_path / "run"):
         status, out, err = dry("--run-dir", tmp_path / "run")

@@ -10,7 +10,6 @@ import numpy as np
 from effnet_repro import checkpoint as checkpoints
 from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes, match_run
-from effnet_repro.config import case_from_dict
 from effnet_repro.data import DataSet, find_damaged, open_data
 from effnet_repro.recipe import total_updates
 from effnet_repro.runs.lock import check_places, refuse_used_folder
@@ -103,9 +102,8 @@ def check_run(
     course = Task(plan.case, data, plan.run_dir, None, options).course()
     total_updates(plan.case, course.schedule)
     check_folder(plan.run_dir)
-    found, _ = checkpoints.find_checkpoints(plan.run_dir / "checkpoints")
-    if found:
-        metadata = checkpoints.read_metadata(found[-1])
-        case_from_dict(metadata["case"])
-        refuse_other_run(found[-1], metadata, data, plan.case, options.seed)
+    newest = checkpoints.load_newest(plan.run_dir / "checkpoints")  # where one is whole
+    if newest is not None:
+        path, _, metadata, _ = newest
+        refuse_other_run(path, metadata, data, plan.case, options.seed)
     return data

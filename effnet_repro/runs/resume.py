@@ -1,6 +1,7 @@
 """What may go on from a checkpoint, with which case and which average."""
 
 import contextlib
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Optional
@@ -119,7 +120,8 @@ def data_notes(
 def stored_split(*places) -> Optional[float]:
     """Return the share of validation images that the first of some runs or checkpoints noted; None where none did."""
     for place in filter(None, places):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # damaged ones are the recorder's to tell
             metadata = _stored(place)[1] or checkpoints.load_metadata(place)
             return metadata.get("validation_split")
     return None

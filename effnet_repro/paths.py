@@ -49,6 +49,21 @@ def local_path(
     return Path(found)
 
 
+def utf8_path(path) -> str:
+    """Return a path as text for a library that encodes it in UTF-8 by itself, such as TensorFlow, in any locale.
+
+    Raises ValueError for a name that is not UTF-8, which such a library cannot have.
+    """
+    try:
+        return os.fsencode(str(path)).decode("utf-8")
+    except UnicodeEncodeError:  # letters that the locale lacks: the text is right as it is
+        return str(path)
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path} has a name that is not UTF-8, which TensorFlow cannot use. Rename it, or choose another place."
+        ) from None
+
+
 def optional_path(path, name: str = "path"):
     """Return `local_path` of a path, or None for None."""
     return None if path is None else local_path(path, name)

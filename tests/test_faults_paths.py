@@ -32,6 +32,37 @@ def test_paths_as_users_write_them(monkeypatch, tmp_path, given, found):
     assert str(local_path(given)) == found.replace("HOME", str(tmp_path))
 
 
+@pytest.mark.parametrize("locale", [{}, POSIX])
+def test_paths_for_libraries_that_encode_by_themselves(locale):
+    code = """
+import os, sys
+from effnet_repro.paths import utf8_path
+assert utf8_path(os.fsdecode(b"\\xc3\\xa9")) == utf8_path("\\xe9") == "\\xe9"
+try:
+    utf8_path(os.fsdecode(b"caf\\xe9"))
+except ValueError as error:
+    assert "not UTF-8, which TensorFlow cannot use. Rename it" in str(error)
+else:
+    sys.exit("accepted")
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**PYTHON, **locale}, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_tensorflow_cannot_name_is_told_before_anything_is_computed(tmp_path, monkeypatch):
+    from effnet_repro import convert
+    from effnet_repro.export import export, exporting
+
+    monkeypatch.setattr(exporting, "read_subject", lambda *_, **__: pytest.fail("computed"))
+    with pytest.raises(ValueError, match="not UTF-8"):
+        export("run", tmp_path / "caf\udce9", "saved_model")
+    (tmp_path / "caf\udce9.ckpt.index").write_bytes(b"")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        convert.read(tmp_path / "caf\udce9.ckpt")
+
+
 def _calls():
     "Everything that takes a path: name -> a call with that path"
     from effnet_repro.averaging import load_weights

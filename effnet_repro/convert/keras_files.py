@@ -195,7 +195,8 @@ def write_keras(path, weights):
         )
     model = to_keras_applications(weights.spec, weights.arrays)
     with explain_writing(path), tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / path.name  # Keras asks for its own endings, and writes in place
+        # Keras asks for its own endings, writes in place, and may not know the letters of the name.
+        file = Path(folder) / ("model.keras" if whole else "model.weights.h5")
         model.save(str(file)) if whole else model.save_weights(str(file))
         _put_case(file, weights)
         write_file(path, file.read_bytes())

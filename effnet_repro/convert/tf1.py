@@ -25,6 +25,7 @@ from effnet_repro.convert.replace import remove_leftovers
 from effnet_repro.convert.weights import CASE_KEY, Found, needed, object_in, text_of
 from effnet_repro.network import input_affine, pack, statistics_note, unpack
 from effnet_repro.outside import check_numbers
+from effnet_repro.paths import utf8_path
 
 
 def tf1_prefix(path):
@@ -67,7 +68,7 @@ def read_tf1(
             f"No TensorFlow checkpoint {prefix}: there is no {prefix.name}.index."
         )
     try:
-        reader = tf.train.load_checkpoint(str(prefix))
+        reader = tf.train.load_checkpoint(utf8_path(prefix))
         kinds = reader.get_variable_to_dtype_map()
         weights, others = split_variables(kinds)
         shapes = reader.get_variable_to_shape_map()
@@ -126,6 +127,7 @@ def write_tf1(
         variables[CASE_KEY] = np.frombuffer(json.dumps(trained).encode(), "uint8")
     path = path / "model.ckpt" if path.is_dir() else tf1_prefix(path)
     temporary = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    utf8_path(path)  # or it raises, before anything is written
     with explain_writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path)
@@ -142,14 +144,14 @@ def write_tf1(
 
 def _save_tf1(tf, prefix, variables, count):
     "Write a checkpoint of `count` data files"
-    names = list(variables)
+    names, prefix = list(variables), utf8_path(prefix)
     parts = [f"{prefix}.{i}" for i in range(count)]
     for i, part in enumerate(parts):
         own = names[i::count]
         tensors = [tf.constant(variables[n]) for n in own]
         how = dict(tensor_names=own, shape_and_slices=[""] * len(own), tensors=tensors)
         tf.raw_ops.SaveV2(prefix=part, **how)
-    merge = dict(destination_prefix=str(prefix), delete_old_dirs=False)
+    merge = dict(destination_prefix=prefix, delete_old_dirs=False)
     tf.raw_ops.MergeV2Checkpoints(checkpoint_prefixes=parts, **merge)
 
 
@@ -175,7 +177,7 @@ def _trained_in_tf1(path):
     "The fields that `write_tf1` kept; none in a checkpoint of the published code, which has no such variable"
     import tensorflow as tf
 
-    reader = tf.train.load_checkpoint(str(tf1_prefix(path)))
+    reader = tf.train.load_checkpoint(utf8_path(tf1_prefix(path)))
     if not reader.has_tensor(CASE_KEY):
         return {}
     kept = reader.get_tensor(CASE_KEY)

@@ -2,12 +2,14 @@
 
 import importlib
 import json
+import sys
 from typing import Callable, Dict, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from effnet_repro.config import Case, case_from_dict
 from effnet_repro.outside import read_file
+from effnet_repro.runs.environment import quiet_stderr
 from effnet_repro.scaling import ModelSpec
 
 
@@ -50,6 +52,10 @@ def needed(
 ):
     "Import a package that only some formats need"
     try:
+        if package == "tensorflow" and package not in sys.modules:
+            # Its first use leaves notes, which would stand above an error's line.
+            with quiet_stderr():
+                importlib.import_module(package).zeros(1)
         return importlib.import_module(package)
     except ImportError:
         raise ImportError(f"{what} needs {package}, which is not installed. {way_out}") from None

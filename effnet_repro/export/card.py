@@ -12,6 +12,7 @@ import yaml
 
 from effnet_repro import __version__
 from effnet_repro.checkpoint import write_file
+from effnet_repro.messages import shown
 from effnet_repro.outside import read_json
 from effnet_repro.runs import folder_of, read_rows
 from effnet_repro.scaling import count
@@ -205,5 +206,6 @@ def write_card(subject, target: Path, about: dict, license: str = "other") -> Pa
         top["model-index"] = _model_index(subject, data, results)
     text = yaml.safe_dump(top, sort_keys=False, allow_unicode=True, width=1000)
     paragraphs = [p for p in _sections(subject, known, results, files) if p]
-    write_file(path, _seal(f"---\n{text}---\n\n" + "\n\n".join(paragraphs) + "\n").encode())
+    text = f"---\n{text}---\n\n" + "\n\n".join(paragraphs) + "\n"
+    write_file(path, _seal(shown(text)).encode())
     return path

@@ -12,7 +12,7 @@ from effnet_repro.export.int8 import Kept, write_int8
 from effnet_repro.export.place import check_target, new_place
 from effnet_repro.export.subject import Subject, read_subject
 from effnet_repro.export.tensorflow_files import litert, saved_model
-from effnet_repro.paths import local_path
+from effnet_repro.paths import local_path, utf8_path
 
 #: Format -> what writes it, opens it, and reads what it says of itself.
 WRITERS = {
@@ -100,6 +100,8 @@ def export(
     target = local_path(target, "target")
     kind = export_format(target, to)
     check_target(target, kind == "saved_model", overwrite)
+    if kind == "saved_model":
+        utf8_path(target)  # or it raises, before anything is computed
     subject = read_subject(source, image_size=image_size, batch=batch, **reading)
     if int8 is not None and kind != "onnx":
         raise ValueError(f"int8 is for ONNX files. Received: {kind}, {target.name}.")

@@ -6,6 +6,7 @@ instead of the dozen and more small ones of a norm that is spelled out.
 """
 
 import json
+from pathlib import Path
 from typing import Callable, Optional
 
 import numpy as np
@@ -145,7 +146,9 @@ def opened(path, threads: Optional[int] = None) -> Callable:
     options = ort.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
-    session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(
+        Path(path).read_bytes(), options, providers=["CPUExecutionProvider"]
+    )
     return lambda images: session.run(None, {"images": images})[0]
 
 
@@ -157,7 +160,7 @@ def runtime() -> str:
 def read_metadata(path) -> dict:
     """Return what a file says of itself."""
     ort = needed("onnxruntime", "Reading an ONNX file", HINT)
-    session = ort.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(Path(path).read_bytes(), providers=["CPUExecutionProvider"])
     said = session.get_modelmeta().custom_metadata_map
 
     def value(text):

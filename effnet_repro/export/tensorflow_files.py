@@ -14,6 +14,7 @@ from effnet_repro.export.archive import ABOUT, append_metadata, read_appended
 from effnet_repro.network import run
 from effnet_repro.ops import TFOps
 from effnet_repro.outside import read_json
+from effnet_repro.paths import utf8_path
 
 HINT = "In the project's folder, run: pip install -e '.[keras]'."
 EXTRA = "assets.extra"  # The folder of a SavedModel that is its owner's
@@ -46,7 +47,9 @@ def _module(subject):
 def write_saved_model(subject, path) -> None:
     """Write a `Subject` as a SavedModel."""
     module, signature = _module(subject)
-    _tensorflow("A SavedModel").saved_model.save(module, str(path), {"serving_default": signature})
+    _tensorflow("A SavedModel").saved_model.save(
+        module, utf8_path(path), {"serving_default": signature}
+    )
     (Path(path) / EXTRA).mkdir()
     (Path(path) / EXTRA / ABOUT).write_text(
         json.dumps(subject.metadata, indent=1), encoding="utf-8"
@@ -56,7 +59,7 @@ def write_saved_model(subject, path) -> None:
 def open_saved_model(path) -> Callable:
     """Return a function from images (N, S, S, 3) uint8 to logits, computed by TensorFlow."""
     tf = _tensorflow("Checking a SavedModel")
-    signature = tf.saved_model.load(str(path)).signatures["serving_default"]
+    signature = tf.saved_model.load(utf8_path(path)).signatures["serving_default"]
     return lambda images: signature(images=tf.constant(images))["logits"].numpy()
 
 

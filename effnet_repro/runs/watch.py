@@ -8,6 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from effnet_repro.messages import BestEffort, say
+from effnet_repro.paths import utf8_path
 from effnet_repro.runs.metrics import save_curves
 from effnet_repro.runs.recorder import Recorder, describe_epoch
 
@@ -94,7 +95,7 @@ class Events:
         with self.effort:
             from tensorboard.summary import Writer
 
-            self.writer = self.writer or Writer(str(self.folder))
+            self.writer = self.writer or Writer(utf8_path(self.folder))
             for name, value in row.items():
                 if name not in ("epoch", "update"):
                     self.writer.add_scalar(name, float(value), row["update"])

@@ -169,6 +169,14 @@ def scrolled(page):
     )
 
 
+def uncaptioned(page):
+    "Drawn figures without a caption, by their alternative text."
+    return page.eval_on_selector_all(
+        "main svg.figure",
+        "(all) => all.filter((s) => !s.closest('figure')?.querySelector('figcaption')).map((s) => s.ariaLabel)",
+    )
+
+
 def unrendered(page):
     "Marks of Markdown or of a formula in running text, where they should have become something."
     return page.evaluate(
@@ -196,7 +204,7 @@ def test_page(visit, name):
     stem = name.replace("/", "-").removesuffix(".html")
     assert page.title() and page.locator("h1").count() >= 1
     assert page.locator(".katex-error").count() == 0
-    assert unrendered(page) == []
+    assert unrendered(page) == [] and uncaptioned(page) == []
     assert barriers(page) == []
     assert name not in PAGES or scrolled(page) == []
     shoot(page, f"{stem}-desk-light")

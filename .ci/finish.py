@@ -310,7 +310,7 @@ def wrap_sentences(soup):
     for pre in soup.select("main .cell-output > pre"):
         text = pre.get_text()
         longest = max(map(len, text.splitlines()), default=0)
-        if longest > 80 and not re.search(r"\S {3,}\S", text):
+        if longest > 140 or longest > 80 and not re.search(r"\S {3,}\S", text):
             pre["class"] = [*pre.get("class", []), "wrap"]
         elif longest > 40 and ("\n" not in text.strip() or not re.search(r"\S {2,}\S", text)):
             pre["class"] = [*pre.get("class", []), "flow"]

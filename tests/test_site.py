@@ -163,6 +163,26 @@ def test_an_index_without_a_name_is_left_out():
         assert len(soup.select("tbody > tr > *")) == kept
 
 
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("short", []),
+        ("a sentence " * 4, ["flow"]),
+        ("a sentence " * 9, ["wrap"]),
+        ("name      value     " * 2 + "more", ["columns"]),
+        ("name      value     " * 4, ["columns", "flow"]),
+        ("name      value     " * 8, ["wrap"]),
+    ],
+)
+def test_what_is_printed_fits_the_page(text, found):
+    soup = BeautifulSoup(
+        f"<main><div class='cell-output'><pre>{text}\n{text}</pre></div></main>", "html.parser"
+    )
+    finish.wrap_sentences(soup)
+    assert soup.pre.get("class", []) == found
+    assert ("--columns" in soup.pre.get("style", "")) == ("columns" in found)
+
+
 def test_lines_of_code_are_told_apart():
     spans = '<span class="k">def</span> f():\n    <span class="s">"all\n</span>  x <span class="o">\\\n</span>end\n'
     shell = '<span class="c"># all\n</span>make test <span class="se">\\\n</span>  -q\n'

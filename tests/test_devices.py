@@ -112,3 +112,22 @@ def test_four_devices_send_sums_alone_and_train_as_one(tmp_path):
     for name in one.files:
         error = np.linalg.norm(one[name] - four[name])
         assert error <= 1e-4 * np.linalg.norm(one[name]) + 1e-6, name
+
+
+def test_what_several_processes_have_is_put_together_leaf_by_leaf(monkeypatch):
+    "The cuts of a resident set are a dictionary within the batch; a part of each belongs to each process"
+    jax, keras = pytest.importorskip("jax"), pytest.importorskip("keras")
+    from types import SimpleNamespace
+
+    from effnet_repro.training import steps
+
+    layout = lambda shape: SimpleNamespace(backend_layout=tuple(shape))
+    shared = SimpleNamespace(get_data_layout=layout)
+    monkeypatch.setattr(keras.distribution, "distribution", lambda: shared)
+    monkeypatch.setattr(steps, "has_other_processes", lambda: True)
+    whole = lambda layout, value: (layout, len(np.atleast_1d(value)))
+    monkeypatch.setattr(jax, "make_array_from_process_local_data", whole)
+    cuts = {"begin": np.zeros(4), "parts": np.zeros((4, 4)), "zero": np.int32(0)}
+    (found,) = steps._placement()(({"pixels": 7, "cuts": cuts, "labels": np.zeros(4)},))
+    assert found["pixels"] == 7 and found["labels"] == ((4,), 4)
+    assert found["cuts"] == {"begin": ((4,), 4), "parts": ((4, 4), 4), "zero": ((), 1)}

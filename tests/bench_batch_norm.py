@@ -48,6 +48,7 @@ KEY = ("question", "norm", "setting", "measure")
 RATES, PRIVATE_RATES = (0.01, 0.03, 0.1, 0.3), (0.05, 0.15, 0.5, 1.5)
 BATCH, LOT, DELTA, EPSILONS = 32, 1024, 1e-5, (2, 8)
 TUNING_SEEDS = (100, 101)
+CLIENTS = {"1": (1, True), "2": (2, False), "10": (10, False), "10-alike": (10, True)}
 
 
 class TimeUp(Exception):
@@ -73,7 +74,7 @@ class Bench:
     def images(self):
         from seeds_at_once import read_images
 
-        most = 160 if self.args.quick else 10**6
+        most = 160 if self.args.quick else self.args.most or 10**6
         return read_images(self.args.data_dir, self.args.image_size, most)
 
     @functools.cached_property
@@ -198,9 +199,10 @@ class Bench:
             self.finish(key, learner, *done, rate=rate, batch=BATCH, epochs=epochs)
 
     def federated(self, norm):
-        for clients, alike in ((1, True), (2, False), (10, False), (10, True)):
+        scale = f", {self.args.most} images" if self.args.most else ""
+        for clients, alike in (CLIENTS[name] for name in self.args.clients):
             kind = "" if clients == 1 else ", alike" if alike else ", unlike"
-            key = ("federated", norm, f"{clients} client{'s' * (clients > 1)}{kind}")
+            key = ("federated", norm, f"{clients} client{'s' * (clients > 1)}{kind}{scale}")
             if not self.has(*key):
                 rate, rounds = self.step_rate(norm), self.args.rounds
                 learner = self.learner(norm)
@@ -423,6 +425,8 @@ def parse(words):
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--tuning-epochs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=20, help="of federated averaging")
+    parser.add_argument("--clients", nargs="+", choices=CLIENTS, default=list(CLIENTS))
+    parser.add_argument("--most", type=int, help="images to learn from and to judge on, at most")
     parser.add_argument("--private-epochs", type=int, default=30)
     parser.add_argument("--images", type=int, default=7500, help="of the budgets")
     parser.add_argument("--limit", type=float, default=math.inf)

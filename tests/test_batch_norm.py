@@ -59,6 +59,58 @@ def test_images_of_a_private_step_are_drawn_independently(images):
     assert len(set(drawn)) == len(drawn)
 
 
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["plain", "private"])
+def test_a_step_is_what_single_images_say(images, kind):
+    import jax
+    from seeds_at_once import WEIGHT_DECAY, Seeds
+
+    learner = Seeds("LN_PN", images, (0, 1))
+    learner._prepare = lambda pixels, index, key: pixels[index][:, 4:-4, 4:-4].astype("float32")
+    weights, index = learner.weights(), np.arange(8, dtype="int32")
+    first = {n: np.asarray(v) for n, v in weights.items()}
+    orders = np.broadcast_to(index.reshape(1, 1, 4, 2), (1, 2, 4, 2))
+    if kind == "plain":
+        new, _, _ = learner.epoch(weights, learner.slots(weights), orders, [0.5], 0)
+    else:
+        kept = np.ones(orders.shape, "float32")
+        kept[..., 3, 1] = 0
+        new, _ = learner.private_epoch(
+            weights, learner.slots(weights), (orders, kept), [0.5], 0, 8, 0
+        )
+    pixels, labels = images.train[:8, 4:-4, 4:-4].astype("float32"), images.train_labels
+    one = jax.jit(
+        jax.grad(lambda w, i: learner.losses(w, pixels[i][None], labels[i][None])[0][0]),
+        static_argnums=1,
+    )
+    for r in range(2):
+        own = {n: v[r] for n, v in first.items()}
+        each = [{n: np.asarray(g) for n, g in one(own, i).items()} for i in range(8)]
+        if kind == "private":
+            lengths = [np.sqrt(sum((g**2).sum() for g in tree.values())) for tree in each]
+            assert max(lengths) > 1
+            each = [{n: g / max(1, s) for n, g in t.items()} for t, s in zip(each, lengths)][:7]
+        for n, value in own.items():
+            mean = sum(tree[n] for tree in each) / 8
+            mean = mean + WEIGHT_DECAY * value if learner.decays[n] else mean
+            allclose(np.asarray(new[n][r]), value - 0.5 * mean, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.long
+def test_a_quick_run_writes_the_columns_of_the_committed_file(tmp_path):
+    import csv
+
+    words = ["accumulation", "--norms", "LN_PN", "--quick", "--results", str(tmp_path)]
+    assert bench_batch_norm.main(words) == 0
+    read = lambda path: list(csv.DictReader(path.open(newline="", encoding="utf-8")))
+    rows = read(tmp_path / "batch_norm.csv")
+    committed = read(bench_batch_norm.ROOT / "results" / "batch_norm.csv")
+    assert list(rows[0]) == list(committed[0])
+    assert [r["question"] for r in rows] == ["rate"] * 4 + ["accumulation"]
+    assert bench_batch_norm.main(words) == 0  # nothing is measured again
+    assert read(tmp_path / "batch_norm.csv") == rows
+
+
 def test_clients_share_all_images_and_unlike_ones_have_few_classes():
     labels = np.repeat(np.arange(10), 60)
     for clients, most in ((2, 7), (10, 4)):

@@ -15,7 +15,7 @@ from effnet_repro.ops import get_ops
 from effnet_repro.proxy_norm import proxy_statistics
 
 STORY = """twenty_minutes group_conv norms proxy_norm half_resolution mbconv network efficientnet
-proxy_norm_elsewhere pipeline""".split()
+proxy_norm_elsewhere batch_norm_limits pipeline""".split()
 
 
 @pytest.mark.parametrize("name", STORY)

@@ -17,12 +17,16 @@ from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case
 from effnet_repro.network import drop_statistics, initial_value, params
 from effnet_repro.paths import local_path
 from effnet_repro.runs.resolved import Resolved, folder_of, settle_fields
+from effnet_repro.runs.resume import stored_fields
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.small_sets import fit_schedule, small_batch
 
 _CLASSIFIER = "all/Top/logits/dense/"
+#: The whole network, and the rate of its body over the classifier's: they do best with 10 to 250 images a class.
+WHOLE, BODY_RATE = ("Top", "block"), 0.3
 #: Training steps of a run, as far as these numbers of epochs allow it.
 STEPS, LEAST_EPOCHS, MOST_EPOCHS = 200, 20, 100
+_AS_BEGUN = ("variable_filter", "body_rate", "base_learning_rate_exponent")
 MOST_AT_A_TIME = 32  # Images of a step; more are accumulated
 RATE_BATCH = 16  # Images of a step that the protocol's rate is meant for
 
@@ -135,7 +139,9 @@ def resolve_transfer(
     run_dir=None,  # Where everything is written; None = see `run_folder`
     *,
     image_size: Optional[int] = None,  # Side of an image, pixels; None = as trained
-    variable_filter: Sequence[str] = ("Top",),  # Beginnings of the segments to train
+    variable_filter: Optional[
+        Sequence[str]
+    ] = None,  # Beginnings of the segments to train; None = all
     protocol: Optional[str] = None,  # None = "transfer"
     budget: str = "auto",  # "case", "demo", "smoke" or "auto": the batch sizes of these
     **overrides,  # Fields of the case, e.g. epochs=1
@@ -144,13 +150,18 @@ def resolve_transfer(
     name, batches = finetune_budget(budget, not data.builtin)
     own = {**batches, **{n: value for n, value in overrides.items() if value is not None}}
     own.update(transfer_batches(data.train_count, own))
-    parts = (variable_filter,) if isinstance(variable_filter, str) else variable_filter
+    run_dir = local_path(run_dir, "run_dir") if run_dir is not None else run_folder(source, data)
+    begun = stored_fields(run_dir, _AS_BEGUN)  # by an earlier version's defaults, perhaps
+    began_with = begun.pop("variable_filter", None)
+    parts = variable_filter or began_with or WHOLE
+    parts = (parts,) if isinstance(parts, str) else tuple(parts)
     trained, protocol = body.case, protocol or "transfer"
     if protocol == "transfer":
         whole = own.get("global_batch_size") or own["micro_batch_size"]
-        own = {**transfer_length(data.train_count, whole, own), **own}
+        slow = {"body_rate": BODY_RATE} if set(parts) != {"Top"} else {}
+        length = transfer_length(data.train_count, whole, own)
+        own = {**slow, **length, **begun, **own}
     case = finetune_case(trained, image_size or trained.image_size, protocol, parts, **own)
-    run_dir = local_path(run_dir, "run_dir") if run_dir is not None else run_folder(source, data)
     case, fields = settle_fields(case, run_dir, own)
     notes = {"kind": "finetune", "protocol": protocol, "trained_at": trained.image_size}
     notes["new_head"] = True

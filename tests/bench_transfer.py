@@ -7,7 +7,7 @@ classifier, order and crops:
 - scratch: fresh weights, the recipe of budget `small`, three times as many training steps
 - Top: the body at rest, a new classifier
 - last: the last stage of blocks learns, too
-- whole: all blocks learn
+- whole: all blocks learn; with the rates that did best here it is what `effnet-finetune --new-head` does
 
 Batch and length of the last three are those of protocol `transfer`. Every start chooses its rate, and `last` and
 `whole` that of the body, in a small grid on images that are not measured: 250 training images a class that nothing
@@ -314,7 +314,7 @@ def rows_of(lines):
         gain = half = math.nan
         if both:
             gain, half = mean_interval([x["top1"] - beside[x["draw"]] for x in both])
-        row.update(gain=_short(gain), gain_half_interval=_short(half))
+        row.update(gain=_short(gain), gain_half_interval=_short(half), gain_n=len(both) or "")
         row["each"] = " ".join(f"{v:.4f}" for v in values)
         for name in ("steps", "batch", "old_epochs", "old_top1", "classes"):
             row[name] = some[0].get(name, "")

@@ -1,6 +1,7 @@
 """Other classes: the body is kept to the bit, the classifier begins anew, and shared names keep their part."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -140,7 +141,14 @@ def tuned(old, data_dir, tmp_path_factory):
     "Two epochs of the head, and validated"
     run_dir = tmp_path_factory.mktemp("run")
     return finetune(
-        old, data_dir, run_dir, new_head=True, epochs=2, precision="float32", progress=False
+        old,
+        data_dir,
+        run_dir,
+        new_head=True,
+        variable_filter="Top",
+        epochs=2,
+        precision="float32",
+        progress=False,
     )
 
 
@@ -162,9 +170,8 @@ def test_the_run_knows_its_classes_and_goes_on(old, tuned, data_dir, capsys):
     assert said["class_names"] == list(NEW) and said["num_classes"] == 2
     notes = json.loads((tuned.run_dir / "config.json").read_text())
     assert notes["new_head"] and notes["protocol"] == "transfer"
-    again = finetune(
-        old, data_dir, tuned.run_dir, new_head=True, epochs=2, precision="float32", progress=False
-    )
+    how = dict(new_head=True, epochs=2, precision="float32", progress=False)
+    again = finetune(old, data_dir, tuned.run_dir, **how)  # with Top alone, as it began
     assert again.update == tuned.update and "1 of them" in capsys.readouterr().out
     (found,) = predict(tuned.run_dir, data_dir / "val" / "bee" / "0.jpg", top=1)
     assert found.guesses[0].name in NEW
@@ -212,7 +219,15 @@ def test_the_command(run, refused, old, data_dir, tmp_path):
     status, out, err = run(*words, "--dry-run")
     assert status == 0, err
     rows = {line.split()[0]: line for line in out.splitlines() if line.strip()}
-    assert "Top" in rows["variable_filter"] and "new classifier" in rows["global_batch_size"]
+    assert rows["variable_filter"].split()[1:3] == ["Top", "block"]
+    assert rows["body_rate"].split()[1] == "0.3" and "new classifier" in rows["body_rate"]
+    for words_of_user, rate in (
+        (["--variable-filter", "Top"], "1.0"),
+        (["--variable-filter", "Top", "block2", "--body-rate", 0.1], "0.1"),
+    ):
+        out = run(*words, "--dry-run", *words_of_user)[1]
+        assert re.search(rf"(?m)^body_rate +{rate}\b", out)
+    assert "new classifier" in rows["global_batch_size"]
     assert rows["global_batch_size"].split()[1] == "16" and "adamw" in rows["optimizer"]
     assert rows["epochs"].split()[1] == "100"
     file = tmp_path / "theirs.safetensors"
@@ -261,7 +276,9 @@ def test_the_benchmark_compares_draws_that_both_starts_had():
     }
     row, origin = rows["whole", -12.0, "validation"]
     assert (row["top1"], row["gain"], origin["seed"], origin["n"]) == (0.81, 0.305, "0 to 2", 3)
-    assert row["gain_half_interval"] == pytest.approx(12.706 * 0.005, abs=1e-4)
+    assert row["gain_n"] == 2 and row["gain_half_interval"] == pytest.approx(
+        12.706 * 0.005, abs=1e-4
+    )
     assert rows["scratch", -12.0, "validation"][0]["gain"] == ""
     assert rows["whole", -11.0, "held back"][0]["gain"] == ""
     assert bench_transfer.best_rates([x for x in lines if x["measured_on"] == "held back"]) == (

@@ -42,8 +42,8 @@ def _finetune_arguments(parser):
         "--new-head",
         action="store_true",
         help="other classes: the classifier begins anew, for those in --data-dir. SOURCE may be a file of "
-        "keras.applications, timm or torchvision, too. --variable-filter says what trains: Top (default), more "
-        "segments, or Top block for the whole network",
+        "keras.applications, timm or torchvision, too. The whole network trains, its body at --body-rate 0.3 of "
+        "the classifier's rate; --variable-filter Top trains the end alone, which is faster",
     )
     parser.add_argument(
         "--arch", metavar="NAME", help="with --new-head: timm's name, e.g. tf_efficientnet_b0"

@@ -133,6 +133,15 @@ def stored_budget(run_dir) -> Optional[str]:
     return None if metadata is None else metadata.get("budget", "")
 
 
+def stored_fields(run_dir, names) -> dict:
+    """Return some fields of the case that a run began with, as they are stored; none where there is no run.
+
+    A field that the run's version did not have is left out.
+    """
+    stored = _stored_case(run_dir)[1] or {}
+    return {name: stored[name] for name in names if name in stored}
+
+
 def refuse_other_run(
     path,  # The checkpoint
     metadata: dict,  # What it says

@@ -107,7 +107,9 @@ def finetune(
     new_head: bool = False,  # Whether the classifier begins anew, for the classes of the data
     arch: Optional[str] = None,  # With `new_head`: timm's name of a PyTorch file that has none
     image_size: Optional[int] = None,  # Pixels; None = `finetune_size`, with `new_head` as trained
-    variable_filter: Sequence[str] = ("Top",),  # e.g. ("Top", "block7"); ("Top", "block") is all
+    variable_filter: Optional[
+        Sequence[str]
+    ] = None,  # e.g. ("Top", "block7"); None = ("Top",), with `new_head` the whole network
     protocol: Optional[str] = None,  # None = "published", with `new_head` "transfer"; or "clean"
     weights: str = "auto",  # "last", "average", "auto" = the average after a long run
     budget: str = "auto",  # "case", "demo", "smoke" or "auto": the batch sizes of these
@@ -133,7 +135,8 @@ def finetune(
         raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
     options = Options(seed, validate_every, keep, progress, checkpoint_every)
     reading, lead = (data_format, on_corrupt, decoder), processes.lead
-    how = dict(image_size=image_size, variable_filter=variable_filter, budget=budget)
+    parts = variable_filter or (None if new_head else ("Top",))
+    how = dict(image_size=image_size, variable_filter=parts, budget=budget)
     same = dict(new_head=new_head, protocol=protocol, data_given=data_dir is not None)
     with told(processes, {**same, **how, **overrides}):
         opened = lambda run_dir: _open_training_set(

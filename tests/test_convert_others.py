@@ -1,7 +1,7 @@
 """State dicts of torchvision and efficientnet-pytorch, and of networks inside other modules.
 
 Their networks are timm's, so timm's arrays under their names must give timm's logits. Names are spelled out here from
-the modules' order.
+the order of their modules.
 """
 
 import re

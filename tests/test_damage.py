@@ -5,11 +5,12 @@ import errno
 import io
 import json
 import os
+import re
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pictures import encode, picture, quick, record, write
 from PIL import Image
@@ -153,6 +154,7 @@ def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys
 
 
 @quick
+@example(2505, 5)
 @given(st.integers(0, 10**6), st.integers(0, 7))
 def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
     import tensorflow as tf
@@ -162,8 +164,9 @@ def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
     try:
         ours = decode.decode_image(bytes(data))
     except ValueError as error:
-        assert "Not an image that can be decoded" in one_line(error)
-        with pytest.raises(ValueError, match="Not an image that can be decoded"):
+        refused = "Not an image that can be decoded|at most .* are read"  # or its size has grown
+        assert re.search(refused, one_line(error))
+        with pytest.raises(ValueError, match=refused):
             decode.decode_image(bytes(data), fast=True)
         return
     theirs = tf.io.decode_jpeg(bytes(data), channels=3, dct_method="INTEGER_ACCURATE")

@@ -212,6 +212,8 @@ def test_a_file_that_became_a_fifo_is_not_waited_for(tmp_path):
     found = d.open_data(folders(tmp_path, FOLDERS), verbose=False)
     os.remove(tmp_path / "train/a/0.bmp")
     os.mkfifo(tmp_path / "train/a/0.bmp")
+    with pytest.raises(ValueError, match="0.bmp is a FIFO now"):
+        found.split_fingerprint("train")
     with pytest.raises(ValueError, match="Truncated file: 0 of"):
         d.load_arrays(found, "train", 8)
 

@@ -54,7 +54,7 @@ def test_where_there_are_validation_images_nothing_moves(tmp_path, capsys):
     only = folders(tmp_path / "only", {n: d for n, d in places.items() if "train" in n})
     assert open_data(only, verbose=False).validation_count == 0
     assert open_data(only, validation_split=0.5, verbose=False).validation_count > 0
-    for share in (0, 1, -0.1, 1.5):
+    for share in (0, 1, -0.1, 1.5, "0.2", [0.5]):
         with pytest.raises(ValueError, match="must be in .0, 1."):
             open_data(only, validation_split=share)
     with pytest.raises(FileNotFoundError, match="No data set"):

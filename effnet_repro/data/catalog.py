@@ -4,6 +4,7 @@ import hashlib
 import itertools
 import json
 import os
+import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple
@@ -18,7 +19,7 @@ from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.messages import say
-from effnet_repro.outside import MOST_CLASSES, read_json
+from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
 from effnet_repro.paths import local_path
 
 
@@ -85,6 +86,11 @@ _WHOLE = 2**28  # bytes of a split that are all read
 _LOOKED_AT = 2**16  # images of a larger one of which a few bytes are read
 
 
+def _at_once(path, flags):
+    "Open a file without waiting for the other end of what became a FIFO"
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
 def _pieces(split):
     "Yield bytes of the images of a split: all, or of large splits a few of some"
     count, whole = len(split.label), split.length.sum() <= _WHOLE
@@ -92,7 +98,10 @@ def _pieces(split):
     if not whole and count > _LOOKED_AT:
         chosen = np.linspace(0, count - 1, _LOOKED_AT).astype(int)
     for number, inside in itertools.groupby(chosen, lambda i: split.file[i]):
-        with open(split.files[number], "rb", buffering=0) as file:
+        with open(split.files[number], "rb", buffering=0, opener=_at_once) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+                path = split.files[number]
+                raise ValueError(f"{path} is {file_kind(path)} now, not a file.")
             for i in inside:
                 begin, length = int(split.offset[i]), int(split.length[i])
                 places = [(0, length)] if whole else [(length // 2, 64), (max(length - 64, 0), 64)]

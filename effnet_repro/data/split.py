@@ -53,9 +53,10 @@ def split_off(
 
     Raises ValueError for a share that is none.
     """
-    if share is not None and not 0 < share < 1:
+    number = isinstance(share, (int, float)) and not isinstance(share, bool)
+    if share is not None and not (number and 0 < share < 1):
         raise ValueError(
-            f"`validation_split` must be in (0, 1). Received: validation_split={share}."
+            f"`validation_split` must be in (0, 1). Received: validation_split={share!r}."
         )
     if kind != "folder" or len(splits["validation"].label):
         if share is not None:

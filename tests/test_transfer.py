@@ -177,6 +177,18 @@ def test_the_run_knows_its_classes_and_goes_on(old, tuned, data_dir, capsys):
     assert found.guesses[0].name in NEW
 
 
+def test_a_new_run_trains_all_and_one_that_has_begun_goes_on_as_it_began(old, tuned, data_dir):
+    body, data = transfer.read_body(old), open_data(data_dir, verbose=False)
+    planned = lambda run_dir, **how: transfer.resolve_transfer(body, old, data, run_dir, **how).case
+    new = planned(tuned.run_dir / "new")
+    assert (new.variable_filter, new.body_rate) == (("Top", "block"), 0.3)
+    for given in ({}, {"variable_filter": "Top"}):
+        again = planned(tuned.run_dir, epochs=2, **given)
+        assert (again.variable_filter, again.body_rate) == (("Top",), 1.0)
+        assert again.base_learning_rate_exponent == tuned.case.base_learning_rate_exponent
+    assert planned(tuned.run_dir, variable_filter=("Top", "block2")).variable_filter[1] == "block2"
+
+
 def test_what_trains(old, data_dir, tmp_path):
     how = dict(new_head=True, **SMOKE)
     for norm in ("LN_PN", "BN"):

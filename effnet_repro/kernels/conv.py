@@ -209,6 +209,8 @@ def widen_groups(
             f"Groups must divide {GROUP} channels, and {GROUP} all channels. Received: kernel shape "
             f"{tuple(kernel.shape)}. `JAXOps.conv` takes any groups."
         )
+    if g == GROUP:
+        return kernel
     of_input, of_output = jnp.arange(GROUP) // g, jnp.arange(c) % GROUP // g
     inside = of_input[:, None] == of_output[None, :]
     return jnp.where(inside, jnp.tile(kernel, (1, 1, GROUP // g, 1)), 0)

@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("KERAS_BACKEND", "jax")
 
-from learner import Learner  # noqa: E402
+from learner import FOUR_BLOCKS, Learner  # noqa: E402
 from small_runs import without_held_back  # noqa: E402
 
 from effnet_repro.config import get_case, override, resolve  # noqa: E402
@@ -42,9 +42,6 @@ from effnet_repro.finetuning import finetune_case  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 from effnet_repro.scaling import count  # noqa: E402
 
-FOUR_BLOCKS = dict(
-    net_stages=("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40"), top_filters=128
-)
 NATIVE, HALF = (
     128,
     96,

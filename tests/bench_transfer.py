@@ -42,7 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
-from learner import Learner  # noqa: E402
+from learner import FOUR_BLOCKS, Learner  # noqa: E402
 
 from effnet_repro import checkpoint  # noqa: E402
 from effnet_repro.config import get_case, override, resolve  # noqa: E402
@@ -59,9 +59,6 @@ BODIES = {  # What people have: this project's weights, and those of keras.appli
     "LN_PN": {"name": "B0-G16-LN_PN"},
     "BN": dict(norm="BN", group_size=1, expand_ratio=6, norm_groups=1, name="B0-G1-BN"),
 }
-SMALL = dict(
-    net_stages=("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40"), top_filters=128
-)
 NEW_CLASSES, HELD_BACK, TRIAL_SEEDS = 3, 250, (100, 101)
 LONGER = 3  # Training steps from scratch over those of a transfer
 # 97.5 % point of Student's t by degrees of freedom; 1.96 beyond.
@@ -114,7 +111,7 @@ class Bench:
         case = get_case("B0-G16-LN_PN-Half_16IPU_2x8")
         own = dict(BODIES[args.body])
         if args.small:
-            own.update(SMALL, name=own["name"].replace("B0", "four blocks"))
+            own.update(FOUR_BLOCKS, name=own["name"].replace("B0", "four blocks"))
         self.case = override(case, image_size=args.image_size, **own)
         labels = range(self.data.num_classes)
         self.old, self.new = labels[:-NEW_CLASSES], labels[-NEW_CLASSES:]

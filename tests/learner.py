@@ -19,6 +19,10 @@ import numpy as np
 from effnet_repro.config import for_one_device, override
 from effnet_repro.network import initial_weights
 
+# A network of four blocks, for rehearsals
+FOUR_BLOCKS = dict(
+    net_stages=("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40"), top_filters=128
+)
 TOGETHER = 500  # Images that are judged at a time
 
 

@@ -71,7 +71,7 @@ def norm_jobs():
     "(row, function, arguments, bytes)"
     for h, c in WIDE:
         x, g = (draw(i, PICTURES, h, h, c, kind="bfloat16") for i in (0, 1))
-        xg, gg = tiles.by_groups(x), tiles.by_groups(g)
+        xg, gg = tiles.to_nchw16c(x), tiles.to_nchw16c(g)
         table, v, s = draw(2, PICTURES, 5, c), draw(3, c), draw(4, PICTURES, c)
         ks, m, at = draw(5, PICTURES, 2, c), size(x), dict(height=h, channels=c)
         before, after = dict(at, place="expansion"), dict(at, place="convolution")
@@ -99,7 +99,7 @@ def norm_jobs():
 def product_jobs():
     for h, thin, c in THIN:
         x, g = (draw(i, PICTURES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
-        w, gg = draw(2, thin, c, kind="bfloat16"), tiles.by_groups(g)
+        w, gg = draw(2, thin, c, kind="bfloat16"), tiles.to_nchw16c(g)
         table, v, ks = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, 2, c)
         at = dict(height=h, channels=c, place=f"product of {thin}")
         one = lambda *a: product_norm._product_moments(*a)[0]
@@ -137,7 +137,7 @@ def own_conv_jobs():
     "Those of B0-G16-LN_PN, between neighbors that hold activations by groups"
     library = lambda strides: lambda x, w: get_ops("jax").conv(x, w, strides)
     strips = lambda strides: lambda x, w: conv.grouped_conv(x, w, strides)
-    ways = lambda s: dict(library=(library(s), lambda v: v), strips=(strips(s), tiles.by_groups))
+    ways = lambda s: dict(library=(library(s), lambda v: v), strips=(strips(s), tiles.to_nchw16c))
     for shape in CONVS:
         yield from conv_jobs(shape, tiles.GROUP, ways)
 
@@ -146,9 +146,9 @@ def group_jobs():
     "Any group size; `strips, alone` begins and ends with activations by pixels, as in a network that is not ours"
     library = lambda strides: lambda x, w: get_ops("jax").conv(x, w, strides)
     strips = lambda strides: lambda x, w: conv.grouped_conv(x, conv.widen_groups(w), strides)
-    alone = lambda strides: lambda x, w: tiles.by_pixels(strips(strides)(tiles.by_groups(x), w))
+    alone = lambda strides: lambda x, w: tiles.to_nhwc(strips(strides)(tiles.to_nchw16c(x), w))
     same = lambda v: v
-    both = lambda s: {"strips": (strips(s), tiles.by_groups), "strips, alone": (alone(s), same)}
+    both = lambda s: {"strips": (strips(s), tiles.to_nchw16c), "strips, alone": (alone(s), same)}
     for shape in ANY_GROUP:
         for group_size in GROUP_SIZES:
             more = both if tiles.GROUP % group_size == 0 else lambda s: {}

@@ -61,11 +61,11 @@ def plain_norm(v, groups, activated):
 def own_norm(v, groups, activated):
     gate = ((v["k1"], v["b1"]), (v["k2"], v["b2"])) if "k1" in v else None
     vectors = (v["gamma"], v.get("beta"), v.get("mean"), v.get("inv_std"))
-    x = tiles.by_groups(v["x"]) if gate is not None else v["x"]
+    x = tiles.to_nchw16c(v["x"]) if gate is not None else v["x"]
     grouped = x.shape[-1] % 16 == 0 and gate is None and "shortcut" not in v
     how = norm.NormOptions(groups, activated, grouped)
     y = norm.fused_norm(x, *vectors, gate, (v.get("shortcut"), None), how)
-    return tiles.by_pixels(y) if grouped else y
+    return tiles.to_nhwc(y) if grouped else y
 
 
 def draw_norm(shape, parts, seed):
@@ -120,8 +120,8 @@ CONVS = [
 def test_group_convolution_equals_plain_one(shape, size, strides, kind):
     rng, c = np.random.default_rng(2), shape[-1]
     arrays = {"x": rng.normal(size=shape), "kernel": rng.normal(size=(size, size, 16, c)) / 20}
-    ours = lambda v: conv.grouped_conv(tiles.by_groups(v["x"]), v["kernel"], strides)
-    own = lambda v: tiles.by_pixels(ours(v))
+    ours = lambda v: conv.grouped_conv(tiles.to_nchw16c(v["x"]), v["kernel"], strides)
+    own = lambda v: tiles.to_nhwc(ours(v))
     plain = lambda v: get_ops("jax").conv(v["x"], v["kernel"], strides)
     compare(own, plain, arrays, kind, ("x", "kernel"))
 
@@ -170,6 +170,6 @@ def test_norm_of_a_product_equals_plain_operations(shape, channels, groups, kind
     arrays["x"], arrays["w"] = rng.normal(size=shape), rng.normal(size=(shape[-1], channels)) / 4
     vectors = lambda v: [v[k] for k in names]
     how = dict(norm_groups=groups, grouped=True)
-    product = lambda v: product_norm.fused_product_norm(v["x"], v["w"], *vectors(v), **how)
+    product = lambda v: product_norm.fused_matmul_norm(v["x"], v["w"], *vectors(v), **how)
     plain = lambda v: plain_norm({**v, "x": v["x"] @ v["w"]}, groups, True)
-    compare(lambda v: tiles.by_pixels(product(v)), plain, arrays, kind, ("x", "w"))
+    compare(lambda v: tiles.to_nhwc(product(v)), plain, arrays, kind, ("x", "w"))

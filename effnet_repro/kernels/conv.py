@@ -44,7 +44,7 @@ def _banded(kernel, strip, strides):
     return jnp.stack(columns, 4).reshape(shape)
 
 # %% ../../nbs/17_gpu_conv.ipynb #0299b945
-def _strips(x, matrices, strip, size):
+def _conv_tiles(x, matrices, strip, size):
     "(N, groups, *size, 16)"
     jax, jnp, pl, plt = pallas()
     (n, groups, h, w, _), (ho, wo) = x.shape, size
@@ -54,10 +54,10 @@ def _strips(x, matrices, strip, size):
 
     def one(x_ref, m_ref, o_ref, turn, tile, g):
         (taps, tap, by), (row, rows_by) = strip.rows[turn]
-        picture, j = split_index(tile * m + jnp.arange(m), across)
-        picture, y = split_index(picture, high)
+        image, j = split_index(tile * m + jnp.arange(m), across)
+        image, y = split_index(image, high)
         oy, (inputs, lane) = y * turns + turn, split_index(jnp.arange(wide), GROUP)
-        real = (picture < n) & (oy < ho)
+        real = (image < n) & (oy < ho)
         ix = (j * strip.step + strip.start)[:, None] + inputs[None, :]
         inside = real[:, None] & (ix >= 0) & (ix < w)
         place = ((y * (strip.rate * w))[:, None] + ix) * GROUP + lane[None, :]
@@ -65,7 +65,7 @@ def _strips(x, matrices, strip, size):
         def body(u, total):
             iy = y * strip.rate + row + u * rows_by
             mask = inside & ((iy >= 0) & (iy < h))[:, None]
-            at = x_ref.at[picture[:, None], g, place + (row + u * rows_by) * (w * GROUP)]
+            at = x_ref.at[image[:, None], g, place + (row + u * rows_by) * (w * GROUP)]
             a = plt.load(at, mask=mask, other=0.0)
             b = plt.load(m_ref.at[g, tap + u * by])
             return total + jnp.dot(a, b, preferred_element_type="float32")
@@ -74,7 +74,7 @@ def _strips(x, matrices, strip, size):
         ox = (j * strip.outputs)[:, None] + split_index(jnp.arange(out), GROUP)[0][None, :]
         to = ((oy * wo + j * strip.outputs) * GROUP)[:, None] + jnp.arange(out)[None, :]
         mask = real[:, None] & (ox < wo)
-        plt.store(o_ref.at[picture[:, None], g, to], total.astype(o_ref.dtype), mask=mask)
+        plt.store(o_ref.at[image[:, None], g, to], total.astype(o_ref.dtype), mask=mask)
 
     def kernel(*refs):
         tile, g, now = (pl.program_id(i) for i in range(3))
@@ -117,9 +117,9 @@ def _input_gradient(dy, kernel, strides, size):
     k = kernel.shape[0]
     if strides == 1:
         strip = _forward_strip(size, k, 1)
-        return _strips(dy, _banded(_turned(kernel), strip, 1), strip, size)
+        return _conv_tiles(dy, _banded(_turned(kernel), strip, 1), strip, size)
     strip, left = _back_strip(size, k)
-    return _strips(dy, _banded_back(kernel, strip, left), strip, size)
+    return _conv_tiles(dy, _banded_back(kernel, strip, left), strip, size)
 
 # %% ../../nbs/17_gpu_conv.ipynb #7c5e9f3c
 def _weight_parts(x, dy, k, strides, strip, splits):
@@ -134,16 +134,16 @@ def _weight_parts(x, dy, k, strides, strip, splits):
         (inputs, lane), outs = split_index(jnp.arange(wide), GROUP), jnp.arange(out)
 
         def body(u, total):
-            picture, j = split_index((part * tiles + u) * m + jnp.arange(m), across)
-            picture, oy = split_index(picture, ho)
-            iy, real = oy * strides + ky + top, picture < n
+            image, j = split_index((part * tiles + u) * m + jnp.arange(m), across)
+            image, oy = split_index(image, ho)
+            iy, real = oy * strides + ky + top, image < n
             ix = (j * strip.step + strip.start)[:, None] + inputs[None, :]
             mask = (real & (iy >= 0) & (iy < h))[:, None] & (ix >= 0) & (ix < w)
             place = ((iy * w)[:, None] + ix) * GROUP + lane[None, :]
-            a = plt.load(x_ref.at[picture[:, None], g, place], mask=mask, other=0.0)
+            a = plt.load(x_ref.at[image[:, None], g, place], mask=mask, other=0.0)
             ox = (j * strip.outputs)[:, None] + split_index(outs, GROUP)[0][None, :]
             place = ((oy * wo + j * strip.outputs) * GROUP)[:, None] + outs[None, :]
-            at = y_ref.at[picture[:, None], g, place]
+            at = y_ref.at[image[:, None], g, place]
             b = plt.load(at, mask=real[:, None] & (ox < wo), other=0.0)
             return total + jnp.dot(a.T, b, preferred_element_type="float32")
 
@@ -176,7 +176,7 @@ def _differentiable_grouped():
         size, k = x.shape[2:4], kernel.shape[0]
         strip = _forward_strip(size, k, strides)
         to = tuple(-(-s // strides) for s in size)
-        return _strips(x, _banded(kernel, strip, strides), strip, to), (x, kernel)
+        return _conv_tiles(x, _banded(kernel, strip, strides), strip, to), (x, kernel)
 
     def backward(strides, saved, dy):
         x, kernel = saved

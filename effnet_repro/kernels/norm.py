@@ -14,8 +14,8 @@ from effnet_repro.kernels.tiles import (
     REDUCE,
     SUMS,
     activate,
-    by_groups,
-    by_pixels,
+    to_nchw16c,
+    to_nhwc,
     filled,
     flat,
     is_exact,
@@ -139,8 +139,8 @@ def _apply(x, table, mean, scale, activated, shortcut=None, grouped=False):
             plt.store(tile_at(o_ref, i, rows, cols), y.astype(o_ref.dtype), mask=mask)
 
     more = () if shortcut is None else (flat(shortcut),)
-    like = jax.eval_shape(by_pixels, x) if len(x.shape) == 5 else x
-    like = jax.eval_shape(by_groups, like) if grouped else like
+    like = jax.eval_shape(to_nhwc, x) if len(x.shape) == 5 else x
+    like = jax.eval_shape(to_nchw16c, like) if grouped else like
     out = jax.eval_shape(flat, like)
     return launch(kernel, t.grid, out, flat(x), table, mean, scale, *more).reshape(like.shape)
 

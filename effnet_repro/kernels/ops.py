@@ -12,8 +12,8 @@ import os
 from ..group_conv import group_conv
 from .conv import grouped_conv, patch_product, plain_ops, widen_groups
 from .norm import NormOptions, fused_norm, fused_proxy
-from .product_norm import fused_product_norm
-from .tiles import GROUP, by_groups, by_pixels, pallas
+from .product_norm import fused_matmul_norm
+from .tiles import GROUP, to_nchw16c, to_nhwc, pallas
 from effnet_repro.mbconv import (
     Scope,
     drop_mask,
@@ -47,7 +47,7 @@ class GPUOps(JAXOps):
         k, _, per_group, filters = kernel.shape
         same = filters == x.shape[-1] and k in (3, 5) and strides in (1, 2)
         if same and per_group in OWN_GROUPS and in_groups(x):
-            return by_pixels(grouped_conv(by_groups(x), widen_groups(kernel), strides))
+            return to_nhwc(grouped_conv(to_nchw16c(x), widen_groups(kernel), strides))
         if per_group == x.shape[-1] == 3:
             return plain_ops().matmul(*patch_product(x, kernel, strides))
         return super().conv(x, kernel, strides)
@@ -94,12 +94,12 @@ def _fused_expand(ops, spec, w, x, rng=None, strides=1):
     again = x.dtype != "float32" and filters % GROUP == 0 and thin == x.shape[-1] <= _THIN
     if again and (k == strides == 1 or thin == 3):
         x, matrix = (x, kernel[0, 0]) if k == 1 else patch_product(x, kernel, strides)
-        y = fused_product_norm(x, matrix, *vectors, spec.norm_groups, own)
+        y = fused_matmul_norm(x, matrix, *vectors, spec.norm_groups, own)
     else:
         x = group_conv(ops, x, kernel, strides)
         own = own and in_groups(x)
         y = fused_norm(x, *vectors, how=NormOptions(spec.norm_groups, grouped=own))
-    return by_pixels(y) if own else y
+    return to_nhwc(y) if own else y
 
 # %% ../../nbs/18_gpu_ops.ipynb #235c0c5d
 @spatial.register(GPUOps)
@@ -110,7 +110,7 @@ def _fused_spatial(ops, spec, block, w, w_se, x, rng=None):
     own = spec.group_size in OWN_GROUPS
     vectors = _vectors(ops, spec, w, rng)
     gate = tuple((kernel[0, 0], bias) for kernel, bias in gate_layers(w_se))
-    x = by_groups(x) if own and in_groups(x) else x
+    x = to_nchw16c(x) if own and in_groups(x) else x
     return fused_norm(x, *vectors, gate=gate, how=NormOptions(spec.norm_groups))
 
 # %% ../../nbs/18_gpu_ops.ipynb #ad9db2b1

@@ -27,7 +27,7 @@ def pallas():
 # ---------------------------------------------------------------- two orders in memory
 
 
-def by_groups(
+def to_nchw16c(
     x,  # (N, H, W, C)
 ):  # (N, C / 16, H, W, 16)
     "Bring a group's channels together"
@@ -35,12 +35,15 @@ def by_groups(
     return x.reshape(n, h, w, c // GROUP, GROUP).transpose(0, 3, 1, 2, 4)
 
 
-def by_pixels(
+def to_nhwc(
     x,  # (N, C / 16, H, W, 16)
 ):  # (N, H, W, C)
     "Bring a pixel's channels together"
     n, groups, h, w, _ = x.shape
     return x.transpose(0, 2, 3, 1, 4).reshape(n, h, w, groups * GROUP)
+
+
+by_groups, by_pixels = to_nchw16c, to_nhwc  # what earlier programs import
 
 
 def sides(x):

@@ -45,7 +45,7 @@ from effnet_repro.messages import say  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
 
 KEY = ("question", "norm", "setting", "measure")
-RATES, PRIVATE_RATES = (0.01, 0.03, 0.1, 0.3), (0.05, 0.15, 0.5, 1.5)
+RATES, LARGE_RATES, PRIVATE_RATES = (0.01, 0.03, 0.1, 0.3), (0.05, 0.15, 0.5, 1.5), (0.5, 1.5, 5)
 BATCH, LOT, DELTA, EPSILONS = 32, 1024, 1e-5, (2, 8)
 TUNING_SEEDS = (100, 101)
 CLIENTS = {"1": (1, True), "2": (2, False), "10": (10, False), "10-alike": (10, True)}
@@ -149,7 +149,8 @@ class Bench:
 
     def rate(self, norm, name, rates, train):
         "The best of some rates on held-out training images; `train(learner, rates)` gives a curve"
-        if not self.has("rate", norm, name):
+        rates = [r for r in rates if not self.has("rate", norm, name, f"top-1 at {r:g}")]
+        if rates:
             rows = [(r, s) for r in rates for s in TUNING_SEEDS]
             learner = self.learner(norm, tuple(s for _, s in rows), held=True)
             last = np.nan_to_num(train(learner, [r for r, _ in rows])[-1]).reshape(len(rates), -1)
@@ -228,8 +229,8 @@ class Bench:
             key, free = ("privacy", norm, setting), setting == "not private"
             if self.has(*key) or (norm == "BN" and not free):
                 continue
-            kind = "large steps" if free else "private"
-            rate, learner = self.rate(norm, kind, PRIVATE_RATES, tune[kind]), self.learner(norm)
+            kind, rates = ("large steps", LARGE_RATES) if free else ("private", PRIVATE_RATES)
+            rate, learner = self.rate(norm, kind, rates, tune[kind]), self.learner(norm)
             done = plain(learner, rate) if free else privately(setting, learner, rate)
             more = dict(rate=rate, batch=lot, epochs=epochs)
             self.finish(key, learner, *done, **more)
@@ -294,8 +295,6 @@ class Bench:
     def shapes(self, norm):
         from shapes_keras import train_shapes
 
-        if norm == "GN":
-            return
         for images in (8, 1):
             key = ("shapes", norm, f"{images} images a step")
             if not self.has(*key):
@@ -447,8 +446,10 @@ def main(words=None):
     if args.questions == ["budgets"]:
         return write_budgets(args, words)
     from effnet_repro.training import configure
+    from effnet_repro.training.compiled import keep_compiled
 
     configure()
+    keep_compiled()
     bench = Bench(args, words)
     try:
         for question in args.questions:

@@ -1,4 +1,4 @@
-"""A small segmentation network in Keras, with batch norm or with layer norm and Proxy Norm, and shapes to find."""
+"""A small segmentation network in Keras with batch norm, group norm, or layer norm and Proxy Norm; and shapes to find."""
 
 from __future__ import annotations
 
@@ -34,6 +34,9 @@ def norm_act(norm: str, images: int):
     """Return the function that puts norm and activation behind a convolution; `images`: of a training step."""
     if norm == "LN_PN":
         return lambda x: ProxyNormAct()(x)
+    if norm == "GN":
+        group_norm = lambda x: keras.layers.GroupNormalization(4)(x)
+        return lambda x: keras.layers.Activation("swish")(group_norm(x))
     momentum = 0.9 ** (images / 8)  # The moving averages look back over as many images
     batch_norm = lambda: keras.layers.BatchNormalization(momentum=momentum)
     return lambda x: keras.layers.Activation("swish")(batch_norm()(x))

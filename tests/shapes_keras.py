@@ -1,4 +1,4 @@
-"""A small segmentation network in Keras with batch norm, group norm, or layer norm and Proxy Norm; and shapes to find."""
+"""A small segmentation network in Keras with one of three norms (batch, group, layer + Proxy Norm); shapes to find."""
 
 from __future__ import annotations
 

@@ -1,0 +1,217 @@
+"""Search a recipe for small sets, and ask what batch norm's moving averages cost, on a GPU.
+
+Trials train on the training images but every fifth, which measures them; the validation images are not looked at. A
+trial is `rate,warmup,weight_decay,mixup,epochs` with --drop-path and --batch; the best of those before `best,epochs`
+is trained again at that length. Each is a line of JSON in --out.
+
+    python tests/tune_small.py trials --data-dir imagenette128 --out FILE --drop-path 0.2 0.004,0.3,0.2,0.2,60 best,150
+    python tests/tune_small.py norm --data-dir imagenette128 --out FILE --seeds 3
+
+trials  with our network, or with timm's efficientnet_b0 (--network timm)
+norm    B0 with batch norm of 256 images, trained with statistics over all of them at once and through groups of
+        --norm-batch: top-1 with moving averages, with averages taken anew over training
+        images, and with statistics of the judged images themselves
+"""
+
+import argparse
+import json
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from bench_claims import ARMS, Recipe, Trainer, case_of  # noqa: E402
+from learner import Learner  # noqa: E402
+from small_runs import Peer, Trial, without_held_back  # noqa: E402
+
+from effnet_repro.config import override  # noqa: E402
+from effnet_repro.data import open_data  # noqa: E402
+from effnet_repro.results import origin  # noqa: E402
+
+
+class Ours:
+    "Our network of budget `small`, compiled once"
+
+    def __init__(self, args, data):
+        self.args, self.data, self.pace = args, data, 0.0
+        case = override(case_of(ARMS["small"], args, data.train_count), mixup_alpha=0.1)
+        case = override(case, drop_path_rate=args.drop_path, global_batch_size=args.batch)
+        self.learner = Learner(case, data.num_classes, args.batch, clip=args.clip)
+        self.learner.judge(self.learner.learn(self.learner.begin(0), data, 1, 0, rate=1e-4), data)
+
+    def train(self, rate, warmup, decay, mixup, epochs, seed):
+        steps = self.args.steps or round(epochs * (self.data.train_count // self.args.batch))
+        how = dict(rate=rate, warmup=warmup, weight_decay=decay, mixup_alpha=mixup)
+        began = time.perf_counter()
+        arrays = self.learner.learn(self.learner.begin(seed), self.data, steps, seed, **how)
+        seconds = time.perf_counter() - began
+        judged = self.learner.judge(arrays, self.data)
+        return dict(
+            top1=judged.top1, judged_loss=judged.loss, loss=self.learner.loss, seconds=seconds
+        )
+
+
+class Timm:
+    "timm's efficientnet_b0; its cycle always rises for 0.3 of the run"
+
+    def __init__(self, args, data):
+        more = dict(classes=data.num_classes, image_size=128)
+        self.args, self.data, self.peer = args, data, Peer(Namespace(**{**vars(args), **more}))
+        self.peer.prepare(data)
+
+    def train(self, rate, warmup, decay, mixup, epochs, seed):
+        trial = Trial(rate, decay, self.args.drop_path, mixup)
+        return self.peer.train(self.data, trial, seed, epochs)
+
+
+def trials(args, write):
+    data = open_data(args.data_dir, verbose=False)
+    data = data if args.final else without_held_back(data)
+    network = {"ours": Ours, "timm": Timm}[args.network](args, data)
+    found, pace = [], 0.0
+    for words in args.what:
+        first, *rest = words.split(",")
+        if first == "best" and not found:
+            continue
+        numbers = max(found)[1][:-1] if first == "best" else (float(first), *map(float, rest[:-1]))
+        numbers = (*numbers, int(rest[-1]))
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            if time.time() + pace * numbers[-1] > args.deadline:
+                break
+            row = network.train(*numbers, seed)
+            pace = row["seconds"] / numbers[-1]
+            found.append((row["top1"], numbers))
+            names = ("rate", "warmup", "weight_decay", "mixup", "epochs")
+            more = dict(network=args.network, seed=seed, batch=args.batch, drop_path=args.drop_path)
+            write({**more, **dict(zip(names, numbers)), **row, "images": data.train_count})
+
+
+def still(ops, norm_batch=None):
+    "An `Rng` that drops nothing and hears batch norm's statistics"
+    from effnet_repro.ops import Rng
+
+    class Still(Rng):
+        def mask(self, segment, kind, rate, shape):
+            return ops.jnp.ones(shape, "float32")
+
+    return Still(ops, norm_batch=norm_batch)
+
+
+def forward(spec):
+    "Two compiled passes with batch norm's own statistics: what they are, and what the network guesses with them"
+    import jax
+
+    from effnet_repro.kernels.ops import jax_ops
+    from effnet_repro.mbconv import BATCH_NORM_MOMENTUM
+    from effnet_repro.network import run
+
+    ops = jax_ops()
+    start = lambda images: ops.cast(images, "bfloat16")
+
+    def statistics(weights, images):  # through moving averages of zero
+        rng = still(ops)
+        weights = {n: 0 * v if "moving" in n else v for n, v in weights.items()}
+        run(ops, spec, weights, start(images), rng)
+        return {n: v / (1 - BATCH_NORM_MOMENTUM) for n, v in rng.statistics.items()}
+
+    guess = lambda weights, images: run(ops, spec, weights, start(images), still(ops))
+    return jax.jit(statistics), jax.jit(guess)
+
+
+def judge_norm(trainer, data, arrays, seed):
+    "Top-1 with moving averages, with averages taken anew, and with the statistics of the judged images"
+    learner, size = trainer.learner, trainer.case.image_size
+    statistics, guess = trainer.forward
+    case, found = override(trainer.case, epochs=1, warmup_epochs=0), []
+    for (batch,), _ in zip(learner._stream(case, data, seed), range(24)):
+        found.append({n: np.asarray(v) for n, v in statistics(arrays, batch["images"]).items()})
+    anew = {n: np.mean([one[n] for one in found], 0) for n in found[0]}
+    right = [
+        np.asarray(guess(arrays, images)).argmax(1)[mask > 0] == labels[mask > 0]
+        for images, labels, mask in learner.images(data, size)
+    ]
+    top1 = lambda weights: learner.judge(weights, data).top1
+    ratio = lambda n, v: float(np.median(np.sqrt(v / np.maximum(arrays[n], 1e-9))))
+    return dict(
+        moving=top1(arrays),
+        anew=top1({**arrays, **anew}),
+        own=float(np.concatenate(right).mean()),
+        deviation={n: ratio(n, v) for n, v in anew.items() if "variance" in n},
+    )
+
+
+def norm(args, write):
+    "Three ways to judge networks with batch norm, trained in two ways"
+    data = open_data(args.data_dir, verbose=False)
+    data = data if args.final else without_held_back(data)
+    for norm_batch in (None, args.norm_batch):
+        trainer = Trainer(f"G{args.group_size}-BN", args, data)
+        if norm_batch:
+            how = dict(norm_batch=norm_batch)
+            trainer.learner = Learner(trainer.case, data.num_classes, trainer.batch, **how)
+        trainer.forward = forward(trainer.learner.spec)
+        for seed in range(args.first_seed, args.first_seed + args.seeds):
+            if time.time() + 1.2 * trainer.pace * trainer.steps(data, 20) > args.deadline:
+                break
+            arrays, row = trainer.train(data, Recipe(0.004, 0.3, 0.05), seed, 20)
+            row.update(judge_norm(trainer, data, arrays, seed), norm_batch=norm_batch or 0)
+            write(row)
+
+
+def parse(words):
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("task", choices=("trials", "norm"))
+    parser.add_argument("what", nargs="*", help="trials, or best,EPOCHS")
+    parser.add_argument("--data-dir")
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--network", choices=("ours", "timm"), default="ours")
+    parser.add_argument("--drop-path", type=float, default=0.1)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--clip", type=float)
+    parser.add_argument("--group-size", type=int, default=16)
+    parser.add_argument("--norm-batch", type=int, default=256)
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument(
+        "--final", action="store_true", help="all training images, judged by the validation images"
+    )
+    parser.add_argument("--limit", type=float, default=1e9, help="seconds")
+    parser.add_argument("--quick", action="store_true")
+    args = parser.parse_intermixed_args(words)
+    args.deadline = time.time() + args.limit
+    args.quick, args.steps = (32, 2) if args.quick else (0, 0)
+    args.batch, args.norm_batch = (16, 16) if args.quick else (args.batch, args.norm_batch)
+    return args
+
+
+def main(words=None):
+    words = sys.argv[1:] if words is None else list(words)
+    args = parse(words)
+    from effnet_repro.training import configure, device_name
+    from effnet_repro.training.compiled import keep_compiled
+
+    configure()
+    keep_compiled()
+    if args.task == "norm":
+        args.batch = 16 if args.quick else None
+
+    def write(row):
+        about = origin(device_name(), ["python", "tests/tune_small.py", *words], row["seed"], 1)
+        with open(args.out, "a") as file:
+            file.write(json.dumps({**about, **row}) + "\n")
+        print(
+            json.dumps({k: v for k, v in row.items() if k not in ("right", "deviation")}),
+            flush=True,
+        )
+
+    {"trials": trials, "norm": norm}[args.task](args, write)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -38,6 +38,10 @@ CLAIMS = (
     Claim("G16-LN_PN", "G16-BN of 32", "equal", "Proxy Norm matches batch norm of 32 images"),
     Claim("G16-LN_PN", "G16-BN of 8", "above", "Proxy Norm beats batch norm of 8 images"),
     Claim("G16-LN_PN", "G16-BN of 2", "above", "Proxy Norm beats batch norm of 2 images"),
+    Claim("B2 G16-LN_PN", "B2 G16-GN", "above", "B2: Proxy Norm beats group norm"),
+    Claim("B2 G16-LN_PN", "B2 half + Top", "above", "B2: native beats half resolution"),
+    Claim("B4 G16-LN_PN", "B4 G16-GN", "above", "B4: Proxy Norm beats group norm"),
+    Claim("B4 G16-LN_PN", "B4 half + Top", "above", "B4: native beats half resolution"),
 )
 
 # %% ../nbs/54_claims.ipynb #54c00021
@@ -135,10 +139,11 @@ def arm_label(
     row: Mapping,  # Of results/claims.csv: arm, epochs, top_epochs, test_size
 ) -> str:  # As the claims call it
     "Name the arm of a row"
-    if not row["arm"].endswith(" half"):
+    size, halved, _ = row["arm"].partition("G16-LN_PN half")
+    if not halved:
         return row["arm"]
     long, top = int(row["epochs"]) > 20, int(row["top_epochs"]) > 0
-    name = "long " * long + "half" + " + Top" * top
+    name = size + "long " * long + "half" + " + Top" * top
     return name if int(row["test_size"]) == 128 else f"{name}, tested at {row['test_size']}"
 
 # %% ../nbs/54_claims.ipynb #54c00046

@@ -76,12 +76,22 @@ class Arm:
     norm_batch: int = None  # None = all of a training step
     batch: int = BATCH
     epochs: int = LENGTH
+    model_size: int = 0
+
+    @property
+    def halved(self):  # Whether it is tested and fine-tuned at the native size, too
+        return self.image_size == HALF
+
+    @property
+    def rows(self):  # Of a seed: three for each length
+        return 1 if not self.halved else 3 if self.model_size else 6
 
     @property
     def fields(self):  # Of the case
         depthwise = self.group_size == 1
         return dict(
-            name=f"B0-G{self.group_size}-{self.norm}",
+            name=f"B{self.model_size}-G{self.group_size}-{self.norm}",
+            model_size=self.model_size,
             norm=self.norm,
             norm_groups=4 if self.norm == "GN" else 1,
             group_size=self.group_size,
@@ -102,6 +112,10 @@ ARMS = {
     "G16-BN of 2": Arm("BN", norm_batch=2),
     "small": Arm("LN_PN", batch=128, epochs=60),
 }
+for size in (2, 4):  # the larger networks, in two contrasts
+    ARMS[f"B{size} G16-LN_PN"] = Arm("LN_PN", model_size=size)
+    ARMS[f"B{size} G16-GN"] = Arm("GN", model_size=size)
+    ARMS[f"B{size} G16-LN_PN half"] = Arm("LN_PN", image_size=HALF, model_size=size)
 TUNED = ("G16-BN", "G1-GN")
 DEPTH = ("G16-BN", "G16-GN", "G16-LN", "G16-LN_PN")  # Arms whose channels are looked at
 TRIALS = recipes(
@@ -300,11 +314,11 @@ def longer(case):
 def rows_of_seed(trainer, data, recipe, seed):
     "All rows of one seed of an arm, as they come"
     name, native = trainer.name, NATIVE
-    lengths = (LENGTH, longer(trainer.case)) if name.endswith(" half") else (trainer.arm.epochs,)
+    lengths = (trainer.arm.epochs, *((longer(trainer.case),) if trainer.arm.rows == 6 else ()))
     for epochs in lengths:
         arrays, row = trainer.train(data, recipe, seed, epochs)
         yield trainer.judge(arrays, data, row, native)
-        if name.endswith(" half"):
+        if trainer.arm.halved:
             yield trainer.judge(arrays, data, row, HALF)
             tuned, more = trainer.finetune(arrays, data, row)
             yield trainer.judge(tuned, data, more, native)
@@ -392,9 +406,8 @@ def work(args):
 def missing(state, name, args):
     "Seeds of an arm that are not whole yet"
     rows = [r for r in state.read(name) if "depth" not in r]
-    each = 6 if name.endswith(" half") else 1
     seeds = [r["seed"] for r in rows]
-    return [s for s in range(args.seeds) if seeds.count(s) < each]
+    return [s for s in range(args.seeds) if seeds.count(s) < ARMS[name].rows]
 
 
 def warm(args):
@@ -404,7 +417,7 @@ def warm(args):
         if time.time() > args.deadline:
             break
         trainer = Trainer(name, args, data)
-        if name.endswith(" half"):
+        if trainer.arm.halved:
             args.steps = 1
             begun = trainer.learner.begin(0)
             tuned, _ = trainer.finetune(begun, data, {"seed": 0})

@@ -64,6 +64,10 @@ def test_seeds_are_missing_until_all_their_rows_are_there(state):
     half = [line("G16-LN_PN half")] * 6 + [line("G16-LN_PN half", seed=1)] * 5
     write(state, "G16-LN_PN half", *half)
     assert bench_claims.missing(state, "G16-LN_PN half", args) == [1, 2]
+    larger = "B4 G16-LN_PN half"  # which has one length
+    write(state, larger, *[line(larger)] * 3)
+    assert bench_claims.missing(state, larger, args) == [1, 2]
+    assert bench_claims.ARMS[larger].fields["name"] == "B4-G16-LN_PN"
 
 
 def test_an_arm_is_one_process_s(state):
@@ -97,7 +101,9 @@ def test_arms_differ_in_what_they_are_about_and_in_nothing_else():
         if n != "small"
     }
     own = {"name", "norm", "norm_groups", "group_size", "expand_ratio", "image_size"}
+    own |= {"model_size"}
     first = cases["G1-GN"]
     for case in cases.values():
         assert {k for k in vars(case) if getattr(case, k) != getattr(first, k)} <= own
+        assert case.name.startswith(f"B{case.model_size}-")
     assert bench_claims.longer(cases["G16-LN_PN"]) == 35  # 20 epochs at 128 pixels, at 96

@@ -20,7 +20,7 @@ from effnet_repro.checkpoint import (
     load_metadata,
     newest_file,
     read_metadata,
-    write_file,
+    atomic_write,
 )
 from effnet_repro.config import (
     case_from_dict,
@@ -90,7 +90,7 @@ class WeightAverage:
 
     def save(self, path):  # `path`, now an average file
         "Write the state, atomically"
-        return write_file(path, self.encode())
+        return atomic_write(path, self.encode())
 
     @staticmethod
     def load(path):  # A WeightAverage that goes on as if it had never stopped

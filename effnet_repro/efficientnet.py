@@ -78,7 +78,7 @@ def build_model(
         raise ValueError(
             f"`image_size` must be at least 32. Received: {image_size}. Five halvings leave nothing."
         )
-    x = pictures = keras.Input((*sides, 3), name="pictures")
+    x = images = keras.Input((*sides, 3), name="images")
     ends, names = {}, [s.name for s in segments(spec)]
     for wanted in outputs or ():
         if wanted not in names:
@@ -89,7 +89,7 @@ def build_model(
         x = ends[name] = layer(x)
         if outputs and set(outputs) <= set(ends):
             break
-    return keras.Model(pictures, [ends[n] for n in outputs] if outputs else x, name=spec.name)
+    return keras.Model(images, [ends[n] for n in outputs] if outputs else x, name=spec.name)
 
 # %% ../nbs/20_efficientnet.ipynb #c1f2425a
 def weights_by_name(

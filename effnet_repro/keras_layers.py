@@ -24,7 +24,7 @@ from effnet_repro.network import (
     norm_params,
     segments,
 )
-from .ops import Rng, get_ops
+from .ops import TrainContext, get_ops
 from .scaling import Block, ModelSpec, num_groups
 
 # %% ../nbs/19_keras_layers.ipynb #432ea31a
@@ -57,7 +57,7 @@ class ParamLayer(keras.layers.Layer):
     def declare(self, input_shape) -> Tuple[Param, ...]:
         raise NotImplementedError
 
-    def compute(self, ops, weights, x, rng):
+    def compute(self, ops, weights, x, context):
         raise NotImplementedError
 
     def build(self, input_shape):
@@ -76,16 +76,16 @@ class ParamLayer(keras.layers.Layer):
         )
 
     def call(self, x, training=False):
-        ops, rng = current_ops(), None
+        ops, context = current_ops(), None
         spread = keras.distribution.distribution() is not None  # a kernel would gather the batch
         if spread or not isinstance(x.shape[0], int):  # nor can it be told an unknown batch size
             ops = get_ops(ops.name)
         if training:
-            rng = Rng(ops, self.seed, ops.cast(self.seed_generator.next()[1], "int32"))
-            rng.statistics = {} if self.trainable else None  # as Keras' own batch norm does
+            context = TrainContext(ops, self.seed, ops.cast(self.seed_generator.next()[1], "int32"))
+            context.statistics = {} if self.trainable else None  # as Keras' own batch norm does
         weights = {n: v.value for n, v in self.by_name.items()}
-        y = self.compute(ops, weights, x, rng)
-        for name, value in (rng.statistics or {} if training else {}).items():
+        y = self.compute(ops, weights, x, context)
+        for name, value in (context.statistics or {} if training else {}).items():
             self.by_name[name].assign(value)
         return y
 
@@ -111,8 +111,8 @@ class SegmentLayer(ParamLayer):
     def declare(self, input_shape):
         return self.segment.params
 
-    def compute(self, ops, weights, x, rng):
-        return self.segment.apply(ops, weights, x, rng)
+    def compute(self, ops, weights, x, context):
+        return self.segment.apply(ops, weights, x, context)
 
     def compute_output_shape(self, input_shape):
         return self.segment.shape_after(input_shape)
@@ -157,7 +157,7 @@ class GroupConv2D(ParamLayer):
         shape = kernel_shape(self.kernel_size, input_shape[-1], self.group_size)
         return (Param("kernel", shape, "fan_in", decay=True),)
 
-    def compute(self, ops, weights, x, rng):
+    def compute(self, ops, weights, x, context):
         return group_conv(alone(ops, x), x, weights["kernel"], self.strides)
 
     def compute_output_shape(self, input_shape):
@@ -196,8 +196,8 @@ class ProxyNormAct(ParamLayer):
             )
         return norm_params(self.spec, "act", input_shape[-1])
 
-    def compute(self, ops, weights, x, rng):
-        return norm_act(ops, self.spec, Scope(weights, "act"), x, rng)[0]
+    def compute(self, ops, weights, x, context):
+        return norm_act(ops, self.spec, Scope(weights, "act"), x, context)[0]
 
     def compute_output_shape(self, input_shape):
         return input_shape
@@ -225,7 +225,7 @@ class SqueezeExcite(ParamLayer):
         c = input_shape[-1]
         return gate_params("SE", c, max(1, round(c * self.se_ratio)))
 
-    def compute(self, ops, weights, x, rng):
+    def compute(self, ops, weights, x, context):
         return squeeze_excite(ops, Scope(weights, "SE"), x)
 
     def compute_output_shape(self, input_shape):
@@ -272,8 +272,8 @@ class MBConv(ParamLayer):
         self.block = _block_of(self.spec, input_shape[-1], **self.own)
         return tuple(p for part in block_params(self.spec, self.block) for p in part)
 
-    def compute(self, ops, weights, x, rng):
-        return mbconv(ops, self.spec, self.block, weights, x, rng)
+    def compute(self, ops, weights, x, context):
+        return mbconv(ops, self.spec, self.block, weights, x, context)
 
     def compute_output_shape(self, input_shape):
         n, h, w, _ = input_shape

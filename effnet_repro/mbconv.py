@@ -38,35 +38,35 @@ def norm_vectors(
     ops,  # Tensor operations
     spec,  # `ModelSpec`: with Proxy Norm or without
     w: Scope,  # Weights of the norm
-    rng=None,  # `Rng` in training; stored statistics are reported there
+    context=None,  # `TrainContext` in training; stored statistics are reported there
 ):  # gamma and beta, (C,) each, and the proxy's (mean, 1/std); None without a proxy
     "Give the vectors of a group or layer norm that swish follows"
     if not spec.proxy_norm:
         n = Scope(w.weights, w.path("GroupNorm"))
         return n["gamma"], n["beta"], None
     n = Scope(w.weights, w.path("proxy"))
-    still = rng is None or rng.statistics is None  # inference, or frozen
+    still = context is None or context.statistics is None  # inference, or frozen
     if spec.folded or (spec.stored_proxies and still):
         return n["gamma"], n["beta"], (n["mean"], n["inv_std"])
     order = ("gamma", "beta", "gamma_prime", "beta_prime")
     mean, inv_std = proxy_statistics(ops, *(n[k] for k in order))
     if spec.stored_proxies:
-        rng.statistics.update({n.path("mean"): mean, n.path("inv_std"): inv_std})
+        context.statistics.update({n.path("mean"): mean, n.path("inv_std"): inv_std})
     return n["gamma"], n["beta"], (mean, inv_std)
 
 # %% ../nbs/13_mbconv.ipynb #0123f8e8
 BATCH_NORM_MOMENTUM = 0.97  # Of the moving averages. Source: `BN_decay` of the published code
 
 
-def _moving_or_batch(ops, w, x, rng):
+def _moving_or_batch(ops, w, x, context):
     "Batch norm's statistics: the batch's own in training; the moving averages at inference and when frozen"
     moving = w["moving_mean"], w["moving_variance"]
-    if rng is None or rng.statistics is None:
+    if context is None or context.statistics is None:
         return moving
-    batch, keep = batch_statistics(ops, x, rng.norm_batch), BATCH_NORM_MOMENTUM
-    means = batch if rng.norm_batch is None else [ops.mean(b, (0, 1, 2)) for b in batch]
+    batch, keep = batch_statistics(ops, x, context.norm_batch), BATCH_NORM_MOMENTUM
+    means = batch if context.norm_batch is None else [ops.mean(b, (0, 1, 2)) for b in batch]
     for name, old, new in zip(("moving_mean", "moving_variance"), moving, means):
-        rng.statistics[w.path(name)] = keep * old + (1 - keep) * new
+        context.statistics[w.path(name)] = keep * old + (1 - keep) * new
     return batch
 
 # %% ../nbs/13_mbconv.ipynb #2f436603
@@ -75,20 +75,20 @@ def norm_act(
     spec,  # `ModelSpec`: which norm, how many groups
     w: Scope,  # Weights of the norm
     x,  # Activations, (N, H, W, C)
-    rng=None,  # `Rng` in training; batch norm reports its moving averages there
+    context=None,  # `TrainContext` in training; batch norm reports its moving averages there
     activation="swish",  # None after a projection: then there is no proxy either
     divide=True,  # Whether to divide by the proxy's standard deviation here
 ):  # (activations, 1/std still to be multiplied or None)
     "Normalize and activate as the network's arm says"
     if spec.batch_norm:
         n = Scope(w.weights, w.path("batch_norm"))
-        statistics = _moving_or_batch(ops, n, x, rng)
+        statistics = _moving_or_batch(ops, n, x, context)
         return normalise(ops, x, n["gamma"], n["beta"], 1, statistics, activation), None
     if not (spec.proxy_norm and activation):
         n = Scope(w.weights, w.path("GroupNorm"))
         y = normalise(ops, x, n["gamma"], n.get("beta"), spec.norm_groups, None, activation)
         return y, None
-    gamma, beta, (mean, inv_std) = norm_vectors(ops, spec, w, rng)
+    gamma, beta, (mean, inv_std) = norm_vectors(ops, spec, w, context)
     proxy = (mean, inv_std if divide else None)
     y = normalise(ops, x, gamma, beta, spec.norm_groups, None, activation, proxy)
     return y, None if divide else inv_std
@@ -128,24 +128,24 @@ def squeeze_excite(
 
 # %% ../nbs/13_mbconv.ipynb #d6f38422
 def drop_mask(
-    rng,  # `Rng` in training, None at inference
+    context,  # `TrainContext` in training, None at inference
     segment: str,  # Where it happens: part of the mask's key
     rate: float,  # Probability of dropping a branch, in [0, 1)
     shape,  # (N,), and ones if you like
 ):  # float32, 0 or 1 / (1 - rate); None where nothing is dropped
     "Draw which images lose a residual branch, and how much the others scale it up"
-    return None if rng is None or not rate else rng.mask(segment, "drop_path", rate, shape)
+    return None if context is None or not rate else context.mask(segment, "drop_path", rate, shape)
 
 
 def drop_path(
     ops,  # Tensor operations
     x,  # A residual branch, (N, H, W, C)
     rate: float,  # Probability of dropping it, in [0, 1)
-    rng,  # `Rng` in training, None at inference
+    context,  # `TrainContext` in training, None at inference
     segment: str,  # Where it happens: part of the mask's key
 ):  # (N, H, W, C), type of x
     "Drop the branch for some images, and scale it up for the others"
-    mask = drop_mask(rng, segment, rate, (ops.shape(x)[0], 1, 1, 1))
+    mask = drop_mask(context, segment, rate, (ops.shape(x)[0], 1, 1, 1))
     return x if mask is None else x * ops.cast(mask, ops.dtype(x))
 
 # %% ../nbs/13_mbconv.ipynb #affd62e1
@@ -155,12 +155,12 @@ def expand(
     spec,  # `ModelSpec`
     w: Scope,  # Weights of "all/<block>/a"
     x,  # Thin activations, (N, H, W, C)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
     strides=1,  # Of the convolution; the network's stem has 2
 ):  # Wide activations, (N, H', W', expanded); H' = ceil(H / strides)
     "Widen: convolution, norm, swish, proxy"
     x = group_conv(ops, x, w["conv/conv2d/kernel"], strides)
-    return norm_act(ops, spec, w, x, rng)[0]
+    return norm_act(ops, spec, w, x, context)[0]
 
 # %% ../nbs/13_mbconv.ipynb #72661217
 @functools.singledispatch
@@ -171,11 +171,11 @@ def spatial(
     w: Scope,  # Weights of "all/<block>/b"
     w_se: Scope,  # Weights of "all/<block>/SE"
     x,  # Wide activations, (N, H, W, expanded)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
 ):  # (N, H', W', expanded); H' = ceil(H / strides)
     "Convolve in groups, normalize, activate, squeeze and excite"
     x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
-    x, inv_std = norm_act(ops, spec, w, x, rng, divide=False)
+    x, inv_std = norm_act(ops, spec, w, x, context, divide=False)
     return squeeze_excite(ops, w_se, x, inv_std)
 
 # %% ../nbs/13_mbconv.ipynb #97a5887d
@@ -184,11 +184,11 @@ def project(
     spec,  # `ModelSpec`
     w: Scope,  # Weights of "all/<block>/c"
     x,  # Wide activations, (N, H, W, expanded)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
 ):  # Thin activations, (N, H, W, filters_out)
     "Narrow: 1x1 convolution and a norm without activation; under Proxy Norm it has a scale but no shift"
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
-    return norm_act(ops, spec, w, x, rng, activation=None)[0]
+    return norm_act(ops, spec, w, x, context, activation=None)[0]
 
 # %% ../nbs/13_mbconv.ipynb #c78d1206
 @functools.singledispatch
@@ -199,11 +199,11 @@ def project_add(
     w: Scope,  # Weights of "all/<block>/c"
     x,  # Wide activations, (N, H, W, expanded)
     shortcut,  # What the block was given, (N, H, W, filters_out)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
 ):  # (N, H, W, filters_out)
     "Narrow, drop the branch of some images in training, and add the shortcut"
-    branch = project(ops, spec, w, x, rng)
-    return shortcut + drop_path(ops, branch, block.drop_path_rate, rng, block.name)
+    branch = project(ops, spec, w, x, context)
+    return shortcut + drop_path(ops, branch, block.drop_path_rate, context, block.name)
 
 # %% ../nbs/13_mbconv.ipynb #a3d783ea
 def mbconv(
@@ -212,12 +212,12 @@ def mbconv(
     block,  # `Block`
     weights: dict,  # Full published name -> array or tensor
     x,  # Thin activations, (N, H, W, filters_in)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
 ):  # (N, H, W, filters_out)
     "Run a block whole, with its residual where the shapes allow"
     scope = lambda part: Scope(weights, f"all/{block.name}/{part}")
-    y = expand(ops, spec, scope("a"), x, rng) if block.expand else x
-    y = spatial(ops, spec, block, scope("b"), scope("SE"), y, rng)
+    y = expand(ops, spec, scope("a"), x, context) if block.expand else x
+    y = spatial(ops, spec, block, scope("b"), scope("SE"), y, context)
     if block.residual:
-        return project_add(ops, spec, block, scope("c"), y, x, rng)
-    return project(ops, spec, scope("c"), y, rng)
+        return project_add(ops, spec, block, scope("c"), y, x, context)
+    return project(ops, spec, scope("c"), y, context)

@@ -40,7 +40,7 @@ class Segment(NamedTuple):
 
     name: str  # "block0", "block1a/b", "block2b", ..., "Top"
     params: Tuple[Param, ...]
-    apply: Callable  # apply(ops, weights, x, rng) -> x; rng is None at inference
+    apply: Callable  # apply(ops, weights, x, context) -> x; context is None at inference
     filters: int  # Channels of its output
     strides: Optional[int] = 1  # Of its convolution; None where height and width are pooled away
 
@@ -161,10 +161,10 @@ def _stem(spec):
         params += (Param("input/scale", (3,), "input_scale", **stored),)
         params += (Param("input/shift", (3,), "input_shift", **stored),)
 
-    def apply(ops, weights, x, rng=None):
+    def apply(ops, weights, x, context=None):
         w = Scope(weights, "all/block0")
         x = normalize_images(ops, spec, weights, x)
-        return expand(ops, spec, w, x, rng, spec.stem_strides)
+        return expand(ops, spec, w, x, context, spec.stem_strides)
 
     return Segment("block0", params, apply, spec.stem_filters, spec.stem_strides)
 
@@ -174,19 +174,19 @@ def features(
     spec,  # `ModelSpec`
     weights: dict,  # Full published name -> array or tensor
     x,  # Activations of the last block, (N, H, W, C)
-    rng=None,  # `Rng` in training
+    context=None,  # `TrainContext` in training
 ):  # (N, H, W, head filters), before pooling
     "Run the head's convolution"
     w = Scope(weights, "all/Top")
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
-    return norm_act(ops, spec, w, x, rng, divide=False)[0]
+    return norm_act(ops, spec, w, x, context, divide=False)[0]
 
 
 def _top(spec):
     params = _kernel("all/Top", (1, 1, blocks(spec)[-1].filters_out, spec.head_filters))
     params += norm_params(spec, "all/Top", spec.head_filters)
     if not spec.num_classes:
-        headless = lambda ops, weights, x, rng=None: features(ops, spec, weights, x, rng)
+        headless = lambda ops, weights, x, context=None: features(ops, spec, weights, x, context)
         return Segment("Top", params, headless, spec.head_filters)
     shape = (spec.head_filters, spec.num_classes)
     params += (
@@ -194,11 +194,11 @@ def _top(spec):
         Param("all/Top/logits/dense/bias", shape[1:], "zeros", decay=True),
     )
 
-    def apply(ops, weights, x, rng=None):
-        x = ops.cast(features(ops, spec, weights, x, rng), "float32")
+    def apply(ops, weights, x, context=None):
+        x = ops.cast(features(ops, spec, weights, x, context), "float32")
         x = ops.pool(x)  # (N, head filters)
-        if rng is not None and spec.dropout_rate:
-            x = x * rng.mask("Top", "dropout", spec.dropout_rate, ops.shape(x))
+        if context is not None and spec.dropout_rate:
+            x = x * context.mask("Top", "dropout", spec.dropout_rate, ops.shape(x))
         w = Scope(weights, "all/Top/logits/dense")
         return ops.matmul(x, ops.cast(w["kernel"], "float32")) + ops.cast(w["bias"], "float32")
 
@@ -209,11 +209,13 @@ def _block_segments(spec, b):
     part_a, part_b, part_c = block_params(spec, b)
     at = lambda weights, part: Scope(weights, f"all/{b.name}/{part}")
     if b.residual:
-        whole = lambda ops, w, x, rng=None: mbconv(ops, spec, b, w, x, rng)
+        whole = lambda ops, w, x, context=None: mbconv(ops, spec, b, w, x, context)
         return [Segment(b.name, part_a + part_b + part_c, whole, b.filters_out)]
-    run_a = lambda ops, w, x, rng=None: expand(ops, spec, at(w, "a"), x, rng)
-    run_b = lambda ops, w, x, rng=None: spatial(ops, spec, b, at(w, "b"), at(w, "SE"), x, rng)
-    run_c = lambda ops, w, x, rng=None: project(ops, spec, at(w, "c"), x, rng)
+    run_a = lambda ops, w, x, context=None: expand(ops, spec, at(w, "a"), x, context)
+    run_b = lambda ops, w, x, context=None: spatial(
+        ops, spec, b, at(w, "b"), at(w, "SE"), x, context
+    )
+    run_c = lambda ops, w, x, context=None: project(ops, spec, at(w, "c"), x, context)
     parts = [Segment(b.name, part_a, run_a, b.expanded)] if b.expand else []
     parts.append(Segment(f"{b.name}/b", part_b, run_b, b.expanded, b.strides))
     return [*parts, Segment(f"{b.name}/c", part_c, run_c, b.filters_out)]
@@ -288,12 +290,12 @@ def run(
     spec: ModelSpec,  # The network
     weights: dict,  # Full name -> array or tensor
     x,  # Images, (N, H, W, 3), 0..255, in the type to compute in
-    rng=None,  # `Rng` in training, None at inference
+    context=None,  # `TrainContext` in training, None at inference
     outputs: Optional[dict] = None,  # Filled with every segment's output, by name, when given
 ):  # Logits, (N, num_classes) float32
     "Run the whole network"
     for segment in segments(spec):
-        x = segment.apply(ops, weights, x, rng)
+        x = segment.apply(ops, weights, x, context)
         if outputs is not None:
             outputs[segment.name] = x
     return x

@@ -14,7 +14,7 @@ import numpy as np
 
 from .config import unknown_name
 from .network import Segment, segments
-from .ops import Rng
+from .ops import TrainContext
 from effnet_repro.recipe import (
     add_weight_decay,
     decay_mask,
@@ -229,9 +229,9 @@ def _programs(ops, stage, loss_of):
     "The forward and the backward program of a stage; `loss_of` is None but for the last one"
 
     def forward(weights, x, targets, counters):
-        rng = Rng(ops, *counters)
+        context = TrainContext(ops, *counters)
         for segment in stage:
-            x = segment.apply(ops, weights, x, rng)
+            x = segment.apply(ops, weights, x, context)
         return x if loss_of is None else loss_of(x, targets)
 
     def backward(weights, x, targets, counters, upstream):

@@ -357,7 +357,7 @@ def pyramid_memory(norm, images, side, small):
     from seeds_at_once import small_network
 
     from effnet_repro.network import params, run, segments
-    from effnet_repro.ops import Rng, get_ops
+    from effnet_repro.ops import TrainContext, get_ops
     from effnet_repro.scaling import ModelSpec
 
     spec, ops = ModelSpec.from_name(f"B0-G16-{norm}", num_classes=0), get_ops("jax")
@@ -367,7 +367,7 @@ def pyramid_memory(norm, images, side, small):
 
     def maps(weights, lateral, x):
         found = {}
-        run(ops, spec, weights, x, Rng(ops), found)
+        run(ops, spec, weights, x, TrainContext(ops), found)
         up = lambda y: jnp.repeat(jnp.repeat(y, 2, 1), 2, 2)
         levels = [found[e] @ k for e, k in zip(ends, lateral)]
         for i in (1, 0):

@@ -45,7 +45,7 @@ OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "o
 # ---- the processes that are measured
 
 
-def _pictures(size, batch):
+def _images(size, batch):
     rng = np.random.default_rng(SEED)
     images = rng.integers(0, 256, (batch, size, size, 3), dtype=np.uint8)
     return images, rng.integers(0, 10, batch).astype("int32")
@@ -98,7 +98,7 @@ def _peer_training(images, labels):
 
 def training(name, size, batch):
     """A function that makes k steps through `model.fit` and gives the seconds of each but the first."""
-    images, labels = _pictures(size, batch)
+    images, labels = _images(size, batch)
     make = _peer_training if name == PEER else lambda *data: _our_training(name, *data)
     model, example = make(images, labels)
     import keras
@@ -141,7 +141,7 @@ def _timed(call, k):
 
 def inference(name, size, batch):
     """A function that classifies k batches, images and logits as NumPy arrays; ours with the proxy folded."""
-    images, _ = _pictures(size, batch)
+    images, _ = _images(size, batch)
     predict = _peer(size).predict_on_batch if name == PEER else _folded(name, size)
     return lambda k: _timed(lambda: predict(images), k)
 
@@ -185,7 +185,7 @@ def timm(name, size, batch):
 
     torch.manual_seed(SEED)
     model = zoo.create_model("efficientnet_b0").to(memory_format=torch.channels_last)
-    images, labels = (torch.from_numpy(a) for a in _pictures(size, batch))
+    images, labels = (torch.from_numpy(a) for a in _images(size, batch))
     x = images.permute(0, 3, 1, 2).float().contiguous(memory_format=torch.channels_last)
     optimizer = torch.optim.RMSprop(model.parameters(), 1e-4)
 

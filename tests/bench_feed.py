@@ -210,7 +210,7 @@ def kernel_differences(count=96, side=160, seed=0):
             part = rectangles if random else device.whole_images(sizes)
             new, corner, mirrored = np.full((count, 2), side), np.zeros((count, 2)), flips
             if not random:
-                windows = [transforms.validation_window(*s, side, how) for s in sizes]
+                windows = [transforms.center_crop_box(*s, side, how) for s in sizes]
                 new, corner = np.array(windows).swapaxes(0, 1)
                 mirrored = np.zeros(count, bool)
             for name, column in zip(("top", "left", "height", "width"), part.T):

@@ -229,7 +229,7 @@ def bench_reader(a, about, log):
     keys = ("reader", "data", "image_size")
     table = Table(a.folder / "gpu_reader.csv", keys, {**about, "cores": os.cpu_count()})
     ways = (
-        ("resized on the host", pages.array_batches, fits, 256),
+        ("resized on the host", pages.numpy_batches, fits, 256),
         ("resized on the host by TensorFlow", by_tensorflow, fits, 2048),
         ("resized on the device", pages.device_batches, lambda dataset: False, 1024),
         ("kept on the device", pages.device_batches, fits, 4096),

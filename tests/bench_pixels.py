@@ -53,7 +53,7 @@ def on_device(images, rectangles, flips, random, side, image_resize):
     part = rectangles if random else device.whole_images(sent.sizes)
     new, corner = np.tile((side, side), (len(part), 1)), np.zeros((len(part), 2))
     if not random:
-        windows = [transforms.validation_window(*size, side, image_resize) for size in sent.sizes]
+        windows = [transforms.center_crop_box(*size, side, image_resize) for size in sent.sizes]
         new, corner = (np.array([w[i] for w in windows]) for i in range(2))
         flips = np.zeros(len(part), bool)
     scale = (part[:, 2:] / new).astype("float32")

@@ -57,7 +57,7 @@ def _case(model, batch, micro=None, size=None):
     return override(case, image_size=size or case.image_size, mixup_alpha=0.0, cutmix_lambda=None)
 
 
-def _pictures(batch, size):
+def _images(batch, size):
     import jax.numpy as jnp
     import numpy as np
 
@@ -73,7 +73,7 @@ def _training_step(model, size, batch):
 
     from effnet_repro.kernels.ops import jax_ops
     from effnet_repro.network import initial_weights, params, segments
-    from effnet_repro.ops import Rng
+    from effnet_repro.ops import TrainContext
     from effnet_repro.recipe import decay_mask, rmsprop_settings, rmsprop_step
     from effnet_repro.scaling import ModelSpec
     from effnet_repro.training import Program, micro_loss
@@ -87,7 +87,7 @@ def _training_step(model, size, batch):
     def update(state, images, labels, i):
         w, squares, momenta = state
         loss, grads = jax.value_and_grad(
-            lambda w: micro_loss(ops, program, w, images, labels, {}, Rng(ops, 0, i, 0))[0]
+            lambda w: micro_loss(ops, program, w, images, labels, {}, TrainContext(ops, 0, i, 0))[0]
         )(w)
         new = {
             n: rmsprop_step(
@@ -121,7 +121,7 @@ def ours(model, size, batch, mode, **_):
 
     if mode == "train":
         step, state = _training_step(model, size, batch)
-        images, labels = _pictures(batch, size)
+        images, labels = _images(batch, size)
         state, count = [state], [0]
 
         def updates(n):
@@ -139,7 +139,7 @@ def ours(model, size, batch, mode, **_):
     from effnet_repro.scaling import ModelSpec
 
     ops, spec = jax_ops(), ModelSpec.from_case(_case(model, batch, size=size))
-    weights, images = initial_weights(spec), _pictures(batch, size)[0]
+    weights, images = initial_weights(spec), _images(batch, size)[0]
     if spec.proxy_norm:
         spec, weights = replace(spec, folded=True), fold_proxies(weights)
     weights = {k: jnp.asarray(v) for k, v in weights.items()}
@@ -161,7 +161,7 @@ def keras_peer(model, size, batch, mode, **_):
     keras.utils.set_random_seed(SEED)
     keras.mixed_precision.set_global_policy("mixed_bfloat16")
     net = getattr(keras.applications, model)(weights=None, input_shape=(size, size, 3))
-    images, labels = _pictures(batch, size)
+    images, labels = _images(batch, size)
     if mode == "infer":
         import jax
 

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from ipu_reference import make_pictures, reference_update  # noqa: E402
+from ipu_reference import make_images, reference_update  # noqa: E402
 from ipu_updates import (  # noqa: E402
     CLASSES,
     EVERYTHING,
@@ -93,7 +93,7 @@ def passes(row):
 def rounding(case, start, wanted):
     "How far the recipe in 16 bits is from the one in float32 after a step: the changes' difference"
     spec, wide = ModelSpec.from_case(case, num_classes=CLASSES), replace(case, precision="32.32")
-    images, labels = (v[0] for v in make_pictures(case, CLASSES))
+    images, labels = (v[0] for v in make_images(case, CLASSES))
     parts = (
         {n: w for n, w in start.items() if n.startswith("slots/") is slots}
         for slots in (False, True)

@@ -18,7 +18,7 @@ from effnet_repro.recipe import (
 MIXING = ("mixup", "cutmix_lambda", "cutmix_centre")
 
 
-def make_pictures(case, num_classes, updates=1, seed=0):
+def make_images(case, num_classes, updates=1, seed=0):
     "Images and labels of some steps, in the order of a global batch"
     rng, n = np.random.default_rng(seed), case.global_batch_size
     size = (updates, n, case.image_size, case.image_size, 3)

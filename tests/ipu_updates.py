@@ -3,7 +3,7 @@
 import ipu_standin
 import numpy as np
 import tensorflow as tf
-from ipu_reference import fresh_slots, make_pictures, reference_update
+from ipu_reference import fresh_slots, make_images, reference_update
 
 from effnet_repro import ipu
 from effnet_repro.config import get_case, override
@@ -68,7 +68,7 @@ def change_differences(got, wanted, start):
 def both(case, updates=1, updates_per_run=1, **how):
     "Steps on the stand-in and by the reference: machine, then (weights and slots, reports) of each, and the start"
     spec, rates = ModelSpec.from_case(case, num_classes=CLASSES), [0.01] * updates_per_run + [0.005]
-    images, labels = make_pictures(case, CLASSES, updates)
+    images, labels = make_images(case, CLASSES, updates)
     weights = initial_weights(spec, seed=1)
     with ipu_standin.install(**how) as machine:
         p = program(case, images, labels, updates_per_run=updates_per_run)

@@ -18,10 +18,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from effnet_repro.data import array_batches, open_data, validation_arrays
+from effnet_repro.data import numpy_batches, open_data, validation_arrays
 from effnet_repro.mbconv import BATCH_NORM_MOMENTUM
 from effnet_repro.network import initial_weights, params, run
-from effnet_repro.ops import JAXOps, Rng
+from effnet_repro.ops import JAXOps, TrainContext
 from effnet_repro.recipe import cross_entropy, decay_mask, sgd_step
 from effnet_repro.scaling import ModelSpec, same_padding
 
@@ -85,7 +85,7 @@ def read_images(data_dir, size: int, most: int = 10**6) -> Images:
     data, side, half = open_data(data_dir, verbose=False), size + MARGIN, MARGIN // 2
     how = dict(image_resize="modern")
     count = min(data.train_count, most)
-    train, labels = next(array_batches(data, side, count, preprocessing="validation", **how))
+    train, labels = next(numpy_batches(data, side, count, preprocessing="validation", **how))
     found = [(x[m > 0], y[m > 0]) for x, y, m in validation_arrays(data, side, 250, **how)]
     test, test_labels = (np.concatenate(part)[:most] for part in zip(*found))
     test = test[:, half:-half, half:-half]
@@ -145,10 +145,10 @@ class Seeds:
 
     def losses(self, weights, x, labels):
         """Return each image's loss, (n,), and the statistics that batch norm saw."""
-        rng = Rng(self.ops)
-        logits = run(self.ops, self.spec, weights, x, rng)
+        context = TrainContext(self.ops)
+        logits = run(self.ops, self.spec, weights, x, context)
         soft = self.ops.one_hot(labels, self.spec.num_classes)
-        return cross_entropy(self.ops, logits, soft, SMOOTHING, "all"), rng.statistics
+        return cross_entropy(self.ops, logits, soft, SMOOTHING, "all"), context.statistics
 
     def seen(self, weights, statistics):
         """Return the batch's own mean and variance from the moving averages that a layer reports."""

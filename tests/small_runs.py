@@ -106,21 +106,23 @@ class Ours:
         thread.join() if thread else None
 
     def _step(self, state, batch, numbers):
-        rng = self.steps.Rng
+        context = self.steps.TrainContext
 
-        class Scaled(rng):
+        class Scaled(context):
             "Masks of the seed and the stochastic depth that are arguments"
 
             def mask(self, segment, kind, rate, shape):
                 factor = numbers["drop_path"] / 0.5 if kind == "drop_path" else 1.0
                 return super().mask(segment, kind, rate * factor, shape)
 
-        self.steps.Rng = lambda ops, seed, *more, **how: Scaled(ops, numbers["seed"], *more, **how)
+        self.steps.TrainContext = lambda ops, seed, *more, **how: Scaled(
+            ops, numbers["seed"], *more, **how
+        )
         self.model.optimizer.weight_decay = numbers["weight_decay"]
         try:
             return self.model.train_step(state, (batch,))
         finally:
-            self.steps.Rng = rng
+            self.steps.TrainContext = context
 
     def _images(self, stream):
         "Training steps with images; those of a resident set are cut by a program of their own, for any number of them"

@@ -235,15 +235,17 @@ def test_every_network_builds_counts_and_learns(name):
 
 def _alive(spec, program):
     """Segments whose residual branch was not dropped for both images."""
-    from effnet_repro.ops import Rng, get_ops
+    from effnet_repro.ops import TrainContext, get_ops
     from effnet_repro.scaling import blocks
 
     ops = get_ops("tensorflow")
-    rng = Rng(ops, program.seed, 0, 0)
+    context = TrainContext(ops, program.seed, 0, 0)
     gone = set()
     for b in blocks(spec):
         if b.residual and b.drop_path_rate:
-            if not np.asarray(rng.mask(b.name, "drop_path", b.drop_path_rate, (2, 1, 1, 1))).any():
+            if not np.asarray(
+                context.mask(b.name, "drop_path", b.drop_path_rate, (2, 1, 1, 1))
+            ).any():
                 gone.add(b.name)
     return set(program.trained) - gone
 

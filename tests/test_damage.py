@@ -105,7 +105,7 @@ def test_images_that_a_disk_does_not_give_are_named_or_left_out(broken_set, tmp_
 def test_damaged_pictures_are_refused_by_name(broken_set):
     data = d.open_data(broken_set, verbose=False)
     with pytest.raises(ValueError, match="It is image .* at byte .*on_corrupt='skip'") as error:
-        next(d.array_batches(data, 16, 18))
+        next(d.numpy_batches(data, 16, 18))
     one_line(error)
     with pytest.raises(ValueError, match="validation split.*on_corrupt='skip'") as error:
         list(d.validation_arrays(data, 16, 18))
@@ -149,7 +149,7 @@ def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys
     one_line(error)
     good = replace(good, decoder="simplejpeg")
     (ours,) = next(stream.updates(case, good, 2, 4))
-    theirs = next(d.array_batches(good, 32, 5, seed=2, first_update=4))
+    theirs = next(d.numpy_batches(good, 32, 5, seed=2, first_update=4))
     np.testing.assert_array_equal(ours["images"], theirs[0])
 
 

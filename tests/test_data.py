@@ -115,7 +115,7 @@ def test_refusals(tmp_path, sample):
     with pytest.raises(ValueError, match="Did you mean 'validation'"):
         d.training_batches(sample, 32, 8, preprocessing="valid")
     with pytest.raises(ValueError, match="area_min=0"):
-        d.array_batches(sample, 32, 8, area_min=0)
+        d.numpy_batches(sample, 32, 8, area_min=0)
     with pytest.raises(ValueError, match=r"shard=\(0, 3\)"):
         d.training_batches(sample, 32, 8, shard=(0, 3))
     with pytest.raises(ValueError, match="Unknown split"):

@@ -87,7 +87,7 @@ def test_tensorflow_trains_on_images_of_other_decoders(sample, decoder, capsys):
     ours = next(iter(stream.updates(case, data, 2, 4)))
     how = dict(seed=2, first_update=4, area_min=case.crop_area_min)
     images, labels = next(
-        d.array_batches(data, case.image_size, 5, image_resize=case.image_resize, **how)
+        d.numpy_batches(data, case.image_size, 5, image_resize=case.image_resize, **how)
     )
     np.testing.assert_array_equal(ours["images"], images)
     np.testing.assert_array_equal(ours["labels"], labels)
@@ -100,16 +100,16 @@ def test_tensorflow_trains_on_images_of_other_decoders(sample, decoder, capsys):
 def test_what_a_published_run_is_told(tmp_path, monkeypatch, capsys):
     write(tmp_path, "train", [record(encode(picture(60, 60)))])
     data = d.open_data(tmp_path, verbose=False)
-    next(d.array_batches(replace(data, decoder="simplejpeg"), 32, 1))
+    next(d.numpy_batches(replace(data, decoder="simplejpeg"), 32, 1))
     assert capsys.readouterr().out == ""
     fast, accurate = (
-        next(d.array_batches(replace(data, decoder=name), 32, 1))[0].astype(int)
+        next(d.numpy_batches(replace(data, decoder=name), 32, 1))[0].astype(int)
         for name in ("simplejpeg", "pillow")
     )
     assert "accurate DCT" in capsys.readouterr().out and 0 < abs(fast - accurate).mean() < 3
     write(tmp_path / "b", "train", [record(bmp(1))])
     no_jpeg = replace(d.open_data(tmp_path / "b", verbose=False), decoder="pillow")
-    next(d.array_batches(no_jpeg, 8, 1, image_resize="modern"))
+    next(d.numpy_batches(no_jpeg, 8, 1, image_resize="modern"))
     assert capsys.readouterr().out == ""
 
 

@@ -33,8 +33,8 @@ def test_published_weights_through_keras(name):
     model = build_model(parity_vectors.spec_of(vector), image_size=vector["image_size"])
     variables = parity_vectors.published_variables(vector)
     load_published(model, variables)
-    pictures = parity_vectors.pictures_of(vector)
-    assert relative_error(model.predict(pictures, verbose=0), logits) < 1e-4
+    images = parity_vectors.pictures_of(vector)
+    assert relative_error(model.predict(images, verbose=0), logits) < 1e-4
     back = to_published(model)
     assert list(back) == list(variables)
     for key, value in variables.items():
@@ -42,7 +42,7 @@ def test_published_weights_through_keras(name):
             value, back[key] = value[[0, 1, 4, 5]], back[key][[0, 1, 4, 5]]
         test_allclose(back[key], value, rtol=0, msg=key)
     if vector["proxy_norm"]:
-        assert relative_error(fold(model).predict(pictures, verbose=0), logits) < 1e-4
+        assert relative_error(fold(model).predict(images, verbose=0), logits) < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -57,8 +57,8 @@ def test_equals_keras_applications(size):
     keras_models.scatter(theirs, rng)
     ours = build_model(f"{size}-G1-BN", image_size=64, num_classes=7, input_norm="keras")
     load_keras_applications(ours, theirs)
-    pictures = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32")
-    assert relative_error(ours(pictures), theirs(pictures)) < 1e-4
+    images = rng.uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    assert relative_error(ours(images), theirs(images)) < 1e-4
     assert ours.count_params() == sum(v.numpy().size for v in theirs.weights) - _bookkeeping(theirs)
 
 
@@ -81,10 +81,10 @@ def test_keras_weights_from_a_file(tmp_path):
     theirs.save_weights(path)
     ours = build_model("B0-G1-BN", image_size=64, input_norm="keras")
     load_keras_applications(ours, str(path))
-    pictures = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
-    x = (pictures / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
+    images = np.random.default_rng(0).uniform(0, 255, (2, 64, 64, 3)).astype("float32")
+    x = (images / 255 - [0.485, 0.456, 0.406]) / [0.229, 0.224, 0.225]
     body = keras.Model(theirs.get_layer("stem_conv_pad").input, theirs.output)
-    assert relative_error(ours(pictures), body(x.astype("float32"))) < 1e-4
+    assert relative_error(ours(images), body(x.astype("float32"))) < 1e-4
 
 
 def test_a_source_without_our_classes_leaves_our_classifier(capsys):
@@ -135,8 +135,8 @@ def test_layers_and_models_on_jax(tmp_path):
     for layer, kwargs in ((GroupConv2D, {}), (ProxyNormAct, {}), (MBConv, dict(filters=16))):
         theirs = np.load(tmp_path / f"{layer.__name__}.npy")
         assert relative_error(layer(**kwargs)(x), theirs) < 1e-5, layer.__name__
-    pictures = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
-    ours = build_model("CIFAR-G16-LN_PN", num_classes=10).predict(pictures, verbose=0)
+    images = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    ours = build_model("CIFAR-G16-LN_PN", num_classes=10).predict(images, verbose=0)
     assert relative_error(ours, np.load(tmp_path / "model.npy")) < 1e-4
 
 

@@ -149,14 +149,14 @@ def test_names_of_classes_are_no_mathematics(tmp_path):
     import matplotlib.pyplot as plt
     import numpy as np
 
-    from effnet_repro.data import plot_pictures
+    from effnet_repro.data import plot_images
     from effnet_repro.runs import Scores, plot_confusion
 
     names = ["$\\frac$", "caf\udce9", "a_b^c", "$"]
     scores = Scores(1.0, 1.0, 0.0, 4, 32, 1.0, np.eye(4, dtype=int))
     ax = plot_confusion(scores, names)
     ax.figure.savefig(tmp_path / "a.png")
-    axes = plot_pictures(np.zeros((4, 8, 8, 3), "uint8"), names)
+    axes = plot_images(np.zeros((4, 8, 8, 3), "uint8"), names)
     axes[0, 0].figure.savefig(tmp_path / "b.png")
     plt.close("all")
 
@@ -196,7 +196,7 @@ def test_a_folder_that_cannot_be_opened_is_written_all_the_same(tmp_path, monkey
         return opened(path, *how, **named)
 
     monkeypatch.setattr(os, "open", refuse)
-    assert checkpoint.write_file(tmp_path / "a" / "b", b"whole").read_bytes() == b"whole"
+    assert checkpoint.atomic_write(tmp_path / "a" / "b", b"whole").read_bytes() == b"whole"
 
 
 GONE = {

@@ -66,7 +66,7 @@ def test_what_tensorflow_cannot_name_is_told_before_anything_is_computed(tmp_pat
 def _calls():
     "Everything that takes a path: name -> a call with that path"
     from effnet_repro.averaging import load_weights
-    from effnet_repro.checkpoint import latest, load, load_metadata, newest_file, write_file
+    from effnet_repro.checkpoint import atomic_write, latest, load, load_metadata, newest_file
     from effnet_repro.config import load_cases
     from effnet_repro.convert import convert
     from effnet_repro.data.files import find_images
@@ -92,7 +92,7 @@ def _calls():
         "newest_file": newest_file,
         "latest": latest,
         "load_weights": load_weights,
-        "write_file": lambda p: write_file(p, b""),
+        "atomic_write": lambda p: atomic_write(p, b""),
         "write_json": lambda p: write_json(p, {}),
         "lock_folder": lock,
         "read_metrics": read_metrics,
@@ -113,7 +113,7 @@ def test_every_function_refuses_a_place_elsewhere(tmp_path, monkeypatch, name):
     assert os.listdir(tmp_path) == []  # no folder called "gs:"
 
 
-@pytest.mark.parametrize("name", ["write_file", "lock_folder", "resolve_training"])
+@pytest.mark.parametrize("name", ["atomic_write", "lock_folder", "resolve_training"])
 def test_every_function_knows_the_home_folder(tmp_path, monkeypatch, name):
     home = tmp_path / "home"
     home.mkdir()

@@ -8,7 +8,7 @@ import pytest
 tf = pytest.importorskip("tensorflow")
 
 import ipu_standin  # noqa: E402
-from ipu_reference import make_pictures  # noqa: E402
+from ipu_reference import make_images  # noqa: E402
 from ipu_updates import (  # noqa: E402
     CLASSES,
     check_updates,
@@ -55,7 +55,7 @@ def test_gradient_descent_and_group_norm_on_the_oldest_sdk(short):
 
 def test_every_sdk_builds_the_program(short):
     case = short(num_replicas=1, global_batch_size=8, stochastic_rounding=True)
-    images, labels = make_pictures(case, CLASSES)
+    images, labels = make_images(case, CLASSES)
     for sdk in ("2.4", "2.5", "3.4"):
         with ipu_standin.install(sdk, shallow=True) as machine:
             program(case, images, labels)
@@ -67,7 +67,7 @@ def test_every_sdk_builds_the_program(short):
 def test_mistakes_that_ours_does_not_make(short, monkeypatch):
     "What the real interface accepts in silence"
     case = short(precision="16.32")
-    images, labels = make_pictures(case, CLASSES)
+    images, labels = make_images(case, CLASSES)
     with ipu_standin.install(shallow=True) as machine:
         p = program(case, images, labels)
         (made,) = machine.calls["pipeline"]
@@ -93,7 +93,7 @@ def test_sixteen_bit_weights_keep_float32_copies(short):
     case = short(
         precision="16.16", offload_fp32_weight_copy=True, disable_variable_offloading=False
     )
-    images, labels = make_pictures(case, CLASSES)
+    images, labels = make_images(case, CLASSES)
     spec = ModelSpec.from_case(case, num_classes=CLASSES)
     weights = initial_weights(spec)
     with ipu_standin.install(execute=False) as machine:
@@ -114,7 +114,7 @@ def test_sixteen_bit_weights_keep_float32_copies(short):
 
 def test_poprun_equals_one_process(short):
     case = short(mixup_alpha=0.2, micro_batch_size=2)
-    images, labels = make_pictures(case, CLASSES)
+    images, labels = make_images(case, CLASSES)
     weights = initial_weights(ModelSpec.from_case(case, num_classes=CLASSES))
     with ipu_standin.install():
         p = program(case, images, labels)
@@ -151,7 +151,7 @@ def test_batch_norm_is_refused(short):
     with ipu_standin.install(shallow=True):
         case = short(norm="BN")
         with pytest.raises(ValueError, match="Batch norm cannot be trained in a pipeline"):
-            program(case, *make_pictures(case, CLASSES))
+            program(case, *make_images(case, CLASSES))
 
 
 def test_a_rate_of_the_body_is_for_keras():

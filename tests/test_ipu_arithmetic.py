@@ -12,7 +12,7 @@ from ipu_reference import (  # noqa: E402
     fresh_slots,
     full_gradient,
     half_statistics,
-    make_pictures,
+    make_images,
     reference_gradients,
     reference_step,
 )
@@ -81,7 +81,7 @@ def test_the_comparison_notices(short):
     "Each part of the recipe, changed on one side only, is seen in weights, slots or loss"
     case = short(**EVERYTHING, **PLAIN_SLOTS, weight_decay=1e-3)
     spec = ModelSpec.from_case(case, num_classes=CLASSES)
-    images, labels = (v[0] for v in make_pictures(case, CLASSES))
+    images, labels = (v[0] for v in make_images(case, CLASSES))
     weights, slots = initial_weights(spec, seed=1), fresh_slots(case, spec)
     start, known = {**weights, **slots}, reference_gradients(case, spec, weights, images, labels)
 

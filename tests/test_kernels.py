@@ -142,7 +142,7 @@ BLOCKS = [
 def test_a_block_is_the_same_through_the_kernels(norm, training, group_size, kind, tolerance):
     from effnet_repro.mbconv import mbconv
     from effnet_repro.network import block_params, initial_value
-    from effnet_repro.ops import Rng
+    from effnet_repro.ops import TrainContext
     from effnet_repro.scaling import Block, ModelSpec
 
     groups = 1 if norm == "LN_PN" else 4
@@ -153,9 +153,9 @@ def test_a_block_is_the_same_through_the_kernels(norm, training, group_size, kin
     weights = {p.name: initial_value(p, rng) + 0.1 * rng.normal(size=p.shape) for p in table}
     weights = {n: w.astype("float32") for n, w in weights.items()}
     x = get_ops("jax").const(rng.normal(size=(3, 6, 6, 16)), kind)
-    rng = Rng(get_ops("jax"), 3) if training else None
+    context = TrainContext(get_ops("jax"), 3) if training else None
     plain, own = (
-        mbconv(ops, spec, block, weights, x, rng) for ops in (get_ops("jax"), gpu_ops.GPUOps())
+        mbconv(ops, spec, block, weights, x, context) for ops in (get_ops("jax"), gpu_ops.GPUOps())
     )
     assert relative_error(own, plain) < tolerance
 

@@ -9,7 +9,7 @@ from effnet_repro.config import override
 from effnet_repro.data import open_data
 from effnet_repro.efficientnet import current_ops
 from effnet_repro.network import initial_weights, run
-from effnet_repro.ops import Rng
+from effnet_repro.ops import TrainContext
 from effnet_repro.scaling import ModelSpec
 
 
@@ -49,7 +49,7 @@ def test_batch_norm_sees_as_many_images_as_it_is_told():
     ops, weights = current_ops(), initial_weights(spec, 0)
     weights = {n: ops.asarray(w) for n, w in weights.items()}
     images = np.random.default_rng(0).uniform(0, 255, (4, 32, 32, 3)).astype("float32")
-    rng = lambda images: Rng(ops, norm_batch=images)
+    rng = lambda images: TrainContext(ops, norm_batch=images)
     logits = lambda x, n: np.asarray(run(ops, spec, weights, ops.asarray(x), rng(n)))
     by_two = logits(images, 2)
     np.testing.assert_allclose(by_two[:2], logits(images[:2], None), rtol=1e-3, atol=1e-4)

@@ -10,7 +10,7 @@ from effnet_repro.config import for_one_device, get_case, override
 from effnet_repro.data import open_data
 from effnet_repro.efficientnet import build_model, current_ops, get_weights
 from effnet_repro.network import segments
-from effnet_repro.ops import Rng
+from effnet_repro.ops import TrainContext
 from effnet_repro.runs.resume import refuse_other_case
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training import Program, TrainingModel, updates
@@ -62,7 +62,8 @@ def masks(program, kind, shape):
     "The masks of a training step, micro-batch after micro-batch"
     m = program.case.micro_batch_size
     rngs = [
-        Rng(current_ops(), program.seed, 4, i, batch=program.mask_batch) for i in range(WHOLE // m)
+        TrainContext(current_ops(), program.seed, 4, i, batch=program.mask_batch)
+        for i in range(WHOLE // m)
     ]
     return np.concatenate([np.asarray(r.mask("block2b", kind, 0.2, (m, *shape))) for r in rngs])
 
@@ -111,7 +112,7 @@ def test_earlier_draws_follow_the_micro_batch():
     assert [c.mix_groups for c in cases] == [(4, 24), (2, 48)]
     one, other = (masks(program_of(c), "dropout", (7,)) for c in cases)
     assert (one[24:] == other[24:]).mean() < 0.9
-    old = Rng(current_ops(), 3, 4, 1).mask("block2b", "dropout", 0.2, (24, 7))
+    old = TrainContext(current_ops(), 3, 4, 1).mask("block2b", "dropout", 0.2, (24, 7))
     np.testing.assert_array_equal(one[24:48], np.asarray(old))
 
 

@@ -9,18 +9,18 @@ import pytest
 
 from effnet_repro import mbconv, scaling
 from effnet_repro.network import initial_weights, params, run, segments
-from effnet_repro.ops import NumpyOps, Rng, get_ops
+from effnet_repro.ops import NumpyOps, TrainContext, get_ops
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error, test_allclose
 
 
-def _forward(ops, spec, weights, pictures, labels, outputs, rng=None):
-    logits = run(ops, spec, weights, pictures, rng, outputs)
+def _forward(ops, spec, weights, images, labels, outputs, context=None):
+    logits = run(ops, spec, weights, images, context, outputs)
     picked = ops.one_hot(ops.asarray(np.asarray(labels, "int32")), spec.num_classes)
     return logits, -ops.mean(ops.sum(ops.log_softmax(logits) * picked, -1))
 
 
-def _with_gradients(name, spec, weights, pictures, labels, rng=None):
+def _with_gradients(name, spec, weights, images, labels, context=None):
     """Logits, loss, gradients by name and segment outputs, on one backend."""
     ops, outputs = get_ops(name), {}
     trainable = [p.name for p in params(spec) if p.trainable]
@@ -30,7 +30,7 @@ def _with_gradients(name, spec, weights, pictures, labels, rng=None):
         with tf.GradientTape() as tape:
             for k in trainable:
                 tape.watch(w[k])
-            logits, loss = _forward(ops, spec, w, tf.constant(pictures), labels, outputs, rng)
+            logits, loss = _forward(ops, spec, w, tf.constant(images), labels, outputs, context)
         gradients = tape.gradient(loss, [w[k] for k in trainable])
     else:
         import jax
@@ -38,7 +38,7 @@ def _with_gradients(name, spec, weights, pictures, labels, rng=None):
         def loss_of(values):
             outputs.clear()
             w = {**weights, **dict(zip(trainable, values))}
-            logits, loss = _forward(ops, spec, w, ops.asarray(pictures), labels, outputs, rng)
+            logits, loss = _forward(ops, spec, w, ops.asarray(images), labels, outputs, context)
             return loss, (logits, dict(outputs))
 
         grad = jax.jit(jax.value_and_grad(loss_of, has_aux=True))
@@ -79,7 +79,7 @@ def test_back_ends_agree_on_a_whole_network():
     """Logits, every gradient and every segment of a proxy-normalised network, with the same masks."""
     spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10)
     weights = initial_weights(spec, seed=3)
-    pictures = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 
     class Masks:
         statistics = {}
@@ -91,7 +91,7 @@ def test_back_ends_agree_on_a_whole_network():
             )
 
     runs = [
-        _with_gradients(b, spec, weights, pictures, [1, 3], Masks()) for b in ("tensorflow", "jax")
+        _with_gradients(b, spec, weights, images, [1, 3], Masks()) for b in ("tensorflow", "jax")
     ]
     (logits, loss, gradients, outputs), (logits2, loss2, gradients2, outputs2) = runs
     assert relative_error(logits, logits2) < 1e-4 and abs(loss - loss2) < 1e-4
@@ -108,14 +108,14 @@ def test_batch_norm_reports_moving_averages():
     weights = initial_weights(spec)
     ops = get_ops("numpy")
     x = np.random.default_rng(0).standard_normal((4, 32, 32, 3)).astype("float32")
-    rng = Rng(ops, seed=0)
-    run(ops, spec, weights, x, rng)
+    context = TrainContext(ops, seed=0)
+    run(ops, spec, weights, x, context)
     moving = {p.name for p in params(spec) if not p.trainable}
-    assert set(rng.statistics) == moving and moving
+    assert set(context.statistics) == moving and moving
     y = ops.conv(x, weights["all/block0/conv/conv2d/kernel"], 1)
-    got = rng.statistics["all/block0/batch_norm/moving_mean"]
+    got = context.statistics["all/block0/batch_norm/moving_mean"]
     test_allclose(got, 0.03 * y.mean((0, 1, 2)), rtol=1e-4, atol=1e-6)
-    got = rng.statistics["all/block0/batch_norm/moving_variance"]
+    got = context.statistics["all/block0/batch_norm/moving_variance"]
     test_allclose(got, 0.97 + 0.03 * y.var((0, 1, 2)), rtol=1e-4)
 
 
@@ -125,8 +125,8 @@ def test_masks_change_training_only():
     x = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
     plain = run(ops, spec, weights, x)
     test_allclose(run(ops, spec, weights, x), plain, rtol=0)
-    trained = run(ops, spec, weights, x, Rng(ops, seed=1))
-    test_allclose(run(ops, spec, weights, x, Rng(ops, seed=1)), trained, rtol=0)
+    trained = run(ops, spec, weights, x, TrainContext(ops, seed=1))
+    test_allclose(run(ops, spec, weights, x, TrainContext(ops, seed=1)), trained, rtol=0)
     assert relative_error(trained, plain) > 1e-2
 
 

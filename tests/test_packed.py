@@ -100,7 +100,7 @@ def test_scaled_crops_stay_inside():
 @pytest.mark.parametrize("reader", ["numpy", "tensorflow", "jax"])
 def test_readers_agree_on_packed_sets(made, reader):
     how = dict(seed=1, image_resize="modern")
-    theirs = islice(d.array_batches(made, 24, 5, **how), 3)
+    theirs = islice(d.numpy_batches(made, 24, 5, **how), 3)
     ours = d.training_batches(made, 24, 5, reader=reader, **how)
     for (a, b), (c, e) in zip(ours, theirs):
         difference = np.abs(np.asarray(a).astype(int) - c)

@@ -74,7 +74,7 @@ def test_a_picture_that_cannot_be_decoded(tmp_path):
     write(tmp_path, "train", [record(b"GIF89a but no more"), record(encode(picture())[:200])])
     found = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*at byte .*train-"):
-        next(d.array_batches(found, 16, 2))
+        next(d.numpy_batches(found, 16, 2))
     with pytest.raises(tf.errors.InvalidArgumentError, match="can be decoded.*at byte .*train-"):
         next(iter(d.training_batches(found, 16, 2)))
 
@@ -82,7 +82,7 @@ def test_a_picture_that_cannot_be_decoded(tmp_path):
 @pytest.mark.parametrize("image_resize", RESIZES)
 def test_both_readers_agree_on_training(zoo, image_resize):
     request = dict(image_size=40, global_batch_size=len(KINDS), seed=4, image_resize=image_resize)
-    streams = d.training_batches(zoo, **request), d.array_batches(zoo, **request)
+    streams = d.training_batches(zoo, **request), d.numpy_batches(zoo, **request)
     for theirs, ours in islice(zip(*streams), 4):
         np.testing.assert_array_equal(theirs[1].numpy(), ours[1])
         difference = np.abs(theirs[0].numpy().astype(int) - ours[0])
@@ -95,7 +95,7 @@ def test_fine_tuning_sees_the_validation_crop(sample, image_resize):
     request = dict(image_size=32, global_batch_size=16, preprocessing="validation", seed=2)
     request["image_resize"] = image_resize
     images, labels = next(iter(d.training_batches(sample, **request)))
-    same, same_labels = next(d.array_batches(sample, **request))
+    same, same_labels = next(d.numpy_batches(sample, **request))
     check_close(images, same, rtol=0, atol=1)
     every, _ = d.load_arrays(sample, "train", 32, image_resize)
     np.testing.assert_array_equal(same, every[d.epoch_order(sample.train_count, 2, 0)[:16]])
@@ -150,7 +150,7 @@ def test_jpegs_of_published_cases_are_decoded_fast(sample, tmp_path, monkeypatch
         images, _ = d.load_arrays(sample, "validation", 32, how)
         assert np.array_equal(images, kept[how]) == (how == "modern")
     assert capsys.readouterr().out.count("accurate DCT") == 1
-    next(d.array_batches(sample, 16, 8, image_resize="modern"))
+    next(d.numpy_batches(sample, 16, 8, image_resize="modern"))
     d.load_arrays(d.open_data(folders(tmp_path, FOLDERS), verbose=False), "train", 8)  # no JPEGs
     assert capsys.readouterr().out == ""
 
@@ -172,7 +172,7 @@ import sys
 sys.modules["tensorflow"] = sys.modules["keras"] = sys.modules["jax"] = None
 from effnet_repro.data import *
 data = open_data(verbose=False)
-images, labels = next(array_batches(data, 32, 8))
+images, labels = next(numpy_batches(data, 32, 8))
 assert images.shape == (8, 32, 32, 3) and labels.dtype == "int32"
 assert sum(mask.sum() for _, _, mask in validation_arrays(data, 16, 128)) == 300
 print("fine")
@@ -183,7 +183,7 @@ print("fine")
 
 
 def test_an_abandoned_stream_stops(sample):
-    stream = d.array_batches(sample, 16, 8)
+    stream = d.numpy_batches(sample, 16, 8)
     next(stream)
     stream.close()
     with pytest.raises(StopIteration):

@@ -90,7 +90,7 @@ MEANT = {
     "draw_mixing": "augment.html#draw_mixing",
     "epoch_path": "checkpoint.html#epoch_path",
     "get_ops": "ops.html#get_ops",
-    "Rng": "ops.html#rng",
+    "TrainContext": "ops.html#traincontext",
     "fused_norm": "fused_norm.html#fused_norm",
     "grouped_conv": "gpu_conv.html#grouped_conv",
     "draw_crops": "transforms.html#draw_crops",

@@ -113,9 +113,9 @@ def test_a_job_travels_with_its_arrays_beside_it():
 def test_processes_and_threads_make_the_same_batches(sample, processes, monkeypatch, random):
     request = dict(image_size=24, global_batch_size=20, seed=3, first_update=58)
     request["preprocessing"] = random
-    made = list(islice(d.array_batches(sample, **request), 4))  # from one epoch into the next
+    made = list(islice(d.numpy_batches(sample, **request), 4))  # from one epoch into the next
     monkeypatch.setattr(numpy_reader, "pays_processes", lambda images: False)
-    for ours, theirs in zip(made, d.array_batches(sample, **request)):
+    for ours, theirs in zip(made, d.numpy_batches(sample, **request)):
         for a, b in zip(ours, theirs):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
@@ -156,7 +156,7 @@ def test_a_damaged_image_is_named_by_processes(tmp_path, processes):
     write(tmp_path, "train", [record(encode(picture())), record(encode(picture())[:200])])
     found = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*image 1 of the train split, at byte"):
-        next(d.array_batches(found, 16, 2))
+        next(d.numpy_batches(found, 16, 2))
 
 
 def test_few_images_are_left_to_threads(monkeypatch):

@@ -259,7 +259,7 @@ def one_update(optimizer="rmsprop"):
     data = open_data(verbose=False)
     batch = next(iter(stream(case, data, 0)))
     batch = batch[0] if isinstance(batch, tuple) else batch
-    batch = {**{k: np.asarray(v) for k, v in batch.items()}, "images": _pictures()}
+    batch = {**{k: np.asarray(v) for k, v in batch.items()}, "images": _images()}
     with use_devices(case):
         arrays = _after_one_update(case, batch)
     rest = ("mixup", "cutmix_lambda", "cutmix_centre", "labels", "update", "learning_rate")
@@ -298,7 +298,7 @@ def _after_one_update(case, batch):
     return {**arrays, "said": said}
 
 
-def _pictures():
+def _images():
     return np.random.default_rng(0).integers(0, 256, (8, 32, 32, 3)).astype("uint8")
 
 
@@ -424,5 +424,5 @@ def test_logits_do_not_depend_on_the_neighbours(whole):
 
     arrays, _, _ = load_weights(whole.run_dir, "last")
     predict = predictor(ModelSpec.from_case(whole.case, num_classes=10), arrays)
-    pictures = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
-    assert relative_error(predict(pictures)[:1], predict(pictures[:1])) < 1e-5
+    images = np.random.default_rng(0).integers(0, 256, (4, 32, 32, 3)).astype("uint8")
+    assert relative_error(predict(images)[:1], predict(images[:1])) < 1e-5

@@ -223,7 +223,7 @@ def test_published_window_is_computed_in_float32(height, width, image_size):
     ratio = tf.cast(int(image_size * 256 / 224), tf.float32) / short
     new = [int(tf.cast(tf.cast(side, tf.float32) * ratio, tf.int32)) for side in (height, width)]
     corner = [(side - image_size) // 2 for side in new]
-    assert d.validation_window(height, width, image_size) == (tuple(new), tuple(corner))
+    assert d.center_crop_box(height, width, image_size) == (tuple(new), tuple(corner))
     size, at = tf_reader._window(tf.constant([height, width, 3]), image_size, "published")
     assert (list(size.numpy()), [int(a) for a in at]) == (new, corner)
 
@@ -256,5 +256,5 @@ def test_modern_resize_is_todays():
         image = picture(*old, i)
         theirs = np.rint(tf.image.resize(image, new).numpy()).astype(np.uint8)
         np.testing.assert_array_equal(d.resize(image, new, image_resize="modern"), theirs)
-    assert d.validation_window(332, 500, 224, "modern") == ((256, 386), (16, 81))
+    assert d.center_crop_box(332, 500, 224, "modern") == ((256, 386), (16, 81))
     assert transforms.ASPECTS["modern"] == (3 / 4, 4 / 3)

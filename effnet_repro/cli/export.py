@@ -65,9 +65,9 @@ def export_command(args):
         options["class_names"] = read_lines(args.class_names)
     set_backend(args)
     from effnet_repro.export import export
-    from effnet_repro.runs.environment import quiet_stderr
+    from effnet_repro.runs.environment import suppress_stderr
 
-    quiet = contextlib.nullcontext if args.debug else quiet_stderr
+    quiet = contextlib.nullcontext if args.debug else suppress_stderr
     try:
         with quiet():
             done = export(

@@ -23,7 +23,7 @@ from effnet_repro.distributed import has_joined, here, is_child
 from effnet_repro.ipu import has_graphcore_wheel
 from effnet_repro.messages import say
 from effnet_repro.outside import read_json
-from effnet_repro.runs import Options, Reading, check_run, notes_on, quiet_stderr, read_case
+from effnet_repro.runs import Options, Reading, check_run, notes_on, read_case, suppress_stderr
 
 BACKENDS = ("tensorflow", "jax")
 
@@ -360,7 +360,7 @@ def start_keras(args):
             )
         )
     set_backend(args)
-    quiet = contextlib.nullcontext if args.debug else quiet_stderr
+    quiet = contextlib.nullcontext if args.debug else suppress_stderr
     with quiet(), _hidden("sklearn", "pandas", "matplotlib", "matplotlib.pyplot"):
         from effnet_repro.training import configure, device_name
     configure()

@@ -4,7 +4,7 @@ import argparse
 import io
 import json
 
-from effnet_repro.checkpoint import write_file
+from effnet_repro.checkpoint import atomic_write
 from effnet_repro.cli.fields import check_given, config_arguments, named_case
 from effnet_repro.cli.kit import (
     UsageError,
@@ -131,7 +131,7 @@ def _draw_plans(found, path):
             plot_plan(p, pair)
             pair[0].set_ylabel(f"{name}\n{pair[0].get_ylabel()}")
         figure.savefig(image, format=path.rpartition(".")[2].lower())
-    write_file(path, image.getvalue())
+    atomic_write(path, image.getvalue())
 
 
 def _on_gpus(args):

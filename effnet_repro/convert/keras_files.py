@@ -15,7 +15,7 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from effnet_repro.checkpoint import explain_writing, write_file
+from effnet_repro.checkpoint import atomic_write, explain_writing
 from effnet_repro.config import case_to_dict, list_some
 from effnet_repro.convert.recognize import case_for
 from effnet_repro.convert.weights import CASE_KEY, Found, case_in, names_in, needed, object_in
@@ -199,5 +199,5 @@ def write_keras(path, weights):
         file = Path(folder) / ("model.keras" if whole else "model.weights.h5")
         model.save(str(file)) if whole else model.save_weights(str(file))
         _put_case(file, weights)
-        write_file(path, file.read_bytes())
+        atomic_write(path, file.read_bytes())
     return ("Keras' model ends with a softmax; ours gives logits.",) if whole else ()

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save as serialize
 
-from effnet_repro.checkpoint import write_file
+from effnet_repro.checkpoint import atomic_write
 from effnet_repro.config import case_to_dict, earlier_note, list_some, unknown_name
 from effnet_repro.convert.torch_names import (
     has_timm_twin,
@@ -267,7 +267,7 @@ def write_torch(path, weights):
         notes = ()
     else:
         data, notes = _pth_bytes(path, state), (_CASE_LOST.format(case=weights.case),)
-    write_file(path, data)
+    atomic_write(path, data)
     named = [", ".join(f"{v:.4g}" for v in about[k]) for k in ("mean", "std")]
     centring = f"Feed images of 0..1 less mean ({named[0]}), over std ({named[1]})."
     return (

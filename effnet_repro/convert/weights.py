@@ -9,7 +9,7 @@ import numpy as np
 
 from effnet_repro.config import Case, case_from_dict
 from effnet_repro.outside import read_file
-from effnet_repro.runs.environment import quiet_stderr
+from effnet_repro.runs.environment import suppress_stderr
 from effnet_repro.scaling import ModelSpec
 
 
@@ -54,7 +54,7 @@ def needed(
     try:
         if package == "tensorflow" and package not in sys.modules:
             # Its first use leaves notes, which would stand above an error's line.
-            with quiet_stderr():
+            with suppress_stderr():
                 importlib.import_module(package).zeros(1)
         return importlib.import_module(package)
     except ImportError:

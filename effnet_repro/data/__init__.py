@@ -11,13 +11,13 @@ from effnet_repro.data.damage import find_damaged
 from effnet_repro.data.decode import image_bytes
 from effnet_repro.data.decoders import choose_decoder
 from effnet_repro.data.device import cut_images, fits_device
-from effnet_repro.data.figures import plot_pictures
+from effnet_repro.data.figures import plot_images
 from effnet_repro.data.layouts import Split
 from effnet_repro.data.numpy_reader import load_arrays
 from effnet_repro.data.order import epoch_order, random_bits, random_uniform
 from effnet_repro.data.readers import (
-    array_batches,
     device_batches,
+    numpy_batches,
     resident_batches,
     step_images,
     training_batches,
@@ -33,12 +33,12 @@ from effnet_repro.data.tfrecord import (
     scan_tfrecord,
     write_tfrecords,
 )
-from effnet_repro.data.transforms import draw_crops, draw_flips, resize, validation_window
+from effnet_repro.data.transforms import center_crop_box, draw_crops, draw_flips, resize
 
 __all__ = [
     "DataSet",
     "Split",
-    "array_batches",
+    "center_crop_box",
     "choose_decoder",
     "crc32c",
     "cut_images",
@@ -48,12 +48,13 @@ __all__ = [
     "epoch_order",
     "find_damaged",
     "fits_device",
+    "image_bytes",
     "load_arrays",
     "make_example",
+    "numpy_batches",
     "open_data",
     "parse_example",
-    "image_bytes",
-    "plot_pictures",
+    "plot_images",
     "random_bits",
     "random_uniform",
     "resident_batches",
@@ -61,11 +62,12 @@ __all__ = [
     "sample_set",
     "say_found",
     "scan_tfrecord",
+    "step_images",
     "tensorflow_arrays",
     "training_batches",
-    "step_images",
     "validation_arrays",
     "validation_batches",
-    "validation_window",
     "write_tfrecords",
 ]
+
+array_batches, plot_pictures = numpy_batches, plot_images  # what earlier programs import

@@ -35,11 +35,11 @@ def problems(numbers, problem: Callable[[int], str]) -> Dict[int, str]:
 def find_damaged(
     dataset,  # `DataSet` from `open_data`
     split: str,  # "train" or "validation"
-    pictures=None,  # Numbers of the images to look at; None = all, and the records' checksums
+    numbers=None,  # Numbers of the images to look at; None = all, and the records' checksums
 ) -> Dict[int, str]:  # Number of each damaged image -> what is wrong, and where it is
     """Decode images and list those that cannot be"""
     places = dataset.splits[split]
-    chosen = np.arange(len(places.label)) if pictures is None else np.asarray(pictures, int)
+    chosen = np.arange(len(places.label)) if numbers is None else np.asarray(numbers, int)
 
     def problem(i):
         try:
@@ -51,9 +51,9 @@ def find_damaged(
         return ""
 
     found = problems(chosen, problem)
-    if dataset.format == "tfrecord" and pictures is None:
+    if dataset.format == "tfrecord" and numbers is None:
         found = {**_wrong_checksums(places), **found}
-    if dataset.format == "raw" and pictures is None:
+    if dataset.format == "raw" and numbers is None:
         found = {**_wrong_pixels(places), **found}
     return found
 

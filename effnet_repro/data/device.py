@@ -17,7 +17,7 @@ from effnet_repro.data.decode import decode_for, located, read_encoded, read_ima
 from effnet_repro.data.rectangles import rectangle_batches
 from effnet_repro.data.request import TrainRequest
 from effnet_repro.data.threads import core_count
-from effnet_repro.data.transforms import validation_window
+from effnet_repro.data.transforms import center_crop_box
 from effnet_repro.messages import say
 
 
@@ -212,7 +212,7 @@ def _cuts(request, batch: _Batch) -> Cuts:
     size, parts, flips = request.image_size, batch.parts, batch.flips
     new, corner = np.tile((size, size), (len(parts), 1)), np.zeros((len(parts), 2))
     if not request.random:
-        windows = [validation_window(*one, size, request.image_resize) for one in batch.sizes]
+        windows = [center_crop_box(*one, size, request.image_resize) for one in batch.sizes]
         new, corner = np.array(windows).swapaxes(0, 1)
         flips = np.zeros(len(parts), bool)
     scale, zero = (parts[:, 2:] / new).astype("float32"), np.int32(0)

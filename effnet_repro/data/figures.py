@@ -8,7 +8,7 @@ import numpy as np
 from effnet_repro.messages import shown
 
 
-def plot_pictures(
+def plot_images(
     images,  # Images, (n, H, W, 3) uint8
     titles: Sequence[str] = (),  # One each, or none
     columns: int = 8,  # Images in a row

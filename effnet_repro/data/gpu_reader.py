@@ -31,7 +31,7 @@ from effnet_repro.data.rectangles import ROOM
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import core_count, made_ahead
-from effnet_repro.data.transforms import validation_window
+from effnet_repro.data.transforms import center_crop_box
 
 SLICE = 64  # Images that are read at a time
 AT_ONCE = 512  # Most images that a producer decodes at a time: they all lie in the GPU's memory
@@ -59,7 +59,7 @@ class _Cuts(NamedTuple):
 
 def _central(sizes, request):
     "The cuts of validation: the central square of whole images"
-    windows = [validation_window(*s, request.image_size, request.image_resize) for s in sizes]
+    windows = [center_crop_box(*s, request.image_size, request.image_resize) for s in sizes]
     new, corner = np.array(windows).swapaxes(0, 1)
     return _Cuts(whole_images(sizes), new, corner, np.zeros(len(sizes), bool))
 

@@ -38,8 +38,8 @@ ORDER, CROP, FLIP = range(3)  # purposes, so that the draws do not repeat each o
 
 def _run_order(count, seed, epoch, run):
     runs = np.argsort(random_bits(seed, ORDER, epoch, np.arange(-(-count // run)), 1))
-    pictures = (runs[:, None] * run + np.arange(run)).reshape(-1)
-    return pictures[pictures < count]
+    order = (runs[:, None] * run + np.arange(run)).reshape(-1)
+    return order[order < count]
 
 
 def epoch_order(
@@ -50,9 +50,9 @@ def epoch_order(
     pool: int = 256,  # Runs mixed with each other
 ) -> np.ndarray:  # (count,) int64, a permutation
     "Shuffle the numbers of the training images for one epoch"
-    pictures = np.arange(count) if run == 1 else _run_order(count, seed, epoch, run)
+    order = np.arange(count) if run == 1 else _run_order(count, seed, epoch, run)
     window = np.arange(count) // (run * pool) if run > 1 else np.zeros(count, int)
-    return pictures[np.lexsort((random_bits(seed, ORDER, epoch, np.arange(count)), window))]
+    return order[np.lexsort((random_bits(seed, ORDER, epoch, np.arange(count)), window))]
 
 # %% ../../nbs/28_order.ipynb #adc83ed9
 class BatchOrder:

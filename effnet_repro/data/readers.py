@@ -43,7 +43,7 @@ def training_batches(
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
     image_resize: str = "published",  # Or "modern": see `resize`
-    reader: str = "tensorflow",  # or "numpy" or "jax": see `array_batches` and `device_batches`
+    reader: str = "tensorflow",  # or "numpy" or "jax": see `numpy_batches` and `device_batches`
     gpus: Tuple[int, ...] = (0,),  # Of the reader "nvimagecodec"; with several, a list of arrays
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     """Stream shuffled training batches"""
@@ -58,7 +58,7 @@ def training_batches(
     return _ALL[reader].training_stream(request)
 
 
-def array_batches(
+def numpy_batches(
     *request,  # The arguments of `training_batches`: dataset, image_size, global_batch_size
     **options,  # and its options: seed, first_update, area_min, preprocessing, shard, image_resize
 ) -> Iterator[Tuple[np.ndarray, np.ndarray]]:  # Endless: images (B, S, S, 3) uint8, labels (B,)

@@ -100,9 +100,9 @@ def sample_boxes(photo: _Photo, split: str, size: Tuple[int, int]):
 
 def _sample_records(photo, label, split):
     "Encode the crops of one photograph, at most 128 pixels a side"
-    picture, records = open_photo(photo), []
-    for box in sample_boxes(photo, split, picture.size):
-        crop, jpeg = picture.crop(box), io.BytesIO()
+    whole, records = open_photo(photo), []
+    for box in sample_boxes(photo, split, whole.size):
+        crop, jpeg = whole.crop(box), io.BytesIO()
         if np.asarray(crop.convert("L"), "float32").std() < 10:
             continue  # empty sky, or the black around the retina
         crop.thumbnail((128, 128))

@@ -84,7 +84,7 @@ def _validation_image(encoded, image_size, image_resize):
 
 
 def _window(shape, image_size, image_resize):
-    "`validation_window` for tensors"
+    "`center_crop_box` for tensors"
     import tensorflow as tf
 
     sides, target = tf.cast(shape[:2], tf.int64), image_size * 256 // 224

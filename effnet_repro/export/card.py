@@ -11,7 +11,7 @@ from typing import Dict, List, Optional
 import yaml
 
 from effnet_repro import __version__
-from effnet_repro.checkpoint import write_file
+from effnet_repro.checkpoint import atomic_write
 from effnet_repro.messages import shown
 from effnet_repro.outside import read_json
 from effnet_repro.runs import folder_of, read_rows
@@ -207,5 +207,5 @@ def write_card(subject, target: Path, about: dict, license: str = "other") -> Pa
     text = yaml.safe_dump(top, sort_keys=False, allow_unicode=True, width=1000)
     paragraphs = [p for p in _sections(subject, known, results, files) if p]
     text = f"---\n{text}---\n\n" + "\n\n".join(paragraphs) + "\n"
-    write_file(path, _seal(shown(text)).encode())
+    atomic_write(path, _seal(shown(text)).encode())
     return path

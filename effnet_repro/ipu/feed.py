@@ -8,7 +8,7 @@ from effnet_repro.augment import draw_mixing
 from effnet_repro.config import Case
 from effnet_repro.data import DataSet, validation_batches
 from effnet_repro.ipu.layout import compute_dtype
-from effnet_repro.ops import NumpyOps, Rng
+from effnet_repro.ops import NumpyOps, TrainContext
 from effnet_repro.scaling import ModelSpec, blocks
 
 
@@ -32,19 +32,21 @@ def draw_masks(
 
     Ours: as bytes they are 2 % of the images' traffic. What never drops is left out.
     """
-    rng, rates = Rng(NumpyOps(), seed, update, micro_batch), mask_rates(spec)
+    context, rates = TrainContext(NumpyOps(), seed, update, micro_batch), mask_rates(spec)
     drawn = {}
     if rates:
         rate = np.array(list(rates.values()), "float32")
-        drawn["drop_path"] = rng.mask("pipeline", "drop_path", rate, (micro_batch_size, len(rate)))
+        drawn["drop_path"] = context.mask(
+            "pipeline", "drop_path", rate, (micro_batch_size, len(rate))
+        )
     if spec.dropout_rate:
         shape = (micro_batch_size, spec.head_filters)
-        drawn["dropout"] = rng.mask("pipeline", "dropout", spec.dropout_rate, shape)
+        drawn["dropout"] = context.mask("pipeline", "dropout", spec.dropout_rate, shape)
     return {kind: (mask > 0).astype("uint8") for kind, mask in drawn.items()}
 
 
 class FedMasks:
-    """Stands in for `Rng` inside a stage: the masks came with the images, and are handed to the segments.
+    """Stands in for `TrainContext` inside a stage: the masks came with the images, and are handed to the segments.
 
     - `ops`: tensor operations.
     - `spec`: the network; each of its residual blocks has a column of "drop_path".
@@ -107,7 +109,7 @@ def draws(
 def element_stream(
     case: Case,  # In the layout to run
     spec: ModelSpec,  # Its network
-    pictures,  # tf.data.Dataset of (images uint8, labels int32) in batches of this process's update
+    batches,  # tf.data.Dataset of (images uint8, labels int32) in batches of this process's update
     seed: int = 0,  # Of the run
     first_update: int = 0,  # Update of the first batch
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
@@ -131,8 +133,8 @@ def element_stream(
     example = random.of(0, 0)
     kinds = [tf.as_dtype(v.dtype) for v in example.values()]
 
-    def add(j, pictures):
-        element = {"images": pictures[0], "labels": pictures[1]}
+    def add(j, micro_batch):
+        element = dict(zip(("images", "labels"), micro_batch))
         if example:
             values = tf.numpy_function(drawn, [j], kinds)
             for (name, like), value in zip(example.items(), values):
@@ -146,8 +148,8 @@ def element_stream(
         images = tf.reshape(images, (mine, case.micro_batch_size, *side))
         return images, tf.reshape(labels, (mine, case.micro_batch_size))
 
-    pictures = pictures.map(cut).unbatch()
-    return pictures.enumerate(first_update * mine).map(add).prefetch(8)
+    micro_batches = batches.map(cut).unbatch()
+    return micro_batches.enumerate(first_update * mine).map(add).prefetch(8)
 
 
 def validation_stream(

@@ -130,10 +130,10 @@ class Stages:
     def _stage(self, i, learning_rate, *values, **element):
         given = dict(zip(self.received[i][1:], values), **element)
         x = given["x"] if i else _enter(self.ops, self.case, given)
-        rng = FedMasks(self.ops, self.spec, given)
+        context = FedMasks(self.ops, self.spec, given)
         for segment in self.stages[i]:
             weights = {p.name: self._read(segment, p) for p in segment.params}
-            x = segment.apply(self.ops, weights, x, rng)
+            x = segment.apply(self.ops, weights, x, context)
         if i == len(self.stages) - 1:
             return _flat(i, [learning_rate, *_leave(self.ops, self.case, x, given)])
         have = {**given, "learning_rate": learning_rate, "x": x}

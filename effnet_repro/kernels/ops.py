@@ -80,16 +80,16 @@ def _fused_normalise(
 _THIN = 32  # Channels up to which a product is made again rather than read
 
 
-def _vectors(ops, spec, w, rng):
-    gamma, beta, proxy = norm_vectors(ops, spec, w, rng)
+def _vectors(ops, spec, w, context):
+    gamma, beta, proxy = norm_vectors(ops, spec, w, context)
     return (gamma, beta, *(proxy or (None, None)))
 
 
 @expand.register(GPUOps)
-def _fused_expand(ops, spec, w, x, rng=None, strides=1):
+def _fused_expand(ops, spec, w, x, context=None, strides=1):
     if spec.batch_norm:
-        return expand.dispatch(JAXOps)(ops, spec, w, x, rng, strides)
-    kernel, vectors = w["conv/conv2d/kernel"], _vectors(ops, spec, w, rng)
+        return expand.dispatch(JAXOps)(ops, spec, w, x, context, strides)
+    kernel, vectors = w["conv/conv2d/kernel"], _vectors(ops, spec, w, context)
     (k, _, thin, filters), own = kernel.shape, spec.group_size in OWN_GROUPS
     again = x.dtype != "float32" and filters % GROUP == 0 and thin == x.shape[-1] <= _THIN
     if again and (k == strides == 1 or thin == 3):
@@ -103,23 +103,23 @@ def _fused_expand(ops, spec, w, x, rng=None, strides=1):
 
 # %% ../../nbs/18_gpu_ops.ipynb #235c0c5d
 @spatial.register(GPUOps)
-def _fused_spatial(ops, spec, block, w, w_se, x, rng=None):
+def _fused_spatial(ops, spec, block, w, w_se, x, context=None):
     if spec.batch_norm:
-        return spatial.dispatch(JAXOps)(ops, spec, block, w, w_se, x, rng)
+        return spatial.dispatch(JAXOps)(ops, spec, block, w, w_se, x, context)
     x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
     own = spec.group_size in OWN_GROUPS
-    vectors = _vectors(ops, spec, w, rng)
+    vectors = _vectors(ops, spec, w, context)
     gate = tuple((kernel[0, 0], bias) for kernel, bias in gate_layers(w_se))
     x = to_nchw16c(x) if own and in_groups(x) else x
     return fused_norm(x, *vectors, gate=gate, how=NormOptions(spec.norm_groups))
 
 # %% ../../nbs/18_gpu_ops.ipynb #ad9db2b1
 @project_add.register(GPUOps)
-def _fused_project_add(ops, spec, block, w, x, shortcut, rng=None):
+def _fused_project_add(ops, spec, block, w, x, shortcut, context=None):
     if spec.batch_norm:
-        return project_add.dispatch(JAXOps)(ops, spec, block, w, x, shortcut, rng)
+        return project_add.dispatch(JAXOps)(ops, spec, block, w, x, shortcut, context)
     y, n = group_conv(ops, x, w["conv/conv2d/kernel"]), Scope(w.weights, w.path("GroupNorm"))
-    keep = drop_mask(rng, block.name, block.drop_path_rate, (ops.shape(shortcut)[0],))
+    keep = drop_mask(context, block.name, block.drop_path_rate, (ops.shape(shortcut)[0],))
     how = NormOptions(spec.norm_groups, activated=False)
     return fused_norm(y, n["gamma"], n.get("beta"), residual=(shortcut, keep), how=how)
 

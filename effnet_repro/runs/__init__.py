@@ -8,7 +8,7 @@ and `loop` is the one loop over training steps.
 """
 
 from effnet_repro.finetuning import PROTOCOLS, finetune_budget, finetune_case, finetune_size
-from effnet_repro.runs.environment import describe_machine, git, quiet_stderr
+from effnet_repro.runs.environment import describe_machine, git, suppress_stderr
 from effnet_repro.runs.folder import Run, find_run, read_case
 from effnet_repro.runs.lock import lock_folder, wait_for_folder
 from effnet_repro.runs.loop import execute
@@ -44,7 +44,7 @@ from effnet_repro.runs.scores import (
     Scores,
     measured_data,
     plot_confusion,
-    say_scores,
+    print_scores,
     score,
     score_row,
     score_table,
@@ -93,7 +93,7 @@ __all__ = [
     "notes_on",
     "plot_confusion",
     "plot_run",
-    "quiet_stderr",
+    "print_scores",
     "read_case",
     "read_metrics",
     "read_rows",
@@ -104,7 +104,6 @@ __all__ = [
     "resolve_finetuning",
     "resolve_training",
     "save_curves",
-    "say_scores",
     "score",
     "score_row",
     "score_table",
@@ -112,6 +111,7 @@ __all__ = [
     "settle_fields",
     "starting_case",
     "stored_split",
+    "suppress_stderr",
     "trained_case",
     "training_folder",
     "wait_for_folder",
@@ -119,3 +119,5 @@ __all__ = [
     "write_rows",
     "write_scores",
 ]
+
+quiet_stderr, say_scores = suppress_stderr, print_scores  # what earlier programs import

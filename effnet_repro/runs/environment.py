@@ -34,7 +34,7 @@ def quiet(
         os.close(nowhere)
 
 
-def quiet_stderr():  # A context
+def suppress_stderr():  # A context
     "Drop what libraries write to the process's standard error: see `quiet`"
     return quiet(2)
 

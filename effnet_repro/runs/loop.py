@@ -22,7 +22,7 @@ from effnet_repro.runs.lock import check_places, lock_folder
 from effnet_repro.runs.recorder import Recorder
 from effnet_repro.runs.resume import refuse_other_run
 from effnet_repro.runs.runtime import Runtime
-from effnet_repro.runs.scores import Scores, measured_data, say_scores, write_scores
+from effnet_repro.runs.scores import Scores, measured_data, print_scores, write_scores
 from effnet_repro.runs.signals import Stopped, StopSignals
 from effnet_repro.runs.tables import write_json
 from effnet_repro.runs.task import Task
@@ -270,6 +270,6 @@ class _Loop:
         at = {"last": recorder.step, "average": average.last_update}
         place = measured_data(self.task.data)
         for kind, s in scores.items():
-            say_scores(kind, s)
+            print_scores(kind, s)
             write_scores(recorder.run_dir, kind, s, at[kind], place, in_any_case=True)
         return scores

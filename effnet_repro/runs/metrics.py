@@ -7,7 +7,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
-from effnet_repro.checkpoint import write_file
+from effnet_repro.checkpoint import atomic_write
 from effnet_repro.paths import local_path
 from effnet_repro.runs.tables import read_rows
 
@@ -84,11 +84,11 @@ def save_curves(
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
-        figure, picture = Figure(**_ROW), io.BytesIO()
+        figure, png = Figure(**_ROW), io.BytesIO()
         FigureCanvasAgg(figure)
         _draw(figure.subplots(1, 3), _columns(run_dir))
-        figure.savefig(picture, dpi=120, format="png")
-    write_file(Path(run_dir) / "curves.png", picture.getvalue())
+        figure.savefig(png, dpi=120, format="png")
+    atomic_write(Path(run_dir) / "curves.png", png.getvalue())
 
 
 @contextlib.contextmanager

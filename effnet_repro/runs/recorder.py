@@ -278,7 +278,7 @@ class Recorder:
         if self.average.count:
             content = self.average.encode()
             if not path.is_file() or path.read_bytes() != content:
-                checkpoints.write_file(path, content)
+                checkpoints.atomic_write(path, content)
 
     # ---------------------------------------------------------------- while it trains
 

@@ -99,7 +99,7 @@ def plot_confusion(
     return ax
 
 
-def say_scores(
+def print_scores(
     weights: str,  # Which weights, e.g. "last"
     s: Scores,  # What they scored
 ):

@@ -5,7 +5,7 @@ import io
 import json
 from pathlib import Path
 
-from effnet_repro.checkpoint import write_file
+from effnet_repro.checkpoint import atomic_write
 from effnet_repro.messages import shown
 from effnet_repro.outside import read_file
 from effnet_repro.paths import local_path
@@ -17,7 +17,7 @@ def write_json(
     values,  # JSON values
 ):
     "Write a small file whole or not at all"
-    write_file(path, (json.dumps(values, indent=1) + "\n").encode())
+    atomic_write(path, (json.dumps(values, indent=1) + "\n").encode())
 
 
 def read_rows(
@@ -60,7 +60,7 @@ def write_rows(
     writer = csv.DictWriter(text, names)
     writer.writeheader()
     writer.writerows(rows)
-    write_file(path, shown(text.getvalue()).encode())
+    atomic_write(path, shown(text.getvalue()).encode())
 
 
 def append_rows(

@@ -16,10 +16,10 @@ from effnet_repro.training.device import choose_precision, device_name, has_jax_
 from effnet_repro.training.micro_batch import needed_bytes
 
 
-def needed_gib(case, pictures):
+def needed_gib(case, images):
     "Memory of a run with so many images at a time. Ours: a fit to what was measured on a CPU"
     cost = count(case, case.image_size)
-    return 1.14 + (12.6 * cost.params + 2.51 * cost.activations * pictures) * 4 / 2**30
+    return 1.14 + (12.6 * cost.params + 2.51 * cost.activations * images) * 4 / 2**30
 
 
 def found_gib():

@@ -7,7 +7,7 @@ import numpy as np
 from effnet_repro.averaging import load_weights
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict
-from effnet_repro.data import DataSet, plot_pictures, validation_arrays
+from effnet_repro.data import DataSet, plot_images, validation_arrays
 from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 from effnet_repro.results import origin_of_run, write_rows
@@ -48,14 +48,14 @@ def plot_predictions(
     size, names = image_size or case.image_size, metadata["class_names"]
     predict = predictor(ModelSpec.from_case(case, num_classes=len(names)), arrays)
     batch = max(1, min(n, data.validation_count))
-    pictures, labels = [], []
+    shown, labels = [], []
     each = max(1, data.validation_count // batch)
     stream = validation_arrays(data, size, each, image_resize=case.image_resize)
     for i, (images, y, mask) in enumerate(stream):
         if i < batch and mask[0]:
-            pictures.append(images[0])
+            shown.append(images[0])
             labels.append(int(y[0]))
-    logits = predict(np.stack(pictures))
+    logits = predict(np.stack(shown))
     p = np.exp(logits - logits.max(1, keepdims=True))
     p /= p.sum(1, keepdims=True)
     best = p.argmax(1)
@@ -63,4 +63,4 @@ def plot_predictions(
         f"{names[b][:14]} {row[b]:.0%}" + ("" if b == y else f"\n({names[y][:14]})")
         for b, y, row in zip(best, labels, p)
     ]
-    return plot_pictures(pictures, titles, columns=min(8, len(pictures)), side=1.2)
+    return plot_images(shown, titles, columns=min(8, len(shown)), side=1.2)

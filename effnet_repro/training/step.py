@@ -18,7 +18,7 @@ from ..data import cut_images
 from ..efficientnet import current_ops, weights_by_name, xla_pays
 from ..messages import say
 from ..network import params, segments
-from ..ops import Rng
+from ..ops import TrainContext
 from ..recipe import add_weight_decay, count_correct, cross_entropy, decay_mask
 from ..scaling import ModelSpec
 from .compiled import compile_once
@@ -57,7 +57,7 @@ def micro_loss(
     images,  # (m, S, S, 3) uint8
     labels,  # (m,) int32
     draws: dict,  # What `mix` takes; or "targets", (m, classes), of images that are mixed already
-    rng: Rng,  # Masks; batch norm reports its moving averages there
+    context: TrainContext,  # Masks; batch norm reports its moving averages there
 ):  # (scaled loss, mean loss, correct images), float32 scalars
     "Compute the training loss of one micro-batch"
     case, spec = program.case, program.spec
@@ -69,7 +69,7 @@ def micro_loss(
         still = (
             spec.batch_norm and segment.name not in program.trained
         )  # a frozen batch norm stands still
-        x = segment.apply(ops, weights, x, None if still else rng)
+        x = segment.apply(ops, weights, x, None if still else context)
     smoothing = case.label_smoothing, case.label_smoothing_over
     loss = ops.mean(cross_entropy(ops, x, soft, *smoothing))
     return loss * program.loss_scale, loss, count_correct(ops, x, labels)
@@ -107,17 +107,19 @@ def _tf_gradients(program, names, weights, batch):
 
     def one(i, sums, moving):
         values = {**weights, **moving}
-        rng = Rng(ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch)
+        context = TrainContext(
+            ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch
+        )
         draws = {n: batch[n][i] for n in DRAWS if n in batch}
         with tf.GradientTape() as tape:
             tape.watch([values[n] for n in names])
             scaled, *rest = micro_loss(
-                ops, program, values, batch["images"][i], batch["labels"][i], draws, rng
+                ops, program, values, batch["images"][i], batch["labels"][i], draws, context
             )
         gradients = tape.gradient(scaled, [values[n] for n in names])
         new = [tf.cast(g, "float32") for g in (*gradients, *rest)]
         sums = [s + g for s, g in zip(sums, new)] if sums else new
-        return i + 1, sums, {n: rng.statistics.get(n, v) for n, v in moving.items()}
+        return i + 1, sums, {n: context.statistics.get(n, v) for n, v in moving.items()}
 
     moving = {n: weights[n] for n in _moving(program)}
     if k == 1:
@@ -150,10 +152,12 @@ def _jax_gradients(program, names, weights, batch, first=0):
 
     def loss_of(trained, moving, micro):
         i, images, labels, draws = micro
-        rng = Rng(ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch)
+        context = TrainContext(
+            ops, program.seed, batch["update"], i, 0, program.mask_batch, program.norm_batch
+        )
         values = {**weights, **moving, **trained}
-        scaled, *rest = micro_loss(ops, program, values, images, labels, draws, rng)
-        return scaled, (rest, {n: rng.statistics.get(n, v) for n, v in moving.items()})
+        scaled, *rest = micro_loss(ops, program, values, images, labels, draws, context)
+        return scaled, (rest, {n: context.statistics.get(n, v) for n, v in moving.items()})
 
     def one(carry, micro):
         sums, moving = carry

@@ -142,11 +142,11 @@ def _tf_updates(stream, controls, first_update):
     example = controls(first_update)
     kinds = [tf.as_dtype(v.dtype) for v in example.values()]
 
-    def add(update, pictures):
+    def add(update, batch):
         values = tf.numpy_function(lambda u: list(controls(u).values()), [update], kinds)
         for value, like in zip(values, example.values()):
             value.set_shape(like.shape)
-        return {"images": pictures[0], "labels": pictures[1], **dict(zip(example, values))}
+        return {**dict(zip(("images", "labels"), batch)), **dict(zip(example, values))}
 
     return stream.enumerate(first_update).map(add).prefetch(2)
 

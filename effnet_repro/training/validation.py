@@ -15,8 +15,8 @@ from effnet_repro.paths import local_path
 from effnet_repro.runs import (
     Scores,
     measured_data,
+    print_scores,
     read_rows,
-    say_scores,
     stored_split,
     write_scores,
 )
@@ -79,7 +79,7 @@ def validate(
             evaluator = Evaluator(spec, choose_precision(precision))
         scores[name] = evaluator.evaluate(arrays, data, size, batch, case.image_resize)
         if weights == "all":
-            say_scores(name, scores[name])
+            print_scores(name, scores[name])
         if is_run:
             newest = read_update(run_dir, kind) <= update
             with table:  # what was measured is not lost for a folder that is read-only

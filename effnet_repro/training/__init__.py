@@ -18,7 +18,7 @@ from effnet_repro.training.device import (
 from effnet_repro.training.estimation import estimate
 from effnet_repro.training.evaluation import Evaluator, evaluate, predictor
 from effnet_repro.training.micro_batch import settle_run
-from effnet_repro.training.optimizer import RecipeOptimizer, make_optimizer
+from effnet_repro.training.optimizer import RMSpropTF, make_optimizer
 from effnet_repro.training.report import plot_predictions, record
 from effnet_repro.training.state import training_state
 from effnet_repro.training.step import Program, TrainingModel, micro_loss, use_devices
@@ -29,7 +29,7 @@ __all__ = [
     "PRECISIONS",
     "Evaluator",
     "Program",
-    "RecipeOptimizer",
+    "RMSpropTF",
     "TrainingModel",
     "choose_precision",
     "configure",

@@ -149,17 +149,18 @@ def norm(args, write):
     "Three ways to judge networks with batch norm, trained in two ways"
     data = open_data(args.data_dir, verbose=False)
     data = data if args.final else without_held_back(data)
-    for norm_batch in (None, args.norm_batch):
+    for norm_batch in (None, args.norm_batch)[: 2 if args.norm_batch else 1]:
         trainer = Trainer(f"G{args.group_size}-BN", args, data)
-        if norm_batch:
-            how = dict(norm_batch=norm_batch)
+        if norm_batch or args.clip:
+            how = dict(norm_batch=norm_batch, clip=args.clip)
             trainer.learner = Learner(trainer.case, data.num_classes, trainer.batch, **how)
         trainer.forward = forward(trainer.learner.spec)
         for seed in range(args.first_seed, args.first_seed + args.seeds):
-            if time.time() + 1.2 * trainer.pace * trainer.steps(data, 20) > args.deadline:
+            if time.time() + 1.2 * trainer.pace * trainer.steps(data, args.epochs) > args.deadline:
                 break
-            arrays, row = trainer.train(data, Recipe(0.004, 0.3, 0.05), seed, 20)
-            row.update(judge_norm(trainer, data, arrays, seed), norm_batch=norm_batch or 0)
+            arrays, row = trainer.train(data, Recipe(0.004, 0.3, 0.05), seed, args.epochs)
+            row.update(judge_norm(trainer, data, arrays, seed))
+            row.update(norm_batch=norm_batch or 0, clip=args.clip or 0)
             write(row)
 
 
@@ -174,7 +175,8 @@ def parse(words):
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--clip", type=float)
     parser.add_argument("--group-size", type=int, default=16)
-    parser.add_argument("--norm-batch", type=int, default=256)
+    parser.add_argument("--norm-batch", type=int, default=256, help="0: all at once only")
+    parser.add_argument("--epochs", type=int, default=20, help="norm: of a training")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument(
@@ -185,7 +187,9 @@ def parse(words):
     args = parser.parse_intermixed_args(words)
     args.deadline = time.time() + args.limit
     args.quick, args.steps = (32, 2) if args.quick else (0, 0)
-    args.batch, args.norm_batch = (16, 16) if args.quick else (args.batch, args.norm_batch)
+    args.batch, args.norm_batch = (
+        (16, args.norm_batch and 16) if args.quick else (args.batch, args.norm_batch)
+    )
     return args
 
 

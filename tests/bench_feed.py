@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from effnet_repro import data as d  # noqa: E402
-from effnet_repro.data import decode, decoders, device, gpu_decode, transforms  # noqa: E402
+from effnet_repro.data import decode, decoders, device, gpu_decode, readers, transforms  # noqa: E402
 from effnet_repro.data.threads import core_count  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
 from tests.bench_sets import repeat_records  # noqa: E402
@@ -116,7 +116,7 @@ def streams(data, sizes, batch):
             if reader == "tensorflow":
                 make = lambda a: d.tensorflow_arrays(d.training_batches, *a, batch)
             elif reader == "numpy" and not device_name().startswith("CPU"):
-                make = lambda a: d.training_batches(*a, batch, reader="jax")
+                make = lambda a: d.training_batches(*a, batch, reader=readers.sending_reader())
             else:
                 make = lambda a, r=reader: d.training_batches(*a, batch, reader=r)
             yield f"{name}: training", size, batch, make, args

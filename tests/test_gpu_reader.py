@@ -16,7 +16,8 @@ from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, requ
 class HostProducer:
     "Does what a GPU does; refuses each fifth JPEG"
 
-    refused = sent = 0
+    refused = sent = batches = 0
+    exact = False
 
     def __init__(self, gpu):
         self.thread, self.gpu = None, gpu
@@ -38,6 +39,7 @@ class HostProducer:
 
     def write(self, images, rows, out, first, published, stage=None):
         self._alone()
+        HostProducer.batches += len(rows) == len(out)
         for i, (image, row) in enumerate(zip(images, rows)):
             out[first + i] = cut(image.owner, row, out.shape[1], published)
         self.thread = None
@@ -124,6 +126,59 @@ def test_the_same_training_batches(mixed, how, random, monkeypatch):
         np.testing.assert_array_equal(b, e)
     ours.close()
     assert HostProducer.sent > HostProducer.refused > 0  # refused ones, and those that are no JPEG
+
+
+@pytest.mark.parametrize("how", ["published", "modern"])
+@pytest.mark.parametrize("random", [True, False])
+@pytest.mark.parametrize("decodes", [True, False])
+def test_the_cores_make_the_same_images(mixed, how, random, decodes, monkeypatch):
+    "Those of a share of each batch, beside a GPU's decoders, and of all"
+    shares = []
+    monkeypatch.setattr(gpu_reader, "_FEW", 2)
+    monkeypatch.setattr(gpu_reader, "_core_count", lambda *_: 2)
+    learn = gpu_reader._Share.learn
+    more = lambda share, *_: shares.append(share.now) or learn(share, False, False)
+    monkeypatch.setattr(gpu_reader._Share, "learn", more)
+    HostProducer.sent = HostProducer.batches = 0
+    args = requested(mixed, 24, 6, how, random)
+    stream = gpu_reader.training_stream if decodes else gpu_reader.cores_stream
+    ours, theirs = stream(args, maker()), numpy_reader.training_stream(args)
+    for (a, b), (c, e) in islice(zip(ours, theirs), 12):
+        np.testing.assert_array_equal(a, c)
+        np.testing.assert_array_equal(b, e)
+    ours.close()
+    assert (shares[0], shares[-1]) == ((1, 6) if decodes else (6, 6))
+    assert decodes or HostProducer.sent == 6 * HostProducer.batches
+
+
+def test_who_keeps_a_step_waiting_makes_fewer_images():
+    share = gpu_reader._Share(768, True, True)
+    first = share.now
+    share.learn(True, True)
+    assert share.now < first
+    for _ in range(100):
+        share.learn(True, False)
+    assert share.now == 768
+    share.learn(False, True)  # the GPU trains meanwhile
+    assert share.now == 768
+    for _ in range(100):
+        share.learn(True, True)
+    assert share.now == 0
+    none = gpu_reader._Share(768, True, None)
+    none.learn(False, False)
+    assert none.now == 0
+
+
+def test_the_cores_help_only_decoders_that_make_the_same_pixels(monkeypatch):
+    monkeypatch.setattr(gpu_reader, "core_count", lambda: 16)
+    monkeypatch.setattr(gpu_reader, "pays_processes", lambda images: images > 100)
+    exact, other = HostProducer(0), HostProducer(0)
+    exact.exact = True
+    count = gpu_reader._core_count
+    assert (
+        count(other, True, 1000, 1) == count(exact, True, 10, 1) == count(exact, True, 1000, 4) == 0
+    )
+    assert 0 < count(exact, True, 1000, 1) < 16 <= count(other, False, 1000, 1)
 
 
 @pytest.mark.parametrize("how", ["published", "modern"])

@@ -178,9 +178,11 @@ class Codec:
 
     On a GPU only nvJPEG decodes: by its hardware where there is some (an H100 has seven engines, which give the
     pixels of libjpeg's accurate DCT exactly), else by its kernels. Both together are slower than the hardware
-    alone, and on the cores nvImageCodec would be no faster than simplejpeg. Raises `RuntimeError` where neither
-    can be had.
+    alone, and on the cores nvImageCodec would be no faster than simplejpeg. `exact` says whether it is the hardware.
+    Raises `RuntimeError` where neither can be had.
     """
+
+    exact = False
 
     def __init__(self, device: Optional[int], threads: int):  # None = the host's cores, for tests
         codec = nvimgcodec()
@@ -193,6 +195,7 @@ class Codec:
         for kind in kinds:
             with _silence(), contextlib.suppress(RuntimeError):
                 self._decoder = codec.Decoder(**where, backends=[codec.Backend(kind)])
+                self.exact = kind == codec.HW_GPU_ONLY
                 break
         if self._decoder is None:
             raise RuntimeError("nvImageCodec finds no nvJPEG: is the package nvidia-nvjpeg there?")
@@ -275,8 +278,16 @@ class Producer:
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
         _, first = _checked(driver.cuCtxGetStreamPriorityRange())  # before the network's kernels
         self._stream = _checked(driver.cuStreamCreateWithPriority(flags, first))
-        self._codec = Codec(ordinal, max(1, core_count() // PRODUCERS))
-        self._table = Stage(ordinal)
+        self._ordinal, self._table = ordinal, Stage(ordinal)
+
+    @functools.cached_property
+    def _codec(self):  # what the cores make needs none
+        return Codec(self._ordinal, max(1, core_count() // PRODUCERS))
+
+    @property
+    def exact(self) -> bool:
+        """Whether its decoders make the pixels of the cores' accurate DCT, exactly."""
+        return self._codec.exact
 
     def decode(self, data: Sequence[np.ndarray]) -> List[Optional[Image]]:
         """Decode JPEGs, arrays of bytes; None for one that nvImageCodec refuses."""
@@ -347,8 +358,9 @@ _KEPT = {}  # Producers and stages that nobody uses, by what made them and for w
 
 def kept(make: Callable[[int], Any], gpu: int) -> Any:
     """Return one of what `keep` was given, or make it: a decoder takes a while to begin."""
-    idle = _KEPT.setdefault((make, gpu), [])
-    return idle.pop() if idle else make(gpu)
+    with contextlib.suppress(IndexError):  # several threads ask
+        return _KEPT.setdefault((make, gpu), []).pop()
+    return make(gpu)
 
 
 def keep(make: Callable[[int], Any], gpu: int, one: Any) -> None:
@@ -356,23 +368,34 @@ def keep(make: Callable[[int], Any], gpu: int, one: Any) -> None:
     _KEPT.setdefault((make, gpu), []).append(one)
 
 
-@functools.lru_cache(maxsize=1)
-def problem() -> Optional[str]:
-    """Decode and cut one image; return why that does not work here, in a line, or None."""
-    try:
-        from PIL import Image as pillow
+@functools.lru_cache(maxsize=None)
+def problem(decodes: bool = True) -> Optional[str]:
+    """Decode and cut one image; return why that does not work here, in a line, or None.
 
-        file = io.BytesIO()
-        pillow.fromarray(np.full((192, 256, 3), 128, np.uint8)).save(file, "JPEG")
+    Without `decodes` the image is sent, as one that the cores made.
+    """
+    try:
+        gray, stage = np.full((192, 256, 3), 128, np.uint8), None
         producer, rows = kept(Producer, 0), np.zeros(1, ROW)
         out = empty((1, 8, 8, 3))
         rows["height"], rows["width"], rows["scale"] = 192, 256, (24, 32)
-        (image,) = producer.decode([np.frombuffer(file.getvalue(), np.uint8)])
+        if decodes:
+            from PIL import Image as pillow
+
+            file = io.BytesIO()
+            pillow.fromarray(gray).save(file, "JPEG")
+            (image,) = producer.decode([np.frombuffer(file.getvalue(), np.uint8)])
+        else:
+            stage = kept(Stage, 0)
+            stage.begin(gray.size)
+            (image,) = stage.images([stage.place(gray)], [gray.shape[:2]])
         if image is None:
             return "nvJPEG refuses a plain JPEG"
-        producer.write([image], rows, out, 0, True)
+        producer.write([image], rows, out, 0, True, stage)
         found = np.asarray(out)
         keep(Producer, 0, producer)
+        if stage is not None:
+            keep(Stage, 0, stage)
         return None if abs(found.astype(int) - 128).max() <= 2 else "it returns other pixels"
     except Exception as error:  # libraries that are absent, drivers that are too old, ...
         return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,8 +1,10 @@
-"""The reader whose images are decoded on a GPU: processes read files, producers decode, cut and resize.
+"""The readers of an NVIDIA GPU: it cuts and resizes all images; its decoders make their pixels, or the cores, or both.
 
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
-JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named. The
-cores decode nothing else: a share of all images, tried, made batches come more slowly (`results/feed.csv`).
+JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named.
+
+Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both share each batch of
+training (`_Share`). Raw pixels, and JPEGs for whose decoder the user asked so, are all made by the cores (`Cores`).
 
 Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
 in other processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
@@ -20,6 +22,7 @@ import numpy as np
 from effnet_repro.data.catalog import one_split
 from effnet_repro.data.decode import (
     decode_image,
+    has_jpegs,
     is_whole_jpeg,
     located,
     read_image,
@@ -27,7 +30,7 @@ from effnet_repro.data.decode import (
 )
 from effnet_repro.data.device import whole_images
 from effnet_repro.data.gpu_decode import PRODUCERS, ROW, Producer, Stage, empty, keep, kept
-from effnet_repro.data.rectangles import ROOM
+from effnet_repro.data.rectangles import PIECE, ROOM, RectanglesJob
 from effnet_repro.data.request import TrainRequest, ValidationRequest
 from effnet_repro.data.team import Team, pays_processes
 from effnet_repro.data.threads import core_count, made_ahead
@@ -36,6 +39,8 @@ from effnet_repro.data.transforms import center_crop_box
 SLICE = 64  # Images that are read at a time
 AT_ONCE = 512  # Most images that a producer decodes at a time: they all lie in the GPU's memory
 READERS = 3  # Processes that read
+BUSY = 3  # Cores' worth of work around the GPU's decoders: this process, and what nvJPEG does on the host
+_FEW = 8  # Images of a piece that the cores make, at least
 _THREADS = 8  # The same as threads, where processes do not pay
 
 
@@ -151,33 +156,100 @@ class _Batch(NamedTuple):
     shape: tuple  # Of the array; images beyond n stay black
 
 
+class Cores:
+    """Processes that make the rectangles of training images for one GPU; use it in a `with` statement.
+
+    A piece of a batch is copied once, from the memory of its process to the stage of the batch, which sends all.
+    """
+
+    def __init__(self, request: TrainRequest, count: int):
+        self._request, self._count, self._most = request, count, 0  # bytes of a batch, so far
+        room = ROOM if pays_processes(request.dataset.train_count) else None
+        self._team = Team(RectanglesJob(request), room, count)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._team.close()
+
+    def begin(self, numbers: np.ndarray, places: np.ndarray, stage: Any) -> list:
+        """Begin images of these numbers and places, (n,) each; futures of pieces, which are placed on `stage`."""
+        stage.begin(self._most)
+        size = min(PIECE, max(_FEW, len(numbers) // self._count))
+        parts = np.array_split(np.arange(len(numbers)), -(-len(numbers) // size))
+        return [self._team.submit((numbers[p], places[p]), stage.place) for p in parts]
+
+    def finish(self, pieces: list, stage: Any):
+        """Wait for pieces; return their images on the GPU, the cuts of these, and their labels."""
+        at, rest = zip(*(one.result() for one in pieces))
+        sizes, flips, labels = map(np.concatenate, zip(*rest))
+        lengths = [3 * some.prod(1, dtype=np.int64) for some, *_ in rest]
+        self._most = max(self._most, sum(int(some.sum()) for some in lengths))
+        begins = np.concatenate([a + np.cumsum(n) - n for a, n in zip(at, lengths)])
+        if self._request.random:
+            cuts = _squares(whole_images(sizes), flips, self._request.image_size)
+        else:
+            cuts = _central(sizes, self._request)
+        return stage.images(begins, sizes), cuts, labels
+
+
+class _Share:
+    """How many images of a batch the cores make; the GPU's decoders make the others.
+
+    Where a step had to wait and the cores were the last to be done, they get fewer; otherwise they get more, since the
+    GPU has its own work. The images are the same, whatever their number.
+    """
+
+    def __init__(self, batch, decodes, cores):
+        self._least, self._most = 0 if decodes else batch, batch if cores else 0
+        self.now = max(self._least, self._most // 4)
+        self._step = max(1, min(PIECE, batch // 32))
+
+    def learn(self, waited, late):
+        step = -self._step if waited and late else self._step
+        self.now = min(max(self.now + step, self._least), self._most)
+
+
+def _core_count(producer, decodes, images, gpus):
+    "How many processes make images for one GPU; beside its decoders only where these make the same pixels"
+    count = core_count() // gpus
+    if not decodes:
+        return max(1, count + count // 8)  # some wait for this process
+    count -= READERS + BUSY
+    return count if count > 1 and producer.exact and pays_processes(images) else 0
+
+
 class _Stream:
     "Makes the arrays of batches in threads, ahead of who takes them"
 
-    def __init__(self, request, split, make, gpu=0):
+    def __init__(self, request, split, make, gpu=0, decodes=True):
         small = replace(request, dataset=one_split(request.dataset, split))
         self.request, self.split, self.make, self.gpu = small, split, make, gpu
         self.published = request.image_resize == "published"
         self.producers = queue.SimpleQueue()
-        for one in (
-            kept(make.producer, gpu),
-            *[None] * (PRODUCERS - 1),
-        ):  # made when they are needed
+        first = kept(make.producer, gpu)
+        for one in (first, *[None] * (PRODUCERS - 1)):  # made when they are needed
             self.producers.put(one)
         self.pools = contextlib.ExitStack()
         self.pools.callback(self._keep)
         try:
-            self._open()
+            self._open(first, decodes)
         except BaseException:
             self.pools.close()
             raise
 
-    def _open(self):
-        pays = pays_processes(len(self.request.dataset.splits[self.split].label))
-        space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
-        job = ReadJob(self.request, self.split)
-        self.readers = self.pools.enter_context(Team(job, space, count))
-        pool = lambda count: self.pools.enter_context(ThreadPoolExecutor(count))
+    def _open(self, producer, decodes):
+        request, enter = self.request, self.pools.enter_context
+        images, self.cores, self.readers = len(request.dataset.splits[self.split].label), None, None
+        if self.split == "train":
+            if count := _core_count(producer, decodes, images, len(request.gpus)):
+                self.cores = enter(Cores(request, count))
+        if decodes:
+            pays = pays_processes(images)
+            space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
+            self.readers = enter(Team(ReadJob(request, self.split), space, count))
+        pool = lambda count: enter(ThreadPoolExecutor(count))
         self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
 
     def __enter__(self):
@@ -192,31 +264,57 @@ class _Stream:
             if one is not None:
                 keep(self.make.producer, self.gpu, one)
 
-    def begin(self, batch):
-        "Hand out the work of a batch; the future gives its array and labels"
-        numbers, places = batch.numbers, batch.places
-        parts = np.array_split(np.arange(len(numbers)), -(-len(numbers) // SLICE))
-        slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
-        out = self.make.empty(batch.shape, self.gpu)
-        return self.producing.submit(self._produce, numbers, out, slices)
+    def begin(self, batch, first=0):
+        """Hand out the work of a batch, of which the cores make the images before `first`.
 
-    def _produce(self, numbers, out, slices):
+        The future gives its array, its labels, and whether the cores were the last.
+        """
+        numbers, places = batch.numbers, batch.places
+        pieces, stage = [], None
+        if first:
+            stage = kept(self.make.stage, self.gpu)
+            pieces = self.cores.begin(numbers[:first], places[:first], stage)
+        numbers, places = numbers[first:], places[first:]
+        parts = np.array_split(np.arange(len(numbers)), max(1, -(-len(numbers) // SLICE)))
+        slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts if len(p)]
+        out = self.make.empty(batch.shape, self.gpu)
+        return self.producing.submit(self._produce, out, (pieces, stage), (first, numbers, slices))
+
+    def _produce(self, out, by_cores, by_gpu):
         producer = self.producers.get()
         try:
             producer = producer or kept(self.make.producer, self.gpu)
-            read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
-            rows, count = cuts.rows(), len(numbers)
-            for part in np.array_split(np.arange(count), -(-count // AT_ONCE)):
-                part = slice(int(part[0]), int(part[-1]) + 1)
-                images, sent = self._decoded(producer, read.part(part))
-                producer.write(images, rows[part], out, part.start, self.published, sent)
-                self._give_back(sent)
-            return out, labels
+            labels = self._decode(producer, out, *by_gpu)
+            late, own = self._place(producer, out, *by_cores)
+            return out, np.concatenate([own, labels]), late
         except BaseException:
             producer = None  # what it was about to do is unknown
             raise
         finally:
             self.producers.put(producer)
+
+    def _place(self, producer, out, pieces, stage):
+        "Write what the cores make into `out`; whether they were not done, and the labels"
+        if not pieces:
+            return False, np.zeros(0, np.int32)
+        late = not all(one.done() for one in pieces)
+        images, cuts, labels = self.cores.finish(pieces, stage)
+        producer.write(images, cuts.rows(), out, 0, self.published, stage)
+        self._give_back(stage)
+        return late, labels
+
+    def _decode(self, producer, out, first, numbers, slices):
+        "Let the GPU decode images into `out` from image `first` on; their labels"
+        if not slices:
+            return np.zeros(0, np.int32)
+        read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
+        rows, count = cuts.rows(), len(numbers)
+        for part in np.array_split(np.arange(count), -(-count // AT_ONCE)):
+            part = slice(int(part[0]), int(part[-1]) + 1)
+            images, sent = self._decoded(producer, read.part(part))
+            producer.write(images, rows[part], out, first + part.start, self.published, sent)
+            self._give_back(sent)
+        return labels
 
     def _decoded(self, producer, read):
         "The images of a producer for what was read; and a stage with those that it refuses, or None"
@@ -254,12 +352,22 @@ def training_stream(
     With several GPUs the images are a list: each GPU has made its part of the batch, in their order. Tests give a
     `make` without a GPU.
     """
+    return _parts(request, make, has_jpegs(request.dataset))
+
+
+def cores_stream(request: TrainRequest, make: Maker = ON_GPU) -> Iterator[Tuple[Any, np.ndarray]]:
+    """Yield what `training_stream` does, of images that the cores decode or read as pixels; the GPU resizes them."""
+    return _parts(request, make, False)
+
+
+def _parts(request, make, decodes):
+    "The images of all GPUs of a request, and the labels"
     wants_fast_dct(request.dataset, request.image_resize)
     if len(request.gpus) == 1:
-        yield from _part(request, make, 0)
+        yield from _part(request, make, decodes, 0)
         return
     with contextlib.ExitStack() as streams:
-        parts = [_part(request, make, i) for i in range(len(request.gpus))]
+        parts = [_part(request, make, decodes, i) for i in range(len(request.gpus))]
         for one in parts:
             streams.callback(one.close)
         for some in zip(*parts):
@@ -267,7 +375,7 @@ def training_stream(
             yield list(images), np.concatenate(labels)
 
 
-def _part(request, make, index):
+def _part(request, make, decodes, index):
     "The images that one of the request's GPUs makes of each step, and their labels"
     size, local, gpus = request.image_size, request.order.local, len(request.gpus)
     first, last = (local * i // gpus for i in (index, index + 1))
@@ -278,10 +386,14 @@ def _part(request, make, index):
         numbers, places = (np.concatenate(column) for column in zip(*taken))
         return _Batch(numbers, places, (last - first, size, size, 3))
 
-    with _Stream(request, "train", make, request.gpus[index]) as stream:
-        batches = map(batch, itertools.count(request.first_update))
-        for done in made_ahead(stream.begin, batches, PRODUCERS + 1):
-            yield done.result()
+    with _Stream(request, "train", make, request.gpus[index], decodes) as stream:
+        share = _Share(last - first, decodes, stream.cores)
+        begin = lambda update: stream.begin(batch(update), share.now)
+        for done in made_ahead(begin, itertools.count(request.first_update), PRODUCERS + 1):
+            waited = not done.done()
+            images, labels, late = done.result()
+            share.learn(waited, late)
+            yield images, labels
 
 
 def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
@@ -302,7 +414,7 @@ def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
     with _Stream(request, "validation", make) as stream:
         made = made_ahead(stream.begin, map(batch, groups), PRODUCERS + 1)
         for group, done in zip(groups, made):
-            images, _ = done.result()
+            images, *_ = done.result()
             if len(group) == 1:
                 yield (images, *request.known(group[0]))
                 continue

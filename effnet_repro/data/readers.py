@@ -13,7 +13,7 @@ from typing import Any, Iterator, Tuple
 import numpy as np
 
 from effnet_repro.config import unknown_name
-from effnet_repro.data import device, gpu_reader, numpy_reader, tf_reader
+from effnet_repro.data import device, gpu_decode, gpu_reader, numpy_reader, tf_reader
 from effnet_repro.data.catalog import DataSet
 from effnet_repro.data.request import (
     TrainRequest,
@@ -29,7 +29,16 @@ READERS = {
     "jax": device,
     "nvimagecodec": gpu_reader,
 }
-_ALL = {**READERS, "resident": SimpleNamespace(training_stream=device.resident_cuts)}
+_ALL = {
+    **READERS,
+    "resident": SimpleNamespace(training_stream=device.resident_cuts),
+    "cores": SimpleNamespace(training_stream=gpu_reader.cores_stream),
+}
+
+
+def sending_reader() -> str:
+    """Return the reader whose images the cores decode and JAX's GPU resizes: with CUDA's own calls where these work."""
+    return "cores" if gpu_decode.problem(decodes=False) is None else "jax"
 
 
 def training_batches(
@@ -43,8 +52,8 @@ def training_batches(
     preprocessing: str = "train",  # "validation" = no chance: the validation crop, for fine-tuning
     shard: Tuple[int, int] = (0, 1),  # (index, count) of this process
     image_resize: str = "published",  # Or "modern": see `resize`
-    reader: str = "tensorflow",  # or "numpy" or "jax": see `numpy_batches` and `device_batches`
-    gpus: Tuple[int, ...] = (0,),  # Of the reader "nvimagecodec"; with several, a list of arrays
+    reader: str = "tensorflow",  # "numpy", "jax": see `numpy_batches`, `device_batches`; or "cores"
+    gpus: Tuple[int, ...] = (0,),  # Of "nvimagecodec" and "cores"; with several, a list of arrays
 ):  # Endless tf.data.Dataset of (images uint8 (B, S, S, 3), labels int32 (B,)); B = this process's
     """Stream shuffled training batches"""
     if reader not in _ALL:

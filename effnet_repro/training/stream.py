@@ -19,6 +19,7 @@ from effnet_repro.data import (
     validation_batches,
 )
 from effnet_repro.data.decoders import READER_OF
+from effnet_repro.data.readers import sending_reader
 from effnet_repro.data.tf_reader import refused_by_tensorflow
 from effnet_repro.recipe import learning_rate, steps_per_epoch, total_updates
 from effnet_repro.training.decoding import decoder_here
@@ -76,10 +77,10 @@ def _arrays(args, how):
     if reader == "numpy" and has_jax_gpu():
         if fits_device(args[0]):
             return _resident(*resident_batches(*args, **how))
-        reader = "jax"  # the GPU resizes
+        reader = sending_reader()  # the GPU resizes
     if reader == "tensorflow":
         stream = tensorflow_arrays(training_batches, *args, **how)
-    elif reader == "nvimagecodec":
+    elif reader in ("nvimagecodec", "cores"):
         stream = training_batches(*args, reader=reader, gpus=range(_sharing()), **how)
     else:
         stream = training_batches(*args, reader=reader, **how)

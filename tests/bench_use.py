@@ -14,6 +14,9 @@ message.
 --gpus      of one process; more than one are compared with one, at the same global batch
 --only      regular expression over the names of the rows ("start" = the first starts; "torch alone" = only read)
 --compile   measure nothing: do a training step of each run, so that a later call finds all compiled
+--turns     start all runs side by side; each waits, once it is compiled, for its turn: less time in all, and no seconds
+            of whole commands. Those of more GPUs come first
+--after     with --turns: measure when this file is there
 """
 
 import argparse
@@ -27,7 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,13 +77,18 @@ class Measured(NamedTuple):
         return self.case.rpartition("_16IPU")[0], case.image_size, most
 
 
-def run_command(one, run_dir, log, *more, stages=False):
-    "Run a command; returns its seconds, what it said (with when its `stages` were done), and the rows of metrics.csv"
+def run_command(one, run_dir, log, *more, stages=False, turn=None):
+    """Run a command; returns its seconds, what it said (with when its `stages` were done), and the rows of metrics.csv.
+
+    With `turn`, a folder, it waits there for its turn, as start_stages.py says.
+    """
     devices = ",".join(str(i) for i in range(one.gpus))
     env = {**os.environ, "KERAS_BACKEND": "jax", "CUDA_VISIBLE_DEVICES": devices}
     env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
     program = ["-m", "effnet_repro.cli"]
-    if stages:
+    if turn:
+        env.update(BENCH_TURN=str(turn), XLA_PYTHON_CLIENT_PREALLOCATE="false")
+    if stages or turn:
         program = [str(ROOT / "tests" / "start_stages.py"), str(time.time())]
     words = [sys.executable, *program, "train", one.case]
     words += ["--budget", "case", "--seed", str(SEED), *one.words, *more]
@@ -169,11 +177,10 @@ def commands(a, work):
         for n in a.gpus if len(a.gpus) > 1 else ():
             for whole in a.global_batches:
                 words = (*resident, "--global-batch-size", str(whole))
-                if n > 1 or whole != 768:  # one GPU and 768: the defaults
-                    sized = get_case(a.case).image_size, whole
-                    found.append(
-                        Measured(f"resident set, batch {whole}", a.case, words, (), n, sized, False)
-                    )
+                sized = get_case(a.case).image_size, whole
+                name = f"resident set, batch {whole}"
+                end = ("--no-validation",)
+                found.append(Measured(name, a.case, words, end, n, sized, False))
     return [one for one in found if re.search(a.only, f"{one.name}, {one.case}")]
 
 
@@ -232,10 +239,13 @@ def measure(a, device):
         make_sets(a, work, chosen)
         if a.resident and re.search(a.only, "start"):
             _first_starts(a, work, log, write)
-        bare = _side_by_side(chosen, memory, work, log, write, a.compile)
+        turns, start = [], None
+        if a.turns:
+            start = lambda: turns.extend(in_turns(chosen, memory, work, log, a.after))
+        bare = _side_by_side(chosen, memory, work, log, write, a.compile, start)
         for i, one in enumerate(() if a.compile else chosen):
             try:
-                case, found = _report(one, work / f"run{i}", log)
+                case, found = turns[i].result() if turns else _report(one, work / f"run{i}", log)
             except RuntimeError as error:
                 print(f"failed: {error}", flush=True)
                 continue
@@ -277,12 +287,14 @@ def torch_rows(a, work, log, write):
         write(about, f"timm {network}" if network else "", found)
 
 
-def _report(one, folder, log):
+def _report(one, folder, log, turn=None):
     "Run a command to its end: its case, and what it measured"
-    seconds, said, rows = run_command(one, folder, log, *one.end)
+    seconds, said, rows = run_command(one, folder, log, *one.end, turn=turn)
     case = json.loads((folder / "config.json").read_text())["case"]
-    found = {"command_s": round(seconds, 1), **rates(rows, case["global_batch_size"])}
-    if guess := estimated(said):
+    found = rates(rows, case["global_batch_size"])
+    if turn is None:
+        found = {"command_s": round(seconds, 1), **found}
+    if turn is None and (guess := estimated(said)):
         found["estimate_of_command"] = round(guess / seconds, 2)
     if decoder := re.search(r"decoded by (\w+)", said):
         found["jpeg_decoder"] = decoder[1]
@@ -307,7 +319,7 @@ def _first_starts(a, work, log, write):
 
 def _starting(pool, chosen, memory, work, log):
     "Begin a training step of each run, all side by side, so that all is compiled; a future for each"
-    kinds = {(one.bare_step(memory), one.gpus, "resident" in one.name): one for one in chosen}
+    kinds = {_program(one, memory): one for one in chosen}
 
     def start(i, one):  # where they need too much memory together, it is compiled all the same
         with contextlib.suppress(RuntimeError):
@@ -316,21 +328,60 @@ def _starting(pool, chosen, memory, work, log):
     return [pool.submit(start, i, one) for i, one in enumerate(kinds.values())]
 
 
-def _side_by_side(chosen, memory, work, log, write, alone=False):
-    """One training step of each run, so that all is compiled, and beside these the bare steps, unless `alone`.
+def in_turns(chosen, memory, work, log, after):
+    """Compile all, then let one after the other go on, those of more GPUs first; a future for each.
+
+    Of runs with the same program the first one compiles it, and the others find it compiled.
+    """
+    turns, leaders = [work / f"turn{i}" for i in range(len(chosen))], {}
+    for turn, one in zip(turns, chosen):
+        turn.mkdir()
+        leaders.setdefault(_program(one, memory), turn)
+
+    def start(i, one, turn):
+        leader = leaders[_program(one, memory)]
+        while leader != turn and not (leader / "compiled").exists():
+            time.sleep(0.1)
+        try:
+            return _report(one, work / f"run{i}", log, turn)
+        finally:
+            (turn / "compiled").touch()  # or failed
+
+    with ThreadPoolExecutor(len(chosen) or 1) as pool:
+        done = [pool.submit(start, i, *pair) for i, pair in enumerate(zip(chosen, turns))]
+        ready = lambda: all((turn / "compiled").exists() for turn in turns)
+        while not ready() or not (after is None or after.exists()):
+            time.sleep(0.1)
+        for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].gpus):
+            (turns[i] / "go").touch()
+            wait([done[i]])
+    return done
+
+
+def _program(one, memory):
+    "What stands for the compiled training step of a run"
+    return one.bare_step(memory), one.gpus, "resident" in one.name
+
+
+def _side_by_side(chosen, memory, work, log, write, alone=False, instead=None):
+    """One training step of each run, or what `instead` does, so that all is compiled; beside it the bare steps,
+    unless `alone`.
 
     A single run with no bare step beside it needs none of it: its first epoch is not measured.
     Bare steps are measured when all is still. Returns their rows by `Measured.bare_step`.
     """
     wanted = sorted({one.bare_step(memory) for one in chosen if one.bare and not alone})
-    if len(chosen) == 1 and not wanted and not alone:
+    if len(chosen) == 1 and not wanted and not alone and instead is None:
         return {}
     before = os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE")
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # while they share GPUs
     with ThreadPoolExecutor(len(chosen) + 1) as pool:
         started = []
         bare = pool.submit(bare_steps, wanted, log, lambda: [f.result() for f in started])
-        started += _starting(pool, chosen, memory, work, log)
+        if instead is None:
+            started += _starting(pool, chosen, memory, work, log)
+        else:
+            started.append(pool.submit(instead))
         found = bare.result()
     os.environ.pop("XLA_PYTHON_CLIENT_PREALLOCATE") if before is None else None
     for (network, size, batch), row in found.items():
@@ -356,6 +407,8 @@ def main():
     p.add_argument("--gpus", type=int, nargs="+", default=[1], help="numbers of GPUs to compare")
     p.add_argument("--global-batches", type=int, nargs="+", default=[768, 3072])
     p.add_argument("--compile", action="store_true", help="only compile the runs, for a later call")
+    p.add_argument("--turns", action="store_true", help="compile side by side, measure in turns")
+    p.add_argument("--after", type=Path, help="with --turns: wait for this file")
     p.add_argument("--results", type=Path, default=ROOT / "results")
     a = p.parse_args()
     os.environ.setdefault("KERAS_BACKEND", "jax")

@@ -5,9 +5,13 @@
 Prints a line of JSON behind "STAGES": seconds from BEGIN until all was imported and the run was settled ("settled"),
 the network was built ("network"), the first images were there ("images"), the training step was compiled ("compiled")
 and done ("step").
+
+With BENCH_TURN=FOLDER in the environment it waits, once the training step is compiled, for FOLDER/go; FOLDER/compiled
+says so.
 """
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -45,9 +49,27 @@ def watch(begin):
     return found
 
 
+def wait_for_turn(folder):
+    """Let the first training step wait, once it is compiled, for the file `go` in a folder."""
+    from effnet_repro.training import step
+
+    inner = step.compile_once
+
+    def outer(*args, **named):
+        result = inner(*args, **named)
+        (folder / "compiled").touch()
+        while not (folder / "go").exists():
+            time.sleep(0.05)
+        return result
+
+    step.compile_once = outer
+
+
 def main(words):
     from effnet_repro.cli import main as command
 
+    if "BENCH_TURN" in os.environ:
+        wait_for_turn(Path(os.environ["BENCH_TURN"]))
     found = watch(float(words[0]))
     status = command(words[1:])
     print(PREFIX + json.dumps({name: round(value, 1) for name, value in found.items()}), flush=True)

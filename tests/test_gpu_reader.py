@@ -10,7 +10,7 @@ import pytest
 from pictures import bmp, encode, picture, record, write
 
 from effnet_repro import data as d
-from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, request
+from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, readers, request
 
 
 class HostProducer:
@@ -149,6 +149,12 @@ def test_the_cores_make_the_same_images(mixed, how, random, decodes, monkeypatch
     ours.close()
     assert (shares[0], shares[-1]) == ((1, 6) if decodes else (6, 6))
     assert decodes or HostProducer.sent == 6 * HostProducer.batches
+
+
+@pytest.mark.parametrize("why, reader", [(None, "cores"), ("no driver", "jax")])
+def test_pixels_of_the_cores_are_sent_with_what_works(why, reader, monkeypatch):
+    monkeypatch.setattr(gpu_decode, "problem", lambda decodes: why if not decodes else "not asked")
+    assert readers.sending_reader() == reader
 
 
 def test_who_keeps_a_step_waiting_makes_fewer_images():

@@ -1,9 +1,10 @@
 """Measure how fast images on disk become batches, and how much the decoders' pixels differ.
 
 Readers alone: nothing trains meanwhile. Beside them, in the same call, what the cores (simplejpeg, in threads and in
-processes) and a GPU (nvImageCodec) can decode, nothing else done. The records of `--images`, original photographs, are
-repeated in memory of the file system's cache. Writes feed.csv (images/s) and decoders.csv (differences) into
-`--results`.
+processes) and a GPU (nvImageCodec) can decode, nothing else done; and what decoders and network allow side by side
+("beside steps"): bare training steps of B0 at half resolution run in the process of the decoders, one whenever as many
+more images are decoded as it takes. The records of `--images`, original photographs, are repeated in memory of the file
+system's cache. Writes feed.csv (images/s) and decoders.csv (differences) into `--results`.
 
     python tests/bench_feed.py --images FOLDER [--only PATTERN] [--sizes 160 224 380] [--results results]
 
@@ -11,11 +12,15 @@ In a copy of the tree without git, EFFNET_REVISION says the revision: see `effne
 """
 
 import argparse
+import contextlib
 import functools
+import os
+import queue
 import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
@@ -29,6 +34,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from effnet_repro import data as d  # noqa: E402
 from effnet_repro.data import decode, decoders, device, gpu_decode, readers, transforms  # noqa: E402
 from effnet_repro.data.threads import core_count  # noqa: E402
+from effnet_repro.kernels.ops import XLA_FLAGS  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
 from tests.bench_sets import repeat_records  # noqa: E402
 
@@ -96,6 +102,40 @@ def by_gpu(encoded, seconds, at_once=512):
                 yield found
 
 
+def beside_steps(encoded, seconds, batch=768):
+    "Images a second that training steps take and producers decode, side by side; three readings"
+    from gpu_contenders import ours
+
+    steps = ours("B0-G16-LN_PN-Half", 160, batch, "train")
+    steps(3)
+    some = [np.frombuffer(one, np.uint8) for one in encoded if one[:2] == b"\xff\xd8"]
+    some = (some * -(-batch // len(some)))[:batch]
+    decoded, ends = queue.Queue(2 * gpu_decode.PRODUCERS), threading.Event()
+
+    def decode_on(producer):
+        while not ends.is_set():
+            producer.decode(some)
+            with contextlib.suppress(queue.Full):
+                decoded.put(batch, timeout=5)
+
+    producers = [gpu_decode.Producer(0) for _ in range(gpu_decode.PRODUCERS)]
+    with ThreadPoolExecutor(len(producers)) as pool:
+        for producer in producers:
+            pool.submit(decode_on, producer)
+        try:
+            for reading in range(4):
+                begin, count = time.perf_counter(), 0
+                while time.perf_counter() - begin < seconds / 3:
+                    for _ in range(4):
+                        decoded.get()
+                    steps(4)
+                    count += 4 * batch
+                if reading:  # what was decoded before the first one counts for nothing
+                    yield count / (time.perf_counter() - begin)
+        finally:
+            ends.set()
+
+
 def _decoded_until(producer, some, until):
     "How many images a producer decodes until a time"
     count = 0
@@ -139,6 +179,9 @@ def rates(data, a):
     name = "nvimagecodec alone"
     if re.search(a.only, name) and gpu_decode.problem() is None:
         yield name, "", "", list(by_gpu(encoded, a.seconds))
+    name = "nvimagecodec beside steps"
+    if re.search(a.only, name) and gpu_decode.problem() is None:
+        yield name, 160, 768, list(beside_steps(encoded, a.seconds))
     for name, size, batch, make, args in streams(data, a.sizes, a.batch):
         if re.search(a.only, name):
             yield (
@@ -229,6 +272,7 @@ def kernel_differences(count=96, side=160, seed=0):
 
 
 def main(words=None):
+    os.environ.setdefault("XLA_FLAGS", XLA_FLAGS)  # those of the steps
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--images", type=Path, required=True, help="original photographs, TFRecords")
     p.add_argument("--sizes", type=int, nargs="+", default=[160, 224, 380], help="in pixels")

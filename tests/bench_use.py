@@ -177,10 +177,10 @@ def commands(a, work):
         for n in a.gpus if len(a.gpus) > 1 else ():
             for whole in a.global_batches:
                 words = (*resident, "--global-batch-size", str(whole))
-                sized = get_case(a.case).image_size, whole
-                name = f"resident set, batch {whole}"
-                end = ("--no-validation",)
-                found.append(Measured(name, a.case, words, end, n, sized, False))
+                if n > 1 or whole != 768:  # one GPU and 768: the defaults
+                    sized = get_case(a.case).image_size, whole
+                    name, end = f"resident set, batch {whole}", ("--no-validation",)
+                    found.append(Measured(name, a.case, words, end, n, sized, False))
     return [one for one in found if re.search(a.only, f"{one.name}, {one.case}")]
 
 

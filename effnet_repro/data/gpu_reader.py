@@ -10,6 +10,7 @@ Producers are threads that wait for the GPU most of the time. All else that take
 in other processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
 """
 
+import collections
 import contextlib
 import itertools
 import queue
@@ -37,9 +38,10 @@ from effnet_repro.data.threads import core_count, made_ahead
 from effnet_repro.data.transforms import center_crop_box
 
 SLICE = 64  # Images that are read at a time
-AT_ONCE = 512  # Most images that a producer decodes at a time: they all lie in the GPU's memory
+AT_ONCE = 768  # Most images that a producer decodes at a time: they all lie in the GPU's memory
 READERS = 3  # Processes that read
 BUSY = 3  # Cores' worth of work around the GPU's decoders: this process, and what nvJPEG does on the host
+SPARE = 3  # Arrays that are begun ahead of their batches: each is ready when the steps before it are done
 _FEW = 8  # Images of a piece that the cores make, at least
 _THREADS = 8  # The same as threads, where processes do not pay
 
@@ -197,17 +199,17 @@ class Cores:
 class _Share:
     """How many images of a batch the cores make; the GPU's decoders make the others.
 
-    Where a step had to wait and the cores were the last to be done, they get fewer; otherwise they get more, since the
-    GPU has its own work. The images are the same, whatever their number.
+    Where a step had to wait and the cores were the last to be done, they get fewer; otherwise they get more, little by
+    little, since the GPU has its own work. The images are the same, whatever their number.
     """
 
     def __init__(self, batch, decodes, cores):
         self._least, self._most = 0 if decodes else batch, batch if cores else 0
         self.now = max(self._least, self._most // 4)
-        self._step = max(1, min(PIECE, batch // 32))
+        self._step = max(1, batch // 24)
 
     def learn(self, waited, late):
-        step = -self._step if waited and late else self._step
+        step = -self._step if waited and late else max(1, self._step // (8 if late else 4))
         self.now = min(max(self.now + step, self._least), self._most)
 
 
@@ -227,7 +229,7 @@ class _Stream:
         small = replace(request, dataset=one_split(request.dataset, split))
         self.request, self.split, self.make, self.gpu = small, split, make, gpu
         self.published = request.image_resize == "published"
-        self.producers = queue.SimpleQueue()
+        self.producers, self.spare = queue.SimpleQueue(), collections.deque()
         first = kept(make.producer, gpu)
         for one in (first, *[None] * (PRODUCERS - 1)):  # made when they are needed
             self.producers.put(one)
@@ -277,8 +279,15 @@ class _Stream:
         numbers, places = numbers[first:], places[first:]
         parts = np.array_split(np.arange(len(numbers)), max(1, -(-len(numbers) // SLICE)))
         slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts if len(p)]
-        out = self.make.empty(batch.shape, self.gpu)
+        out = self._empty(batch.shape)
         return self.producing.submit(self._produce, out, (pieces, stage), (first, numbers, slices))
+
+    def _empty(self, shape):
+        "An array of zeros that JAX was asked for some batches ago: it makes them in the order of its steps"
+        while len(self.spare) <= SPARE:
+            self.spare.append(self.make.empty(shape, self.gpu))
+        out = self.spare.popleft()
+        return out if tuple(out.shape) == tuple(shape) else self.make.empty(shape, self.gpu)
 
     def _produce(self, out, by_cores, by_gpu):
         producer = self.producers.get()

@@ -177,7 +177,7 @@ def commands(a, work):
         for n in a.gpus if len(a.gpus) > 1 else ():
             for whole in a.global_batches:
                 words = (*resident, "--global-batch-size", str(whole))
-                if n > 1 or whole != 768:  # one GPU and 768: the defaults
+                if n > 1 or whole != 768 or a.case != CASE:  # else they are the defaults
                     sized = get_case(a.case).image_size, whole
                     name, end = f"resident set, batch {whole}", ("--no-validation",)
                     found.append(Measured(name, a.case, words, end, n, sized, False))

@@ -1,7 +1,9 @@
 """The reader of a GPU, with a producer that decodes on the host and cuts with NumPy: the same images as the others."""
 
+import collections
 import importlib.util
 import threading
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from dataclasses import replace
 from itertools import islice
 
@@ -16,7 +18,7 @@ from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, read
 class HostProducer:
     "Does what a GPU does; refuses each fifth JPEG"
 
-    refused = sent = batches = 0
+    refused = sent = 0
     exact = False
 
     def __init__(self, gpu):
@@ -39,7 +41,6 @@ class HostProducer:
 
     def write(self, images, rows, out, first, published, stage=None):
         self._alone()
-        HostProducer.batches += len(rows) == len(out)
         for i, (image, row) in enumerate(zip(images, rows)):
             out[first + i] = cut(image.owner, row, out.shape[1], published)
         self.thread = None
@@ -132,14 +133,19 @@ def test_the_same_training_batches(mixed, how, random, monkeypatch):
 @pytest.mark.parametrize("random", [True, False])
 @pytest.mark.parametrize("decodes", [True, False])
 def test_the_cores_make_the_same_images(mixed, how, random, decodes, monkeypatch):
-    "Those of a share of each batch, beside a GPU's decoders, and of all"
-    shares = []
-    monkeypatch.setattr(gpu_reader, "_FEW", 2)
+    "Some of each batch, beside a GPU's decoders, and all"
+    made = collections.Counter()
+    monkeypatch.setattr(gpu_reader, "CHUNK", 2)
+    monkeypatch.setattr(gpu_reader, "AT_ONCE", 4)
     monkeypatch.setattr(gpu_reader, "_core_count", lambda *_: 2)
-    learn = gpu_reader._Share.learn
-    more = lambda share, *_: shares.append(share.now) or learn(share, False, False)
-    monkeypatch.setattr(gpu_reader._Share, "learn", more)
-    HostProducer.sent = HostProducer.batches = 0
+    for owner, name in ((gpu_reader.Cores, "make"), (gpu_reader._Stream, "_decode")):
+        inner = getattr(owner, name)
+
+        def counted(self, *args, inner=inner, name=name):
+            made[name] += len(args[0] if name == "make" else args[3])
+            return inner(self, *args)
+
+        monkeypatch.setattr(owner, name, counted)
     args = requested(mixed, 24, 6, how, random)
     stream = gpu_reader.training_stream if decodes else gpu_reader.cores_stream
     ours, theirs = stream(args, maker()), numpy_reader.training_stream(args)
@@ -147,32 +153,49 @@ def test_the_cores_make_the_same_images(mixed, how, random, decodes, monkeypatch
         np.testing.assert_array_equal(a, c)
         np.testing.assert_array_equal(b, e)
     ours.close()
-    assert (shares[0], shares[-1]) == ((1, 6) if decodes else (6, 6))
-    assert decodes or HostProducer.sent == 6 * HostProducer.batches
+    assert made["make"] and bool(made["_decode"]) == decodes
+    assert (made["make"] + made["_decode"]) % 2 == 0 and sum(made.values()) >= 12 * 6
+
+
+def test_who_is_free_takes_the_oldest_chunk_and_the_cores_come_first():
+    batch = gpu_reader._Batch(np.arange(10), np.arange(10), (10, 4, 4, 3))
+    chunks, one, two = gpu_reader._Chunks(4), *(gpu_reader._Made(batch, None) for _ in range(2))
+    chunks.put(one)
+    chunks.put(two)
+    assert chunks.take(8, False) == (one, slice(0, 8))
+    assert chunks.take(8, False) == (one, slice(8, 10))  # not those of the next batch
+    chunks.idle = 1  # a feeder waits
+    assert chunks.take(100, False) == (two, slice(0, 8))  # which leaves it one
+    with ThreadPoolExecutor(1) as pool:
+        gpu = pool.submit(chunks.take, 100, False)
+        with pytest.raises(TimeoutError):
+            gpu.result(0.05)
+        chunks.idle = 0
+        assert chunks.take(4, True) == (two, slice(8, 10))
+        chunks.close()
+        assert gpu.result(5) is None
+
+
+def test_a_batch_is_there_when_all_chunks_are():
+    batch = gpu_reader._Batch(np.arange(3), np.arange(3), (3, 4, 4, 3))
+    made, none = (gpu_reader._Made(one, "out") for one in (batch, batch._replace(numbers=[])))
+    assert none.future.done() and not made.future.done()
+    made.done(slice(1, 3), np.array([5, 6]))
+    assert not made.future.done()
+    made.done(slice(0, 1), np.array([4]))
+    out, labels = made.future.result(0)
+    assert out == "out" and labels.tolist() == [4, 5, 6] and labels.dtype == np.int32
+    late = gpu_reader._Made(batch, "out")
+    late.fail(ValueError("damaged"))
+    late.done(slice(0, 3))
+    with pytest.raises(ValueError, match="damaged"):
+        late.future.result(0)
 
 
 @pytest.mark.parametrize("why, reader", [(None, "cores"), ("no driver", "jax")])
 def test_pixels_of_the_cores_are_sent_with_what_works(why, reader, monkeypatch):
     monkeypatch.setattr(gpu_decode, "problem", lambda decodes: why if not decodes else "not asked")
     assert readers.sending_reader() == reader
-
-
-def test_who_keeps_a_step_waiting_makes_fewer_images():
-    share = gpu_reader._Share(768, True, True)
-    first = share.now
-    share.learn(True, True)
-    assert share.now < first
-    for _ in range(100):
-        share.learn(True, False)
-    assert share.now == 768
-    share.learn(False, True)  # the GPU trains meanwhile
-    assert share.now == 768
-    for _ in range(100):
-        share.learn(True, True)
-    assert share.now == 0
-    none = gpu_reader._Share(768, True, None)
-    none.learn(False, False)
-    assert none.now == 0
 
 
 def test_the_cores_help_only_decoders_that_make_the_same_pixels(monkeypatch):

@@ -3,18 +3,19 @@
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
 JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named.
 
-Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both share each batch of
-training (`_Share`). Raw pixels, and JPEGs for whose decoder the user asked so, are all made by the cores (`Cores`).
+Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both make images of training:
+who is free takes the next chunk of a batch, the cores first, since the GPU has its own work. Raw pixels, and JPEGs for
+whose decoder the user asked so, are all made by the cores (`Cores`).
 
-Producers are threads that wait for the GPU most of the time. All else that takes Python's time for every image happens
-in other processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
+The threads here wait for the GPU and for processes most of the time. All that takes Python's time for every image
+happens in processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
 """
 
 import collections
 import contextlib
 import itertools
-import queue
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
 
@@ -38,9 +39,12 @@ from effnet_repro.data.threads import core_count, made_ahead
 from effnet_repro.data.transforms import center_crop_box
 
 SLICE = 64  # Images that are read at a time
+CHUNK = 192  # Images of a batch that the cores take at a time, where a GPU's decoders may take them, too
 AT_ONCE = 768  # Most images that a producer decodes at a time: they all lie in the GPU's memory
+FEEDERS = 2  # Threads that let the cores make images beside a GPU's decoders: one's pieces wait for the other's
 READERS = 3  # Processes that read
 BUSY = 3  # Cores' worth of work around the GPU's decoders: this process, and what nvJPEG does on the host
+AHEAD = 5  # Batches that are being made while one is used
 SPARE = 3  # Arrays that are begun ahead of their batches: each is ready when the steps before it are done
 _FEW = 8  # Images of a piece that the cores make, at least
 _THREADS = 8  # The same as threads, where processes do not pay
@@ -175,15 +179,12 @@ class Cores:
     def __exit__(self, *_):
         self._team.close()
 
-    def begin(self, numbers: np.ndarray, places: np.ndarray, stage: Any) -> list:
-        """Begin images of these numbers and places, (n,) each; futures of pieces, which are placed on `stage`."""
+    def make(self, numbers: np.ndarray, places: np.ndarray, stage: Any):
+        """Make images of these numbers and places, (n,) each; return where a stage has them, their cuts and labels."""
         stage.begin(self._most)
         size = min(PIECE, max(_FEW, len(numbers) // self._count))
         parts = np.array_split(np.arange(len(numbers)), -(-len(numbers) // size))
-        return [self._team.submit((numbers[p], places[p]), stage.place) for p in parts]
-
-    def finish(self, pieces: list, stage: Any):
-        """Wait for pieces; return their images on the GPU, the cuts of these, and their labels."""
+        pieces = [self._team.submit((numbers[p], places[p]), stage.place) for p in parts]
         at, rest = zip(*(one.result() for one in pieces))
         sizes, flips, labels = map(np.concatenate, zip(*rest))
         lengths = [3 * some.prod(1, dtype=np.int64) for some, *_ in rest]
@@ -196,21 +197,63 @@ class Cores:
         return stage.images(begins, sizes), cuts, labels
 
 
-class _Share:
-    """How many images of a batch the cores make; the GPU's decoders make the others.
+class _Made:
+    "A batch that is being made, chunk by chunk; its future gives the array and the labels"
 
-    Where a step had to wait and the cores were the last to be done, they get fewer; otherwise they get more, little by
-    little, since the GPU has its own work. The images are the same, whatever their number.
-    """
+    def __init__(self, batch, out):
+        self.batch, self.out, self.future = batch, out, Future()
+        self.labels, self.left = np.zeros(len(batch.numbers), np.int32), len(batch.numbers)
+        self.lock = threading.Lock()
+        self.done(slice(0, 0))
 
-    def __init__(self, batch, decodes, cores):
-        self._least, self._most = 0 if decodes else batch, batch if cores else 0
-        self.now = max(self._least, self._most // 4)
-        self._step = max(1, batch // 24)
+    def done(self, part, labels=()):
+        with self.lock:
+            self.labels[part.start : part.start + len(labels)] = labels
+            self.left -= part.stop - part.start
+            if not self.left and not self.future.done():
+                self.future.set_result((self.out, self.labels))
 
-    def learn(self, waited, late):
-        step = -self._step if waited and late else max(1, self._step // (8 if late else 4))
-        self.now = min(max(self.now + step, self._least), self._most)
+    def fail(self, error):
+        with self.lock:
+            if not self.future.done():
+                self.future.set_exception(error)
+
+
+class _Chunks:
+    "Chunks of batches that nobody makes yet; those who make them take the oldest"
+
+    def __init__(self, size):
+        self.size, self.waiting, self.open = size, collections.deque(), True
+        self.idle, self.changed = 0, threading.Condition()  # feeders that wait
+
+    def put(self, made):
+        n = len(made.batch.numbers)
+        with self.changed:
+            begins = range(0, n, self.size)
+            self.waiting.extend((made, slice(a, min(a + self.size, n))) for a in begins)
+            self.changed.notify_all()
+
+    def take(self, most, feeds):
+        "The oldest chunk, with those behind it up to `most` images of its batch; None at the end"
+        with self.changed:
+            self.idle += feeds
+            left = lambda: len(self.waiting) > (0 if feeds else self.idle)  # the cores go first
+            self.changed.wait_for(lambda: left() or not self.open)
+            self.idle -= feeds
+            if not self.open:
+                return None
+            made, part = self.waiting.popleft()
+            while left() and self.waiting[0][0] is made:
+                if self.waiting[0][1].stop - part.start > most:
+                    break
+                part = slice(part.start, self.waiting.popleft()[1].stop)
+            self.changed.notify_all()
+            return made, part
+
+    def close(self):
+        with self.changed:
+            self.open = False
+            self.changed.notify_all()
 
 
 def _core_count(producer, decodes, images, gpus):
@@ -229,30 +272,31 @@ class _Stream:
         small = replace(request, dataset=one_split(request.dataset, split))
         self.request, self.split, self.make, self.gpu = small, split, make, gpu
         self.published = request.image_resize == "published"
-        self.producers, self.spare = queue.SimpleQueue(), collections.deque()
-        first = kept(make.producer, gpu)
-        for one in (first, *[None] * (PRODUCERS - 1)):  # made when they are needed
-            self.producers.put(one)
-        self.pools = contextlib.ExitStack()
-        self.pools.callback(self._keep)
-        try:
-            self._open(first, decodes)
-        except BaseException:
-            self.pools.close()
-            raise
+        self.spare, self.cores, self.readers = collections.deque(), None, None
+        with contextlib.ExitStack() as pools:
+            self._open(pools, decodes)
+            self.pools = pools.pop_all()
 
-    def _open(self, producer, decodes):
-        request, enter = self.request, self.pools.enter_context
-        images, self.cores, self.readers = len(request.dataset.splits[self.split].label), None, None
+    def _open(self, pools, decodes):
+        request, enter = self.request, pools.enter_context
+        images, threads = len(request.dataset.splits[self.split].label), min(_THREADS, core_count())
         if self.split == "train":
-            if count := _core_count(producer, decodes, images, len(request.gpus)):
-                self.cores = enter(Cores(request, count))
+            producer = kept(self.make.producer, self.gpu)
+            count = _core_count(producer, decodes, images, len(request.gpus))
+            keep(self.make.producer, self.gpu, producer)
+            self.cores = enter(Cores(request, count)) if count else None
         if decodes:
-            pays = pays_processes(images)
-            space, count = (ROOM, READERS) if pays else (None, min(_THREADS, core_count()))
+            space, count = (ROOM, READERS) if pays_processes(images) else (None, threads)
             self.readers = enter(Team(ReadJob(request, self.split), space, count))
-        pool = lambda count: enter(ThreadPoolExecutor(count))
-        self.producing, self.rescuing = pool(PRODUCERS), pool(min(_THREADS, core_count()))
+        self.rescuing = enter(ThreadPoolExecutor(threads))
+        self.chunks = _Chunks(min(CHUNK, AT_ONCE) if decodes else 2**31)
+        makes = [self._decode] * PRODUCERS if decodes else []
+        if self.cores:
+            makes += [self._feed] * (FEEDERS if decodes else PRODUCERS)
+        working = enter(ThreadPoolExecutor(len(makes)))
+        pools.callback(self.chunks.close)
+        for make in makes:
+            working.submit(self._work, make)
 
     def __enter__(self):
         return self
@@ -260,27 +304,11 @@ class _Stream:
     def __exit__(self, *_):
         self.pools.close()
 
-    def _keep(self):
-        while not self.producers.empty():
-            one = self.producers.get()
-            if one is not None:
-                keep(self.make.producer, self.gpu, one)
-
-    def begin(self, batch, first=0):
-        """Hand out the work of a batch, of which the cores make the images before `first`.
-
-        The future gives its array, its labels, and whether the cores were the last.
-        """
-        numbers, places = batch.numbers, batch.places
-        pieces, stage = [], None
-        if first:
-            stage = kept(self.make.stage, self.gpu)
-            pieces = self.cores.begin(numbers[:first], places[:first], stage)
-        numbers, places = numbers[first:], places[first:]
-        parts = np.array_split(np.arange(len(numbers)), max(1, -(-len(numbers) // SLICE)))
-        slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts if len(p)]
-        out = self._empty(batch.shape)
-        return self.producing.submit(self._produce, out, (pieces, stage), (first, numbers, slices))
+    def begin(self, batch):
+        "Hand out the work of a batch; the future gives its array and its labels"
+        made = _Made(batch, self._empty(batch.shape))
+        self.chunks.put(made)
+        return made.future
 
     def _empty(self, shape):
         "An array of zeros that JAX was asked for some batches ago: it makes them in the order of its steps"
@@ -289,40 +317,40 @@ class _Stream:
         out = self.spare.popleft()
         return out if tuple(out.shape) == tuple(shape) else self.make.empty(shape, self.gpu)
 
-    def _produce(self, out, by_cores, by_gpu):
-        producer = self.producers.get()
-        try:
-            producer = producer or kept(self.make.producer, self.gpu)
-            labels = self._decode(producer, out, *by_gpu)
-            late, own = self._place(producer, out, *by_cores)
-            return out, np.concatenate([own, labels]), late
-        except BaseException:
-            producer = None  # what it was about to do is unknown
-            raise
-        finally:
-            self.producers.put(producer)
+    def _work(self, make):
+        "Make chunks until there are no more, with a producer of one's own"
+        producer, feeds = None, make == self._feed
+        while (
+            taken := self.chunks.take(self.chunks.size if feeds else AT_ONCE, feeds)
+        ) is not None:
+            made, part = taken
+            try:
+                producer = producer or kept(self.make.producer, self.gpu)
+                numbers, places = made.batch.numbers[part], made.batch.places[part]
+                made.done(part, make(producer, made.out, part.start, numbers, places))
+            except BaseException as error:
+                producer = None  # what it was about to do is unknown
+                made.fail(error)
+        if producer is not None:
+            keep(self.make.producer, self.gpu, producer)
 
-    def _place(self, producer, out, pieces, stage):
-        "Write what the cores make into `out`; whether they were not done, and the labels"
-        if not pieces:
-            return False, np.zeros(0, np.int32)
-        late = not all(one.done() for one in pieces)
-        images, cuts, labels = self.cores.finish(pieces, stage)
-        producer.write(images, cuts.rows(), out, 0, self.published, stage)
-        self._give_back(stage)
-        return late, labels
+    def _feed(self, producer, out, first, numbers, places):
+        "Let the cores make images of `out` from image `first` on; their labels"
+        stage = kept(self.make.stage, self.gpu)
+        images, cuts, labels = self.cores.make(numbers, places, stage)
+        producer.write(images, cuts.rows(), out, first, self.published, stage)
+        keep(self.make.stage, self.gpu, stage)
+        return labels
 
-    def _decode(self, producer, out, first, numbers, slices):
-        "Let the GPU decode images into `out` from image `first` on; their labels"
-        if not slices:
-            return np.zeros(0, np.int32)
+    def _decode(self, producer, out, first, numbers, places):
+        "Let the GPU decode images of `out` from image `first` on; their labels"
+        parts = np.array_split(np.arange(len(numbers)), -(-len(numbers) // SLICE))
+        slices = [self.readers.submit((numbers[p], places[p]), np.array) for p in parts]
         read, cuts, labels = _Read.of(numbers, [one.result() for one in slices])
-        rows, count = cuts.rows(), len(numbers)
-        for part in np.array_split(np.arange(count), -(-count // AT_ONCE)):
-            part = slice(int(part[0]), int(part[-1]) + 1)
-            images, sent = self._decoded(producer, read.part(part))
-            producer.write(images, rows[part], out, first + part.start, self.published, sent)
-            self._give_back(sent)
+        images, sent = self._decoded(producer, read)
+        producer.write(images, cuts.rows(), out, first, self.published, sent)
+        if sent is not None:
+            keep(self.make.stage, self.gpu, sent)
         return labels
 
     def _decoded(self, producer, read):
@@ -347,10 +375,6 @@ class _Stream:
         begins = [stage.place(pixels.reshape(-1, 3)) for pixels in self.rescuing.map(on_host, late)]
         images.update(zip(late, stage.images(begins, sizes[late])))
         return [images[i] for i in every], stage
-
-    def _give_back(self, stage):
-        if stage is not None:
-            keep(self.make.stage, self.gpu, stage)
 
 
 def training_stream(
@@ -396,13 +420,9 @@ def _part(request, make, decodes, index):
         return _Batch(numbers, places, (last - first, size, size, 3))
 
     with _Stream(request, "train", make, request.gpus[index], decodes) as stream:
-        share = _Share(last - first, decodes, stream.cores)
-        begin = lambda update: stream.begin(batch(update), share.now)
-        for done in made_ahead(begin, itertools.count(request.first_update), PRODUCERS + 1):
-            waited = not done.done()
-            images, labels, late = done.result()
-            share.learn(waited, late)
-            yield images, labels
+        batches = map(batch, itertools.count(request.first_update))
+        for done in made_ahead(stream.begin, batches, AHEAD):
+            yield done.result()
 
 
 def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
@@ -421,9 +441,9 @@ def validation_stream(request: ValidationRequest, make: Maker = ON_GPU):
         return _Batch(real, real, (group.size, size, size, 3))
 
     with _Stream(request, "validation", make) as stream:
-        made = made_ahead(stream.begin, map(batch, groups), PRODUCERS + 1)
+        made = made_ahead(stream.begin, map(batch, groups), AHEAD)
         for group, done in zip(groups, made):
-            images, *_ = done.result()
+            images, _ = done.result()
             if len(group) == 1:
                 yield (images, *request.known(group[0]))
                 continue

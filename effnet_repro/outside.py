@@ -18,6 +18,7 @@ MOST_IMAGE_BYTES = 2**30  # Of an image's file
 MOST_TEXT = 2**26  # Bytes of a small file: info.json, a list of labels, config.json
 MOST_CLASSES = 1_000_000  # That a description of a data set may name
 MOST_NUMBERS = 2**29  # In a file of weights: eight times the largest EfficientNet
+SAVE = "Save it as UTF-8, or copy it again."
 MOST_UNPACKED = 2**33  # Bytes that the entries of an archive of weights come to
 
 _BEGINNINGS = (
@@ -42,6 +43,7 @@ _BEGINNINGS = (
     (b"\x80\x02", "a pickle"),
     (b"\x80\x04", "a pickle"),
 )
+_BEGINNINGS += tuple((mark, "a text in UTF-16") for mark in (b"\xff\xfe", b"\xfe\xff"))
 _HEIF = {b"heic", b"heix", b"hevc", b"heim", b"heis", b"hevm", b"mif1", b"msf1"}
 
 
@@ -113,7 +115,7 @@ def read_json(path) -> dict:
     try:
         found = json.loads(read_file(path).decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text in UTF-8: it is {file_kind(path)}.") from None
+        raise ValueError(f"{path} is not text in UTF-8: it is {file_kind(path)}. {SAVE}") from None
     except RecursionError:
         raise ValueError(f"{path} is nested too deeply.") from None
     except json.JSONDecodeError as error:

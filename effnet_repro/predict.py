@@ -50,8 +50,12 @@ class Reading:
 
 
 def read_classifier(source, reading: Reading = Reading()) -> Weights:
-    """Return the weights of `source`. Raises ValueError where it has no classifier, or another number of classes."""
-    network = read_body(source, reading.weights, reading.arch)
+    """Return the weights of `source`, which may be `Weights` that were read before.
+
+    Raises ValueError where it has no classifier, or another number of classes.
+    """
+    read = isinstance(source, Weights)
+    network = source if read else read_body(source, reading.weights, reading.arch)
     if not network.spec.num_classes:
         raise ValueError(
             f"{source} has no classifier: it cannot name a class. Give it one: effnet-finetune {source} "
@@ -68,7 +72,7 @@ def read_classifier(source, reading: Reading = Reading()) -> Weights:
 class Predictor:
     """A trained network that names what images show.
 
-    - `source`: a run folder, a checkpoint, or a file of another program: see `convert.read`.
+    - `source`: a run folder, a checkpoint, or a file of another program: see `convert.read`; or its `Weights`.
     - `image_size`: side that images are resized to, pixels; None is what the network was trained at.
     - `precision`: type to compute in: "float32", "bfloat16", "float16"; "auto" is bfloat16 on a GPU under JAX.
     - `backend`: "tensorflow" or "jax"; refused where Keras runs on the other.

@@ -195,7 +195,7 @@ def test_paths_with_something_wrong(tmp_path):
         convert.read(tmp_path / "model.onnx")
     ours = tmp_path / "ours.safetensors"
     convert.write_ours(ours, moved(SMALL))
-    with pytest.raises(ValueError, match="Pass to='torch' or to='ours'"):
+    with pytest.raises(ValueError, match="Pass `to`: 'torch' or 'ours'"):
         convert.convert(ours, tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match="Unknown kind of target: out.onnx"):
         convert.convert(ours, tmp_path / "out.onnx")
@@ -208,6 +208,9 @@ def test_paths_with_something_wrong(tmp_path):
         with pytest.raises(FileExistsError, match="out.ckpt.index exists"):
             convert.convert(ours, tmp_path / target)
     convert.convert(ours, tmp_path / "out.ckpt", overwrite=True)
+    for to in ("tf1", "ours", "torch", "keras"):
+        with pytest.raises(IsADirectoryError, match="is a folder. Name a file in it"):
+            convert.convert(ours, tmp_path, to=to, overwrite=True)
     for name in ("x.ckpt", "x.safetensors"):  # a file where a folder should be
         with pytest.raises(OSError, match="Cannot write .*What was there before is unchanged"):
             convert.convert(ours, ours / name, to="torch" if "safe" in name else "tf1")
@@ -284,7 +287,7 @@ def test_the_command_end_to_end(tmp_path, command):
     "words, status, answer",
     [
         ("none.pth out.safetensors", 1, "No file, run folder or TensorFlow checkpoint none.pth"),
-        ("ours.safetensors out.onnx", 1, "Unknown kind of target: out.onnx"),
+        ("ours.safetensors out.onnx", 2, "Unknown kind of target: out.onnx"),
         ("ours.safetensors out.ckpt --to tf", 2, "Unknown format 'tf'"),
         (
             "ours.safetensors out.ckpt --case B0-G1-GN-Natve_16IPU_2x8",
@@ -296,7 +299,7 @@ def test_the_command_end_to_end(tmp_path, command):
         ("ours.safetensors out.ckpt --class-names none.txt", 2, "none.txt"),
         ("ours.safetensors out.ckpt --arch efficientnet_b0", 1, "arch is for PyTorch files"),
         ("ours.safetensors out.ckpt --weights best", 2, "Unknown weights 'best'"),
-        ("ours.safetensors ours.safetensors --to ours", 1, "exists. Pass overwrite"),
+        ("ours.safetensors ours.safetensors --to ours", 1, "exists. Pass --overwrite"),
         ("ours.safetensors", 2, "TARGET"),
     ],
 )

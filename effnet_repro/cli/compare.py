@@ -2,7 +2,7 @@
 
 import json
 
-from effnet_repro.cli.kit import UsageError, format_table, program, user_path
+from effnet_repro.cli.kit import format_table, program, user_path
 from effnet_repro.runs.compare import curves, differing, read_story, scores
 
 
@@ -36,10 +36,7 @@ def _table(rows):
 )
 def compare_command(args):
     "Show two runs side by side: the fields that differ, the curves and the scores."
-    try:
-        a, b = read_story(args.a), read_story(args.b)
-    except (ValueError, OSError) as e:
-        raise UsageError(str(e)) from None
+    a, b = read_story(args.a), read_story(args.b)
     parts = {"fields": differing(a, b), "curves": curves(a, b), "scores": scores(a, b)}
     if args.json:
         print(json.dumps({"a": a.name, "b": b.name, **parts}, indent=1))

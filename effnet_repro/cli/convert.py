@@ -1,6 +1,7 @@
 """`effnet-convert`: weights of other programs in and out."""
 
 import os
+from pathlib import Path
 
 from effnet_repro.cli.fields import check_given, config_arguments, named_case
 from effnet_repro.cli.kit import (
@@ -12,7 +13,7 @@ from effnet_repro.cli.kit import (
     user_path,
     whole_number,
 )
-from effnet_repro.convert import FORMATS, convert
+from effnet_repro.convert import FORMATS, convert, format_of, target_format
 
 
 def _convert_arguments(parser):
@@ -100,7 +101,12 @@ def convert_command(args):
     options = _convert_options(args)
     if not args.debug:
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    there = dict(to=args.to, source_format=args.source_format, overwrite=args.overwrite)
+    source_format = args.source_format or format_of(args.source)
+    try:
+        to = args.to or target_format(Path(args.target), source_format)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    there = dict(to=to, source_format=source_format, overwrite=args.overwrite)
     done = convert(args.source, args.target, **there, **options)
     size = f"{sum(a.size for a in done.arrays.values()):,} numbers in {len(done.arrays)} arrays"
     print(

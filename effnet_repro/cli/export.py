@@ -1,6 +1,7 @@
 """`effnet-export`: a trained network as a file that another program runs."""
 
 import contextlib
+from pathlib import Path
 
 from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.kit import UsageError, choice, program, read_lines, user_path, whole_number
@@ -64,24 +65,26 @@ def export_command(args):
     if args.class_names:
         options["class_names"] = read_lines(args.class_names)
     set_backend(args)
-    from effnet_repro.export import export
+    from effnet_repro.export import export, export_format
     from effnet_repro.runs.environment import suppress_stderr
 
-    quiet = contextlib.nullcontext if args.debug else suppress_stderr
     try:
-        with quiet():
-            done = export(
-                args.source,
-                args.target,
-                args.format,
-                overwrite=args.overwrite,
-                license=args.license,
-                int8=args.int8,
-                weights=args.weights,
-                **options,
-            )
-    except FileExistsError as error:
-        raise UsageError(str(error).replace("Pass overwrite", "Pass --overwrite")) from None
+        kind = export_format(Path(args.target), args.format)
+    except ValueError as error:
+        raise UsageError(str(error).replace("pass the format", "give --format")) from None
+    if args.int8 and kind != "onnx":
+        raise UsageError(f"--int8 is for ONNX files. Received: {kind}, {args.target}.")
+    with contextlib.nullcontext() if args.debug else suppress_stderr():
+        done = export(
+            args.source,
+            args.target,
+            args.format,
+            overwrite=args.overwrite,
+            license=args.license,
+            int8=args.int8,
+            weights=args.weights,
+            **options,
+        )
     spec, how = done.subject.spec, done.agreement
     n = args.batch_size or "any number"
     print(

@@ -20,6 +20,7 @@ from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import (
     LAYOUT_FIELDS,
     batch_fields,
+    checked_early,
     open_data_of,
     plan_of,
     settled_on_device,
@@ -85,8 +86,9 @@ def _plan_transfer(args):
     kind = format_of(source)  # what is no network is refused before Keras takes its seconds
     if args.config and kind == "ours":
         checked_source(args, init_path=args.init_path)
-    start_keras(args)
     data = open_data_of(args, args.run_dir)
+    if kind == "keras":  # which Keras reads
+        start_keras(args)
     body = read_body(source, args.weights, args.arch)
     try:
         batches = transfer_batches(data.train_count, given)
@@ -130,8 +132,10 @@ def finetune_command(args):
             check_distributed(args, on_ipus=True)
             args.protocol = args.protocol or "published"
             return finetune_on_ipus(args, source, trained)
-        start_keras(args)
         plan = lead_plan(lambda: _plan_finetuning(args, source, trained))
+        if not args.dry_run:
+            plan = checked_early(args, plan, plan.resolved.init)
+    start_keras(args)
     plan = settled_on_device(plan, precision_of(args))
     init = None if args.new_head else plan.resolved.init
     notes = check_start(args, plan.resolved, init) if args.dry_run else ()

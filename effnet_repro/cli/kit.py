@@ -17,7 +17,7 @@ from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle
 from effnet_repro.config import list_some, unknown_name
 from effnet_repro.distributed import here
 from effnet_repro.messages import shown
-from effnet_repro.outside import file_kind, read_file
+from effnet_repro.outside import SAVE, file_kind, read_file
 from effnet_repro.paths import local_path
 from effnet_repro.runs.signals import Interrupts
 
@@ -230,7 +230,7 @@ def _do(command, argv, interrupts):
         if getattr(e, "told", False) and here().index:  # another process says it
             return status
         line = "interrupted" if status == 130 else one_line(e)
-        line = _as_flags(line, parser) if status == 2 else line
+        line = _as_flags(line, parser)
         line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""
         tell(f"effnet-{command.name}: {line}{hint}")
@@ -317,7 +317,7 @@ def read_lines(path):
         path = local_path(path)
         return read_file(path).decode("utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UsageError(f"{path} is not text in UTF-8: it is {file_kind(path)}.") from None
+        raise UsageError(f"{path} is not text in UTF-8: it is {file_kind(path)}. {SAVE}") from None
     except ValueError as e:
         raise UsageError(str(e)) from None
     except OSError as e:

@@ -274,24 +274,17 @@ def options_of(args) -> Options:
         raise UsageError(str(e)) from None
 
 
-def check_start(args, plan, init=None):
-    """Check all that a run needs, for `--dry-run`, and return notes on it; see `runs.preflight`.
-
-    `init` is what it begins from. UsageError where something does not fit, OSError where something is not there.
-    """
-    try:
-        return _check_start(args, plan, init)
-    except ValueError as e:
-        raise UsageError(str(e)) from None
-
-
 def reading_of(args) -> Reading:
     """Return where a command's images are, and how they are read."""
     where = data_dir_of(args), args.data_format, args.decoder, args.validation_split
     return Reading(*where, args.on_corrupt)
 
 
-def _check_start(args, plan, init):
+def check_start(args, plan, init=None):
+    """Check all that a run needs, for `--dry-run`, and return notes on it; see `runs.preflight`.
+
+    `init` is what it begins from. ValueError or OSError, as the run itself would raise.
+    """
     data = check_run(plan, reading_of(args), options_of(args), init, args.weights)
     if args.decoder == "nvimagecodec" or args.precision == "float16":
         start_keras(args)

@@ -7,6 +7,7 @@ from effnet_repro.cli.kit import UsageError, choice, program, user_path, whole_n
 from effnet_repro.cli.options import data_arguments, data_dir_of
 from effnet_repro.data import open_data
 from effnet_repro.data.packed import FORMS, IN_A_PART, Packing, pack
+from effnet_repro.runs.preflight import check_folder
 
 #: What the line that comes next trains.
 SOME_CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -72,6 +73,7 @@ def pack_command(args):
         how.check()
     except ValueError as error:
         raise UsageError(str(error).replace("in_a_part", "images_in_a_file")) from None
+    check_folder(args.target)  # before all images are listed
     data = open_data(data_dir_of(args), args.data_format, on_corrupt=args.on_corrupt)
     begin = time.perf_counter()
     done = pack(data, args.target, how, args.workers)

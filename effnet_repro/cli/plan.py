@@ -134,6 +134,19 @@ def _draw_plans(found, path):
     atomic_write(path, image.getvalue())
 
 
+_ONLY_GPU = ("gpus", "reader")
+_ONLY_IPU = ("ipus", "stages", "global_batch_size", "pipeline_schedule", "memory_mb", "figure")
+
+
+def _refuse_others(args):
+    "Refuse flags that say nothing on the chosen device"
+    given = vars(args).get("given_once", {})
+    others, needed = (_ONLY_IPU, "ipu") if args.device == "gpu" else (_ONLY_GPU, "gpu")
+    found = [f"--{name.replace('_', '-')}" for name in others if name in given]
+    if found:
+        raise UsageError(f"{' and '.join(found)}: for --device {needed}.")
+
+
 def _on_gpus(args):
     "Print how long the case takes on GPUs"
     from effnet_repro.gpu_plan import plan_gpus, plan_rows
@@ -198,6 +211,7 @@ def _both_plans(args):
 )
 def plan_command(args):
     "Plan a pipeline: the published plan of a case and the fastest that fits, as modelled."
+    _refuse_others(args)
     if args.device == "gpu":
         return _on_gpus(args)
     title, found, notes = _both_plans(args)

@@ -134,6 +134,41 @@ class _Json:
         print("\n]")
 
 
+def _read_network(args, reading):
+    "The weights that the command line names; Keras' own files need Keras"
+    if format_of(args.source) == "keras":
+        start_keras(args)
+    from effnet_repro.predict import Reading, read_classifier
+
+    return read_classifier(args.source, Reading(**reading))
+
+
+def _all_unreadable(images, case):
+    "A `Prediction` of each image that says what is wrong with it, or None as soon as one can be read"
+    from effnet_repro.data.files import SquaresJob
+    from effnet_repro.predict import Prediction
+
+    job, found = SquaresJob(32, case.image_resize), []
+    for image in images:
+        (problem,) = job([image])[1]
+        if not problem:
+            return None
+        found.append(Prediction(image, (), problem))
+    return found
+
+
+def _started(args, weights, reading):
+    "A `Predictor`, which says its notes on stderr"
+    from effnet_repro.predict import Predictor
+
+    with contextlib.redirect_stdout(sys.stderr):
+        how = {"image_size": args.image_size, "precision": precision_of(args)}
+        network = Predictor(weights, backend=args.backend, **how, **reading)
+        for note in network.notes:
+            print(f"note: {note}")
+    return network
+
+
 @program(
     "predict",
     _predict_arguments,
@@ -154,20 +189,19 @@ def predict_command(args):
     images = _listed(args.paths)
     if not images:
         raise UsageError("No image is named.")
-    format_of(args.source)  # what is no network is refused before Keras takes its seconds
-    start_keras(args)
-    from effnet_repro.predict import Predictor
-
-    with contextlib.redirect_stdout(sys.stderr):
-        how = {"image_size": args.image_size, "precision": precision_of(args)}
-        network = Predictor(args.source, backend=args.backend, **how, **reading)
-        for note in network.notes:
-            print(f"note: {note}")
+    # What is no network, and what is no image, is told before Keras takes its seconds.
+    weights, network, names = _read_network(args, reading), None, ()
+    problems = _all_unreadable(images, weights.case)
+    if problems is None:
+        start_keras(args)
+        network = _started(args, weights, reading)
+        names = network.class_names
     begin = time.perf_counter()
-    table = _Json() if args.json else _Csv() if args.csv else None
-    table = table or _Table(images, network.class_names, args.top)
-    wrong = _print_all(table, network(images, args.top, args.micro_batch_size))
-    _say_speed(network, len(images), time.perf_counter() - begin)
+    table = _Json() if args.json else _Csv() if args.csv else _Table(images, names, args.top)
+    seen = problems or network(images, args.top, args.micro_batch_size)
+    wrong = _print_all(table, seen)
+    if network is not None:
+        _say_speed(network, len(images), time.perf_counter() - begin)
     if wrong:
         rest = "" if wrong == len(images) else "; the others are above"
         print(

@@ -5,12 +5,15 @@ product, with what is not given taken from the case (or the budget, which has on
 batch of the case or budget is kept, whatever the other two say. Stages change no arithmetic at all.
 """
 
+import contextlib
+import io
+from dataclasses import replace
 from typing import Callable, Dict, NamedTuple, Optional
 
 from effnet_repro.case_rules import check_layout
 from effnet_repro.cli.fields import check_given, given_fields, named_case
 from effnet_repro.cli.kit import UsageError, format_table
-from effnet_repro.cli.options import data_dir_of, one_of
+from effnet_repro.cli.options import data_dir_of, one_of, options_of, reading_of
 from effnet_repro.config import (
     FIELDS,
     Case,
@@ -22,6 +25,7 @@ from effnet_repro.config import (
 from effnet_repro.data import DataSet, open_data
 from effnet_repro.runs import (
     Resolved,
+    check_run,
     choose_budget,
     resolve_training,
     stored_split,
@@ -104,9 +108,9 @@ def named_start(args) -> Case:
     return named_case(name, args.config_path)
 
 
-def open_data_of(args, run_dir) -> DataSet:
-    """Return the data that a command line names, for a run in this folder. What `open_data` raises."""
-    share = args.validation_split or stored_split(run_dir)
+def open_data_of(args, *places) -> DataSet:
+    """Return the data that a command line names, for a run in the first of these places. What `open_data` raises."""
+    share = args.validation_split or stored_split(*places)
     how = dict(on_corrupt=args.on_corrupt, decoder=args.decoder, validation_split=share)
     return open_data(data_dir_of(args), args.data_format, verbose=False, **how)
 
@@ -146,6 +150,21 @@ def settled_on_device(plan: CommandPlan, precision: str) -> CommandPlan:
 
     resolved = settle_run(plan.resolved, precision)
     return plan if resolved is plan.resolved else plan_of(resolved, plan.reasons.get)
+
+
+def checked_early(args, plan: CommandPlan, init=None) -> CommandPlan:
+    """Check what a run needs before Keras takes its seconds, and return the plan with its data.
+
+    `init` is what it begins from. Of several processes each checks for itself, later. The run says again what is said
+    here, and finds damaged images when it reads them. ValueError or OSError, as the run would raise.
+    """
+    if args.distributed:
+        return plan
+    data = plan.resolved.data or open_data_of(args, plan.resolved.run_dir, init)
+    resolved = replace(plan.resolved, data=data)
+    with contextlib.redirect_stdout(io.StringIO()):
+        check_run(resolved, reading_of(args), options_of(args), init, args.weights, tries=False)
+    return plan._replace(resolved=resolved)
 
 
 def _check_layout(case, given):

@@ -19,6 +19,7 @@ from effnet_repro.cli.options import (
 )
 from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import (
+    checked_early,
     named_start,
     plan_training,
     settled_on_device,
@@ -80,6 +81,8 @@ def train_command(args):
             return launch(args, "train")
         start_keras(args)
     plan = lead_plan(lambda: plan_training(args, run_dir))
+    if not args.dry_run:
+        plan = checked_early(args, plan, args.init_path)
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))

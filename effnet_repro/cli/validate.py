@@ -1,9 +1,12 @@
 """`effnet-validate`: measure the checkpoints of a run, or a file of weights."""
 
 import contextlib
+import io
 import sys
 from pathlib import Path
 
+from effnet_repro.checkpoint import load_metadata
+from effnet_repro.classes import match_classes
 from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.ipus import ipu_arguments, print_poprun, runs_on_ipus
 from effnet_repro.cli.kit import (
@@ -22,7 +25,8 @@ from effnet_repro.cli.options import (
     start_keras,
     weights_argument,
 )
-from effnet_repro.runs import read_rows
+from effnet_repro.cli.resolve import open_data_of
+from effnet_repro.runs import read_rows, refuse_unmeasurable
 
 
 def _validate_arguments(parser):
@@ -59,6 +63,15 @@ def validation_rows(run_dir):
     return [{n: number(n, t) for n, t in row.items()} for row in rows]
 
 
+def _checked_data(args, source):
+    "The data that a command line names, for these weights; what does not fit is refused before Keras is imported"
+    data, metadata = open_data_of(args, source), load_metadata(source)
+    refuse_unmeasurable(metadata["num_classes"], data)
+    with contextlib.redirect_stdout(io.StringIO()):  # the validation itself says it
+        match_classes(source, metadata, data)
+    return data
+
+
 @program(
     "validate",
     _validate_arguments,
@@ -80,13 +93,13 @@ def validate_command(args):
         else contextlib.nullcontext()
     )
     with quiet:
-        on_ipus = runs_on_ipus(args)
-        if not on_ipus:
-            start_keras(args)
-        print(f"{trained.name}, trained at {trained.image_size} px")
+        on_ipus, data = runs_on_ipus(args), data_dir_of(args)
+        print(f"{trained.name}, trained at {trained.image_size} px", flush=True)
         if on_ipus:
             from effnet_repro.ipu import validate
         else:
+            data = _checked_data(args, source)
+            start_keras(args)
             from effnet_repro.training import validate
 
         how = {
@@ -107,7 +120,7 @@ def validate_command(args):
             how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
         if how["batch"] is None:  # the runtimes know
             del how["batch"]
-        scores = validate(source, data_dir_of(args), **how)
+        scores = validate(source, data, **how)
     source = Path(source)
     names = ("top1", "top5", "loss", "pictures", "image_size")
     rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]

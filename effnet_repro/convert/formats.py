@@ -51,9 +51,7 @@ def target_format(path, source_format):
     if path.suffix == ".safetensors":
         if source_format != "ours":
             return "ours"
-        raise ValueError(
-            f"{path.name} may be ours or PyTorch's. Pass to='torch' or to='ours' (`--to torch` or `--to ours`)."
-        )
+        raise ValueError(f"{path.name} may be ours or PyTorch's. Pass `to`: 'torch' or 'ours'.")
     if path.suffix in (".keras", ".h5"):
         return "keras"
     if path.suffix in (".pt", ".pth"):

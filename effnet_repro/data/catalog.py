@@ -223,7 +223,7 @@ def open_data(
     if not root.is_dir():
         raise FileNotFoundError(
             f"`data_dir` must be a folder. Received: {str(root)!r}, which "
-            f"{'is a file' if root.exists() else 'does not exist'}. None = the built-in sample set."
+            f"{'is a file' if root.exists() else 'does not exist'}. Leave it out for the built-in set."
         )
     kind, root = (data_format, root) if data_format else recognize(root)
     listing = Listing(root, cache_dir, say, on_corrupt == "skip")

@@ -361,9 +361,13 @@ def place_of(dataset, split: str, i: int) -> str:
 HINT = "Replace it, or leave damaged images out with on_corrupt='skip'."
 
 
+class UnreadableImage(OSError):
+    """A disk does not give an image, or its file is gone."""
+
+
 @contextlib.contextmanager
 def located(dataset, split: str, i: int):
-    """Let a `ValueError` about an image say where the image is, and the hint."""
+    """Let a `ValueError` about an image say where the image is, and the hint; an OSError is an `UnreadableImage`."""
     try:
         yield
     except ValueError as error:
@@ -374,4 +378,4 @@ def located(dataset, split: str, i: int):
     except OSError as error:  # of a disk, or a file that is gone
         file = place_of(dataset, split, i)
         text = f"Cannot read image {i} of the {split} split, at {file}: {error.strerror or error}."
-        raise OSError(error.errno or errno.EIO, f"{text} {HINT}") from None
+        raise UnreadableImage(error.errno or errno.EIO, f"{text} {HINT}") from None

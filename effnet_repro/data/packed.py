@@ -22,7 +22,13 @@ from typing import Callable, Dict, Optional
 import numpy as np
 
 from effnet_repro.data.catalog import DataSet
-from effnet_repro.data.decode import decode_image, located, read_image, turned_boxes
+from effnet_repro.data.decode import (
+    UnreadableImage,
+    decode_image,
+    located,
+    read_image,
+    turned_boxes,
+)
 from effnet_repro.data.layouts import INDEX
 from effnet_repro.data.order import epoch_order
 from effnet_repro.data.team import Team
@@ -102,9 +108,9 @@ class _Part:
         write = {"jpeg": self._write_records, "raw": self._write_raw}[self.how.form]
         try:
             write(files, split, images)
+        except UnreadableImage:
+            raise
         except OSError as error:
-            if str(error.strerror).startswith("Cannot read"):  # an image
-                raise
             hint = "Make room, or choose another folder; what is packed already is used again."
             text = f"Cannot write {files[0]}: {error.strerror}. {hint}"
             raise OSError(error.errno, text) from None
@@ -264,7 +270,13 @@ def pack(
     """
     how.check()
     folder = local_path(folder, "folder")
-    folder.mkdir(parents=True, exist_ok=True)
+    if dataset.format == "folder" and Path(dataset.root).resolve() in folder.resolve().parents:
+        raise ValueError(f"{folder} is inside {dataset.root}, which is read. Pack somewhere else.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        text = f"Cannot write {folder}: {error.strerror}. Choose another folder."
+        raise OSError(error.errno, text) from None
     prints = {name: dataset.split_fingerprint(name) for name in dataset.splits}
     _agree(folder, {**asdict(how), "source": prints})
     job, done = _Part(dataset, str(folder), how, _orders(dataset)), {}

@@ -6,7 +6,7 @@ layers, `onnx_file`, `tensorflow_files`, `stablehlo_file` and `keras_file` know 
 """
 
 from effnet_repro.export.agreement import TOLERANCE, Agreement, Disagreement
-from effnet_repro.export.exporting import FORMATS, Exported, export, read_metadata
+from effnet_repro.export.exporting import FORMATS, Exported, export, export_format, read_metadata
 from effnet_repro.export.subject import Subject, read_subject
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "Exported",
     "Subject",
     "export",
+    "export_format",
     "read_metadata",
     "read_subject",
 ]

@@ -5,6 +5,7 @@ from typing import NamedTuple, Optional, Tuple
 
 from effnet_repro.checkpoint import explain_writing
 from effnet_repro.config import unknown_name
+from effnet_repro.data import open_data
 from effnet_repro.export import keras_file, onnx_file, stablehlo_file
 from effnet_repro.export.agreement import Agreement, compare
 from effnet_repro.export.card import write_card
@@ -102,9 +103,11 @@ def export(
     check_target(target, kind == "saved_model", overwrite)
     if kind == "saved_model":
         utf8_path(target)  # or it raises, before anything is computed
-    subject = read_subject(source, image_size=image_size, batch=batch, **reading)
     if int8 is not None and kind != "onnx":
         raise ValueError(f"int8 is for ONNX files. Received: {kind}, {target.name}.")
+    if int8 is not None and not hasattr(int8, "splits"):
+        int8 = open_data(int8, verbose=False)  # or it raises, before anything is computed
+    subject = read_subject(source, image_size=image_size, batch=batch, **reading)
     agreement, runtime, kept = written(subject, target, kind, int8)
     about = {"format": kind, "runtime": runtime, "difference": float(f"{agreement.difference:.1e}")}
     if kept:

@@ -12,7 +12,6 @@ from typing import NamedTuple, Tuple
 import numpy as np
 
 from effnet_repro.convert.weights import needed
-from effnet_repro.data import open_data
 from effnet_repro.data.decode import read_encoded
 from effnet_repro.data.files import SquaresJob
 from effnet_repro.export import onnx_file
@@ -95,11 +94,10 @@ def kept(expected: np.ndarray, found: np.ndarray, labels: np.ndarray) -> Kept:
 def write_int8(subject, path: Path, data) -> Kept:
     """Write a `Subject` as an int8 ONNX file, and compare it with the float32 one on validation images.
 
-    - `data`: a `DataSet` or the folder of one; its training images give the ranges.
+    - `data`: a `DataSet`; its training images give the ranges.
 
     Raises `Disagreement` where more than a tenth of the images get another first class.
     """
-    data = data if hasattr(data, "splits") else open_data(data, verbose=False)
     images, _ = some_images(data, "train", CALIBRATION, subject)
     checked, labels = some_images(data, "validation", CHECKED, subject)
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ def check_target(path: Path, folder: bool, overwrite: bool) -> None:
     if not folder and path.is_dir():
         raise IsADirectoryError(f"{path} is a folder. Name a file in it.")
     if not overwrite:
-        raise FileExistsError(f"{path} exists. Pass overwrite, or choose another name.")
+        raise FileExistsError(f"{path} exists. Pass `overwrite`, or choose another name.")
 
 
 def _remove(path):

@@ -1,10 +1,8 @@
 """Two runs side by side: in which fields they differ, how they learned, and what they scored."""
 
-import json
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple
 
-from effnet_repro.outside import read_file
+from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 from effnet_repro.runs.tables import read_rows
 
@@ -22,17 +20,6 @@ class Story(NamedTuple):
     fields: Dict[str, Any]  # The case's fields, and what else was chosen or found
     curves: Dict[float, Dict[str, float]]  # epoch -> column of metrics.csv -> value
     scores: Dict[str, Dict[str, float]]  # weights and pixels -> column of validation.csv -> value
-
-
-def _object(path: Path) -> dict:
-    "A JSON object in a small file"
-    try:
-        found = json.loads(read_file(path).decode("utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as e:
-        raise ValueError(f"{path} is damaged ({e}).") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} is damaged: it holds no object.")
-    return found
 
 
 def _numbers(row: Dict[str, str], names) -> Dict[str, float]:
@@ -72,7 +59,9 @@ def read_story(run_dir) -> Story:
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f"{folder} {what}. Give the folder of a run, which --run-dir named.")
     machine = folder / "environment.json"
-    fields = _chosen(_object(folder / "config.json"), _object(machine) if machine.is_file() else {})
+    fields = _chosen(
+        read_json(folder / "config.json"), read_json(machine) if machine.is_file() else {}
+    )
     curves, scores = {}, {}
     for name in ("metrics.csv", "validation.csv"):
         rows, wrong = read_rows(folder / name)

@@ -53,12 +53,30 @@ def score(
         several, total, confusion = processes.count, processes.add(total), processes.add(confusion)
     n = int(total[3])
     if n == 0:
-        raise ValueError(
-            f"There are no validation images in {where}. It needs validation-* files, or a folder "
-            "validation/ or val/ of class folders."
-        )
+        raise _no_images(where)
     speed = several * timed / seconds if timed else float("nan")
     return Scores(*(float(t) for t in total[:3] / n), n, image_size, speed, confusion)
+
+
+def _no_images(where):
+    return ValueError(
+        f"There are no validation images in {where}. It needs validation-* files, or a folder "
+        "validation/ or val/ of class folders."
+    )
+
+
+def refuse_unmeasurable(
+    classes: int,  # Outputs of a network
+    data,  # `DataSet` to measure it on
+):  # None; raises ValueError
+    "Refuse data of another number of classes, or without validation images"
+    if classes != data.num_classes:
+        raise ValueError(
+            f"The network has {classes} classes, the data {data.num_classes} ({data.root}). "
+            "Validate on its own classes, or fine-tune it for these: effnet-finetune --new-head."
+        )
+    if not data.validation_count:
+        raise _no_images(data.root)
 
 
 def plot_confusion(

@@ -162,7 +162,8 @@ def finetune(
         else:
             share = validation_split or lead(lambda: stored_split(plan.run_dir, plan.init))
             begin = _with_old_head
-            data = open_data(data_dir, verbose=False, **_reading(*reading, share))
+            own = _reading(*reading, share)
+            data = plan.data or open_data(data_dir, verbose=False, **own)
         say_found(data)
         source, arrays, data = begin(plan, weights, data, seed, lead)
         case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)

@@ -15,7 +15,7 @@ from effnet_repro.distributed import ALONE, Processes
 from effnet_repro.efficientnet import current_ops, xla_pays
 from effnet_repro.network import fold_proxies, params, run
 from effnet_repro.ops import TFCPUOps
-from effnet_repro.runs import Scores, score
+from effnet_repro.runs import Scores, refuse_unmeasurable, score
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.training.compiled import compile_once
 from effnet_repro.training.device import has_jax_gpu
@@ -133,11 +133,7 @@ class Evaluator:
     ) -> Scores:
         "Measure weights on every validation image; ValueError when the numbers of classes differ"
         classes = self.spec.num_classes
-        if classes != data.num_classes:
-            raise ValueError(
-                f"The network has {classes} classes, the data {data.num_classes} ({data.root}). "
-                "Validate on its own classes, or fine-tune it for these: effnet-finetune --new-head."
-            )
+        refuse_unmeasurable(classes, data)
         start, ahead = self._starter(weights), 2 if has_jax_gpu() else 0
         each = self._batch(batch, data)
         stream = validation_stream(data, image_size, each, image_resize, processes.shard)

@@ -9,7 +9,7 @@ from effnet_repro.averaging import has_average, load_weights, read_update
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
-from effnet_repro.data import open_data
+from effnet_repro.data import DataSet, open_data, say_found
 from effnet_repro.messages import BestEffort
 from effnet_repro.paths import local_path
 from effnet_repro.runs import (
@@ -31,7 +31,7 @@ LOG = logging.getLogger(__name__)
 
 def validate(
     source,  # A run folder, a checkpoint file or an average
-    data_dir=None,  # Folder of images; None = the built-in sample set
+    data_dir=None,  # Folder of images, or a `DataSet`; None = the built-in sample set
     *,
     image_size: Optional[int] = None,  # Side to test at; None = the one it was trained at
     weights: str = "both",  # Of a run folder: "last", "average", "both", or "all": see below
@@ -60,7 +60,9 @@ def validate(
     source, scores, evaluator = local_path(source, "source"), {}, None
     how = dict(on_corrupt=on_corrupt, decoder=decoder)
     how["validation_split"] = validation_split or stored_split(source)
-    data = open_data(data_dir, data_format, **how)
+    opened = isinstance(data_dir, DataSet)
+    data = data_dir if opened else open_data(data_dir, data_format, verbose=False, **how)
+    say_found(data)
     data = settle_decoder(data)
     is_run, place, table = source.is_dir(), None, BestEffort("validation.csv", LOG)
     run_dir = source.parent if source.name == "checkpoints" else source

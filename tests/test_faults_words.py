@@ -336,11 +336,24 @@ def test_numbers_as_yaml_writes_them(tmp_path, text):
 # ---------------------------------------------------------------- parameters of notebooks
 
 WRONG = {
-    **{"run_dir": [["a"], {}, 1.5, True, ""], "case": [1, [], True, ""], "backend": [[], 3, "tf"]},
-    **{"data_dir": [[], "gs://b/x"], "seed": ["x", 1.5, -1, 2**31, [], float("nan")]},
+    **{
+        "run_dir": [["a"], {}, 1.5, True, ""],
+        "case": [1, [], True, "", "B9"],
+        "backend": [[], 3, "tf"],
+    },
+    **{
+        "data_dir": [[], "gs://b/x", "nowhere", __file__],
+        "seed": ["x", 1.5, -1, 2**31, [], float("nan")],
+    },
     **{"image_size": ["a", 64.5, []], "epochs": [[], "many"], "new_head": ["yes", [], 3]},
-    **{"variable_filter": [3, [3], {}], "budget": [3, []], "precision": [8, []], "ipus": [0, "x"]},
+    **{
+        "variable_filter": [3, [3], {}, "Tip", ["Top", "blok7"]],
+        "budget": [3, [], "tiny"],
+        "precision": [8, []],
+        "ipus": [0, "x"],
+    },
     **{"on_corrupt": ["yes", 1], "data_format": ["zip", []], "device": ["tpu", 0]},
+    **{"decoder": ["fast", 1], "protocol": ["mine", []], "weights": ["best", 0]},
 }
 
 
@@ -349,6 +362,24 @@ def test_a_parameter_of_the_wrong_kind_is_refused_by_its_name(name):
     for value in WRONG[name]:
         with pytest.raises(ValueError, match=name):
             check_parameters({name: value})
+
+
+CELLS = [
+    "",
+    "# How long\ncase = None\nepochs = None\nmax_steps = None",
+    "# Parameters\nepochs = 3\n",
+]
+
+
+@pytest.mark.parametrize(
+    "name, says", [("epoch", "Did you mean 'epochs'"), ("run_dir", "max_steps")]
+)
+def test_a_parameter_that_a_notebook_lacks_is_refused(name, says):
+    "papermill warns of it, and would train with the defaults."
+    check_parameters({"In": [*CELLS, "globals()"], "epochs": 3})
+    with pytest.raises(ValueError, match=f"Unknown parameter '{name}'.*{says}"):
+        check_parameters({"In": [*CELLS[:2], CELLS[2] + f"{name} = 3", "globals()"]})
+    check_parameters({"In": ["", "import os", CELLS[2], "x = ["], name: None})  # no such notebook
 
 
 def test_a_parameter_means_what_it_looks_like():

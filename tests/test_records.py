@@ -2,13 +2,16 @@
 
 import csv
 import errno
+import fcntl
 import os
 import signal
 
 import pytest
-from test_recorder import scores
+from test_recorder import COURSE, FACTS, scores
 
-from effnet_repro.runs import Stopped, StopSignals, write_scores
+from effnet_repro import checkpoint
+from effnet_repro.runs import Stopped, StopSignals, tables, write_scores
+from effnet_repro.runs.recorder import Recorder
 
 # ---------------------------------------------------------------- signals
 
@@ -100,7 +103,42 @@ def test_an_old_file_without_the_new_columns_is_read(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("content", [b"", bytes(range(256)), b"weights,top1\nlast,0.5,7\nlas"])
-def test_a_damaged_validation_file_does_not_end_a_run(tmp_path, content):
+def test_a_damaged_validation_file_does_not_end_a_run(tmp_path, capsys, content):
     (tmp_path / "validation.csv").write_bytes(content)
     write_scores(tmp_path, "last", scores(3), 3, PLACE)
+    assert "written anew: " in capsys.readouterr().out
     assert records(tmp_path) == [("last", "3", "/data/a", "0123")]
+
+
+def test_a_disk_that_does_not_give_the_table_costs_no_row(tmp_path, monkeypatch):
+    write_scores(tmp_path, "last", scores(3), 3, PLACE)
+    before = (tmp_path / "validation.csv").read_bytes()
+
+    def fail(path):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tables, "read_file", fail)
+        with pytest.raises(OSError, match="Cannot read .*validation.csv: Too many open files"):
+            write_scores(tmp_path, "average", scores(3), 3, PLACE)
+    assert (tmp_path / "validation.csv").read_bytes() == before
+    write_scores(tmp_path, "average", scores(3), 3, PLACE)
+    assert [r[0] for r in records(tmp_path)] == ["last", "average"]
+
+
+def test_a_run_that_begins_leaves_a_validation_its_half_written_file(tmp_path, monkeypatch):
+    "A validation of the same folder holds the folder's lock while it writes its row."
+    held = []
+
+    def remove(folder):
+        here = os.open(str(tmp_path), os.O_RDONLY)
+        try:
+            fcntl.flock(here, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.append("nobody")
+        except BlockingIOError:
+            held.append(os.path.basename(folder))
+        os.close(here)
+
+    monkeypatch.setattr(checkpoint, "remove_leftovers", remove)
+    Recorder(tmp_path, COURSE, FACTS).find()
+    assert held == [tmp_path.name, "nobody"]  # the folder of checkpoints is the run's own

@@ -4,11 +4,15 @@ papermill makes numbers of `20240115` and `16.32`, and whatever YAML makes of a 
 anything is imported or opened.
 """
 
+import ast
 import sys
-from typing import Any, Callable, Dict, NamedTuple
+from typing import Any, Callable, Dict, NamedTuple, Sequence, Tuple
 
-from effnet_repro.config import FIELDS, unknown_name
+from effnet_repro.config import FIELDS, budget_overrides, get_case, unknown_name
+from effnet_repro.data.decoders import DECODERS
+from effnet_repro.finetuning import PROTOCOLS
 from effnet_repro.paths import local_path
+from effnet_repro.recipe import is_trained
 
 
 class Parameter(NamedTuple):
@@ -39,6 +43,22 @@ def _text(name, value):
     return value
 
 
+def _case(name, value):
+    return get_case(_text(name, value)).name
+
+
+def _budget(name, value):
+    return _text(name, value) if value == "auto" else budget_overrides(_text(name, value))[0]
+
+
+def _folder(name, value):
+    path = local_path(value, name)
+    if not path.is_dir():
+        what = "is a file" if path.exists() else "does not exist"
+        raise ValueError(f"`{name}` must be a folder. Received: {str(path)!r}, which {what}.")
+    return str(path)
+
+
 def _whole(lowest):
     def read(name, value):
         whole = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value
@@ -65,7 +85,10 @@ def _segments(name, value):
         raise ValueError(
             f"`{name}` must be names of segments, such as 'Top block7'. Received: {name}={value!r}."
         )
-    return tuple(parts) or None
+    if not parts:
+        return None
+    is_trained("", tuple(parts))  # or it raises: no segment has such a name
+    return tuple(parts)
 
 
 def _field(name, value):
@@ -78,20 +101,20 @@ def _field(name, value):
 
 _PRECISIONS = ("auto", "float32", "bfloat16", "float16", *FIELDS["precision"].choices)
 PARAMETERS: Dict[str, Parameter] = {
-    "case": Parameter(_text),
-    "data_dir": Parameter(_path),
+    "case": Parameter(_case),
+    "data_dir": Parameter(_folder),
     "run_dir": Parameter(_path),
     "init": Parameter(_path),
     "checkpoint": Parameter(_path),
     "data_format": Parameter(_choice("tfrecord", "folder", "cifar", "raw")),
     "on_corrupt": Parameter(_choice("refuse", "skip"), "refuse"),
-    "decoder": Parameter(_text, "auto"),
-    "budget": Parameter(_text, "auto"),
+    "decoder": Parameter(_choice(*DECODERS), "auto"),
+    "budget": Parameter(_budget, "auto"),
     "device": Parameter(_choice("auto", "ipu", "keras"), "auto"),
     "precision": Parameter(_choice(*_PRECISIONS), "auto"),
     "backend": Parameter(_choice("tensorflow", "jax"), "tensorflow"),
     "weights": Parameter(_choice("auto", "last", "average", "both", "all"), "auto"),
-    "protocol": Parameter(_text),
+    "protocol": Parameter(_choice(*PROTOCOLS)),
     "variable_filter": Parameter(_segments),
     "new_head": Parameter(_truth, False),
     "seed": Parameter(_whole(0), 0),
@@ -101,13 +124,37 @@ PARAMETERS: Dict[str, Parameter] = {
 }
 
 
+def _assigned(cell) -> Tuple[str, ...]:
+    "The names that a cell of plain assignments gives a value to; none where it is anything else"
+    try:
+        found = [node.targets[0].id for node in ast.parse(cell).body]
+    except (SyntaxError, ValueError, AttributeError):
+        return ()
+    return tuple(found)
+
+
+def _refuse_unknown(cells: Sequence[str]) -> None:
+    """Refuse a name that papermill sets and the notebook does not know: papermill warns, and runs with the defaults.
+
+    - `cells`: what a kernel was given, `In`. papermill puts its cell, which begins with "# Parameters", below the
+      notebook's own.
+    """
+    for own, cell in zip(cells, list(cells)[1:]):
+        known = _assigned(own)
+        for name in _assigned(cell) if cell.startswith("# Parameters") and known else ():
+            if name not in known:
+                raise unknown_name("parameter", name, known)
+
+
 def check_parameters(values: dict) -> dict:
     """Return the parameters of a notebook, read as what they mean: name -> value.
 
-    - `values`: the notebook's `globals()`, or the parameters alone; other names are left aside.
+    - `values`: the notebook's `globals()`, or the parameters alone; other names are left aside. Only those that
+      papermill sets are refused where the notebook has no such parameter.
 
     Raises ValueError, which begins with the name of the parameter.
     """
+    _refuse_unknown(values.get("In", ()))
     checked = {}
     for name, value in values.items():
         known = PARAMETERS.get(name) or (Parameter(_field) if name in FIELDS else None)

@@ -20,6 +20,7 @@ from effnet_repro.config import Case
 from effnet_repro.messages import say
 from effnet_repro.paths import local_path
 from effnet_repro.recipe import learning_rate
+from effnet_repro.runs.lock import wait_for_folder
 from effnet_repro.runs.resume import average_until
 from effnet_repro.runs.scores import Scores
 from effnet_repro.runs.tables import read_rows, write_rows
@@ -209,8 +210,10 @@ class Recorder:
         Says which damaged ones were passed over, and removes half-written files. Changes nothing else: the caller may
         still refuse to go on.
         """
-        for place in (self.run_dir, self.folder) if self.writes else ():
-            checkpoints.remove_leftovers(place)
+        if self.writes:
+            with wait_for_folder(self.run_dir):  # a validation may be writing its row
+                checkpoints.remove_leftovers(self.run_dir)
+            checkpoints.remove_leftovers(self.folder)
         found = checkpoints.load_newest(self.folder)
         if found is None:
             return None

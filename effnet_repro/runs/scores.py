@@ -182,9 +182,11 @@ def write_scores(
         return is_newer and not in_any_case
 
     with wait_for_folder(path.parent):
-        rows, _ = read_rows(path)
+        rows, wrong = read_rows(path, must=True)  # or all that is there would be lost
         rows = [old for old in rows if keep(old)] + ([] if newer else [row])
         write_rows(path, rows)
+    for what in wrong:
+        say(f"written anew: {what}")
     for there in newer:
         say(f"{path.name}: the row of step {there} stays; this was {update}")
     return not newer

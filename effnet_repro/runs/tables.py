@@ -22,6 +22,7 @@ def write_json(
 
 def read_rows(
     path,  # A CSV file; may be missing
+    must: bool = False,  # Raise OSError where it is there and the disk does not give it
 ):  # (rows: name -> text, messages about rows that are not whole)
     "Read the whole rows of a CSV file, whatever else is in it"
     path = local_path(path)
@@ -31,6 +32,8 @@ def read_rows(
     except (FileNotFoundError, NotADirectoryError):
         return [], []
     except OSError as e:
+        if must:
+            raise OSError(e.errno, f"Cannot read {path}: {e.strerror}. It is unchanged.") from None
         return [], [f"{path} cannot be read: {e.strerror}."]
     except (UnicodeDecodeError, csv.Error) as e:
         return [], [f"{path} is not a table ({e})."]

@@ -7,7 +7,7 @@ Proxy Norm (LN_PN) and with group norm (GN); all seeds at once. Questions:
 - accumulation: 32 images a step, as micro-batches of 2, with BN of 1 and 8, too (of 32: see step)
 - federated: one client, two and ten clients with unlike classes, ten alike; their weights are averaged each round
 - privacy: gradients of single images, clipped and noised, at the budgets of results/privacy_budgets.csv
-- cost: time and memory of a step with gradients of single images
+- cost: time and memory of a step with gradients of single images; cost_b0: the same of B0, as the library has it
 - memory: of a training step of B0 with a feature pyramid, by images a step, as the compiler plans it
 - shapes: a small segmentation network in Keras, at one and at eight images a step
 - budgets: the noise that a privacy budget asks for (needs `pip install dp-accounting`); writes privacy_budgets.csv
@@ -283,11 +283,25 @@ class Bench:
                 ("cost", norm, way), {"GiB planned": [planned]}, batch=batch, seeds=[NO_SEED]
             )
 
+    def cost_b0(self, norm):
+        side, batch = (32, 2) if self.args.quick else (128, 32)
+        for way in ("one gradient", "gradients of single images")[: 1 if norm == "BN" else 2]:
+            if not self.has("cost_b0", norm, way):
+                from b0_steps import b0_step
+
+                times, planned = b0_step(norm, batch, side, way != "one gradient", self.args.quick)
+                about = dict(batch=batch, seeds=[NO_SEED], image_size=side)
+                self.write(("cost_b0", norm, way), {"ms a step": times}, **about)
+                self.write(("cost_b0", norm, way), {"GiB planned": [planned]}, **about)
+                self.check()
+
     def memory(self, norm):
         side, sizes = (64, (1, 2)) if self.args.quick else (512, (1, 2, 8, 32))
         for images in sizes:
             key = ("memory", norm, f"{images} images")
             if not self.has(*key):
+                from b0_steps import pyramid_memory
+
                 planned = pyramid_memory(norm, images, side, self.args.quick)
                 self.write(key, {"GiB planned": [planned]}, seeds=[NO_SEED], image_size=side)
                 self.check()
@@ -350,40 +364,6 @@ def average_clients(bench, learner, clients, alike, rate, rounds):
     return weights, np.stack(curve), spread
 
 
-def pyramid_memory(norm, images, side, small):
-    "GiB that a compiled training step of B0 with a feature pyramid of 64 channels plans to hold"
-    import jax
-    import jax.numpy as jnp
-    from seeds_at_once import small_network
-
-    from effnet_repro.network import params, run, segments
-    from effnet_repro.ops import TrainContext, get_ops
-    from effnet_repro.scaling import ModelSpec
-
-    spec, ops = ModelSpec.from_name(f"B0-G16-{norm}", num_classes=0), get_ops("jax")
-    ends = ("block3b", "block5c", "block7a/c")  # a map of 1/8, 1/16 and 1/32 of the side
-    if small:
-        spec, ends = small_network(norm, 0, side), ("block1a/c", "block2b", "block3a/c")
-
-    def maps(weights, lateral, x):
-        found = {}
-        run(ops, spec, weights, x, TrainContext(ops), found)
-        up = lambda y: jnp.repeat(jnp.repeat(y, 2, 1), 2, 2)
-        levels = [found[e] @ k for e, k in zip(ends, lateral)]
-        for i in (1, 0):
-            levels[i] += up(levels[i + 1])[:, : levels[i].shape[1], : levels[i].shape[2]]
-        return sum(jnp.mean(jnp.square(y)) for y in levels)
-
-    shape = lambda *s: jax.ShapeDtypeStruct(s, jnp.float32)
-    weights = {p.name: shape(*p.shape) for p in params(spec)}
-    wide = {s.name: s.filters for s in segments(spec)}
-    lateral = [shape(wide[e], 64) for e in ends]
-    step = jax.jit(jax.grad(maps, (0, 1)))
-    plan = step.lower(weights, lateral, shape(images, side, side, 3)).compile().memory_analysis()
-    sizes = ("temp", "argument", "output")
-    return sum(getattr(plan, f"{s}_size_in_bytes") for s in sizes) / 2**30
-
-
 def write_budgets(args, words):
     "Ask dp-accounting for the noise of each budget; writes results/privacy_budgets.csv"
     try:
@@ -412,7 +392,16 @@ def write_budgets(args, words):
 
 
 def parse(words):
-    questions = ("step", "accumulation", "federated", "privacy", "cost", "memory", "shapes")
+    questions = (
+        "step",
+        "accumulation",
+        "federated",
+        "privacy",
+        "cost",
+        "cost_b0",
+        "memory",
+        "shapes",
+    )
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("questions", nargs="+", choices=(*questions, "budgets"))
     parser.add_argument("--data-dir", help="default: the built-in sample set")

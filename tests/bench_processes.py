@@ -9,9 +9,9 @@ train together until they take a tenth of a step. The rates of one GPU are those
 `measure` writes `process_speed.csv`: images a second of training steps as `effnet-train` does them, on images that
 stay on the device, with one process a GPU, and beside it one process with as many GPUs. Each is the median of five
 rounds: B0-Half and B4-Half with 768 images a step on any number of GPUs (strong), and B0-Half with 768 images a GPU
-(weak), which needs a set of more than the 1,200 sample images. Settings that have room on the GPUs together start and
-compile side by side; then each is measured while the others wait. On a machine without GPUs, `--rehearse` runs the
-same with CPU processes and a tiny network, and writes nothing.
+(weak), which needs a set of more than the 1,200 sample images. All settings start and compile side by side. Those that
+have room on the GPUs together then do their first steps, and each is measured while the others wait. On a machine
+without GPUs, `--rehearse` runs the same with CPU processes and a tiny network, and writes nothing.
 """
 
 import argparse
@@ -86,9 +86,10 @@ def one_case(name, images, rehearse):
 
 
 def work(a):
-    """One process of a measurement: prints a JSON line once it is ready, and another of images a second of each round.
+    """One process of a measurement. It prints three JSON lines: its step is compiled; it has done its first steps, and
+    is ready; images a second of each round.
 
-    Between the two it waits for a line, so that others on the same GPUs can have their turn.
+    After the first two it waits for a line, so that others on the same GPUs can have their turn.
     """
     from effnet_repro.data import open_data
     from effnet_repro.distributed import ALONE, join_others
@@ -107,13 +108,12 @@ def work(a):
         case = divided_micro_batch(case, jax.device_count())
     runtime = KerasRuntime(case, SEED, validates=False, processes=processes)
     data = runtime.settle(open_data(a.data, verbose=False), None)
-    begin = time.perf_counter()
+    begin, turn = time.perf_counter(), _turns()
     runtime.begin(data, 0, None)
     wait = lambda: float(runtime.advance(1).logs["loss"])
     for _ in range(4):
         wait()
-    print(json.dumps({"ready_s": time.perf_counter() - begin}), flush=True)
-    sys.stdin.readline()
+    turn({"ready_s": time.perf_counter() - begin})
     found = []
     for _ in range(ROUNDS + 1):
         begin = time.perf_counter()
@@ -128,6 +128,30 @@ def work(a):
     print(json.dumps(row), flush=True)
     runtime.close()
     processes.close()
+
+
+def _turns():
+    """Return a function that prints a JSON line and waits for its turn; a step that is compiled waits, too.
+
+    It waits between compiling and the first step, which takes most of the memory.
+    """
+    from effnet_repro.training import step
+    from effnet_repro.training.device import has_jax_gpu, has_other_processes
+
+    def turn(found):
+        print(json.dumps(found), flush=True)
+        sys.stdin.readline()
+
+    def compile_and_wait(*args, **how):
+        function = compile_once(*args, **how)
+        turn({"compiled_s": time.perf_counter() - begin})
+        return function
+
+    begin, compile_once = time.perf_counter(), step.compile_once
+    step.compile_once = compile_and_wait
+    if not (has_jax_gpu() or has_other_processes()):  # Keras compiles by itself
+        turn({"compiled_s": 0.0})
+    return turn
 
 
 class Setting(NamedTuple):
@@ -178,18 +202,18 @@ class Started:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=a.log, text=True)
         self.running.append(subprocess.Popen(words, env=env, **pipes))
 
-    def ready(self):
-        "Wait until all are; the answer of the first, or None where one has ended"
-        found = [_answer(process) for process in self.running]
-        return None if None in found else found[0]
-
-    def measure(self):
-        "Let all begin; the answer of the first, or None where one has ended"
+    def go(self):
+        "Let all go on"
         for process in self.running:
             with contextlib.suppress(OSError):
                 process.stdin.write("go\n")
                 process.stdin.flush()
-        return _answer(self.running[0])
+
+    def answer(self, of=None):
+        "Wait for the next line of all, or of so many; that of the first, or None where one has ended"
+        first = _answer(self.running[0])
+        others = (_answer(process) for process in self.running[1:of])
+        return first if first and all(others) else None
 
     def end(self):
         "End all, and wait until their memory is free"
@@ -219,7 +243,7 @@ def settings(a):
         for gpus in a.gpus:
             if kind == "weak" and gpus == 1:
                 continue  # the same as strong
-            for processes in sorted({gpus, 1}, reverse=True):
+            for processes in sorted({gpus} if a.one_each else {gpus, 1}, reverse=True):
                 if not a.rehearse or processes == gpus:  # in a rehearsal a process has one CPU
                     steps = a.steps if name == B0 else max(2, a.steps // 3)
                     found.append(Setting(name, kind, gpus, processes, steps))
@@ -251,25 +275,33 @@ def gpu_memory():
 def measure(a):
     """Write process_speed.csv, a row as soon as it is measured.
 
-    The settings of a group start and compile side by side; then each is measured while the others wait.
+    All settings start and compile side by side. Then one group after the other does its first steps, and each of its
+    members is measured while the others wait.
     """
-    for group in groups(settings(a), gpu_memory()):
-        started = [Started(a, one) for one in group]
-        timer = threading.Timer(a.timeout, lambda some=started: [one.end() for one in some])
-        timer.start()
-        try:
-            ready = [one.ready() for one in started]
-            for one, about in zip(started, ready):
-                found = about and one.measure()
-                one.end()
-                if found is None:
-                    print(f"nothing measured (--log says why): {one.setting}", flush=True)
+    begin, wanted = time.monotonic(), settings(a)
+    started = {one: Started(a, one) for one in wanted}
+    timer = threading.Timer(a.timeout, lambda: [one.end() for one in started.values()])
+    timer.start()
+    try:
+        for group in groups(wanted, gpu_memory()):
+            compiled = [one for one in group if started[one].answer()]
+            time.sleep(max(0, a.after - (time.monotonic() - begin)))
+            for one in compiled:
+                started[one].go()
+            ready = {one: started[one].answer() for one in compiled}
+            for one in group:
+                if ready.get(one):
+                    started[one].go()
+                found = ready.get(one) and started[one].answer(1)
+                started[one].end()
+                if found:
+                    _write(a, one, {**ready[one], **found})
                 else:
-                    _write(a, one.setting, {**about, **found})
-        finally:
-            timer.cancel()
-            for one in started:
-                one.end()
+                    print(f"nothing measured (--log says why): {one}", flush=True)
+    finally:
+        timer.cancel()
+        for one in started.values():
+            one.end()
 
 
 def _write(a, one, found):
@@ -296,7 +328,9 @@ def main():
     parser.add_argument("--data", help="a data set; default: the sample set")
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--only", default="", help="regular expression over 'case kind'")
-    parser.add_argument("--timeout", type=int, default=400, help="seconds of a group of settings")
+    parser.add_argument("--one-each", action="store_true", help="no process with several GPUs")
+    parser.add_argument("--timeout", type=int, default=400, help="seconds of all")
+    parser.add_argument("--after", type=int, default=0, help="seconds before which no step is done")
     parser.add_argument("--rehearse", action="store_true", help="CPU processes, a tiny network")
     parser.add_argument("--log", type=argparse.FileType("a"), default=os.devnull)
     for name, kind in (("--case", str), ("--images", int), ("--processes", int)):

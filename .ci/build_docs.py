@@ -31,7 +31,6 @@ KATEX_URL = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
 MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
 LINK_IN_LINK = re.compile(r"\[\[(`[^`]+`)\]\([^()\s]+\)\]\(")
-FENCED = re.compile(r"(?ms)^```.*?^```")
 CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
 ANY_ARGUMENTS = re.compile(r"def (\w+)\(\s*\*args, \*\*kwargs\s*\):")
 HEAVIEST_PAGE = 1_500_000  # bytes, with its images and without what all pages share
@@ -147,9 +146,7 @@ def link_plain_names(text, places, source_url):
         return f"[`{match[1]}`]({source_url}/{place})" if place else match[0]
 
     name = re.compile(r"(?<![\[`])`(([A-Za-z_][\w.]*)(?:\(\))?)`(?![`\]])")
-    code = re.compile(r"(?ms)(^```.*?^```)")
-    parts = code.split(text)
-    return "".join(p if i % 2 else name.sub(one, p) for i, p in enumerate(parts))
+    return mentions.outside_code(lambda prose: name.sub(one, prose), text)
 
 
 def one_stream(outputs):
@@ -188,9 +185,10 @@ def named_fields(name, page):
     return None
 
 
-def real_signature(page, match):
-    "nbdev knows the fields of a NamedTuple only as `*args, **kwargs`."
-    return named_fields(match[1], page) or match[0]
+def signatures(text, page):
+    "What nbdev shows of a symbol, with the fields of a NamedTuple, and no type where it only knows None."
+    fields = lambda m: named_fields(m[1], page) or m[0]
+    return ANY_ARGUMENTS.sub(fields, text).replace(":NoneType=None", "=None")
 
 
 def lay_out(proc, site, linked, source_url):
@@ -207,16 +205,20 @@ def lay_out(proc, site, linked, source_url):
         if path.suffix != ".ipynb":
             shutil.copy2(path, target)
             continue
+
+        def link(text, page=target.stem):
+            "Markdown of a cell, or of what it puts out, in which all mentions are links"
+            text = mentions.link_modules(mentions.link_pages(text, mentions.titles()), source_url)
+            text = without_guesses(text, page, ambiguous_names())
+            return link_plain_names(plain_links(text, linked), places, source_url)
+
         nb = json.loads(path.read_text())
         for cell in nb["cells"]:
             source = "".join(cell["source"])
             if cell["cell_type"] == "raw":
                 cell["source"] = re.sub(r"(?m)^output-file:.*\n", "", source)
             elif cell["cell_type"] == "markdown":
-                source = mentions.link_pages(source, mentions.titles())
-                source = mentions.link_modules(source, source_url)
-                source = without_guesses(source, target.stem, ambiguous_names())
-                cell["source"] = link_plain_names(plain_links(source, linked), places, source_url)
+                cell["source"] = link(source)
             if cell["cell_type"] == "code":
                 cell["outputs"] = one_stream(cell["outputs"])
             for output in cell.get("outputs", []):
@@ -225,13 +227,10 @@ def lay_out(proc, site, linked, source_url):
                     svg = "".join(data["image/svg+xml"])
                     data["image/svg+xml"] = svg[svg.index("<svg") :]
                 if "text/markdown" in data:
-                    text = "".join(data["text/markdown"])
+                    text = signatures("".join(data["text/markdown"]), target.stem)
                     # nbdev links names in the comments of a signature, where a link is shown as typed
-                    text = ANY_ARGUMENTS.sub(functools.partial(real_signature, target.stem), text)
-                    text = FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
-                    text = without_guesses(text, target.stem, ambiguous_names())
-                    text = plain_links(text, linked)
-                    data["text/markdown"] = link_plain_names(text, places, source_url)
+                    text = mentions.FENCED.sub(lambda m: CODE_LINK.sub(r"\1", m[0]), text)
+                    data["text/markdown"] = link(text)
         target.write_text(json.dumps(nb))
 
 

@@ -13,6 +13,12 @@ MODULE = re.compile(r"(?<![\[`])`([\w/]+\.py)`(?![`\]])")
 BARE = re.compile(r"(?<![\[`])`(\d\d_\w+)(?:\.ipynb)?`(?![`\]])")
 
 
+def outside_code(change, text):
+    "Markdown with `change` made to all of it but fenced code."
+    parts = FENCED.split(text)
+    return "".join(p if i % 2 else change(p) for i, p in enumerate(parts))
+
+
 @functools.lru_cache(maxsize=None)
 def titles():
     "Notebook without its ending -> the title of its page."
@@ -27,16 +33,9 @@ def titles():
 def link_pages(text, known):
     "Markdown in which `12_proxy_norm`, or a link that says so, is a link that says the title in `known`."
 
-    def linked(match):
-        return f"[{known[match[1]]}]" if match[1] in known else match[0]
-
-    def bare(match):
-        return f"[{known[match[1]]}]({match[1]}.ipynb)" if match[1] in known else match[0]
-
-    parts = FENCED.split(text)
-    return "".join(
-        p if i % 2 else BARE.sub(bare, LINKED.sub(linked, p)) for i, p in enumerate(parts)
-    )
+    linked = lambda m: f"[{known[m[1]]}]" if m[1] in known else m[0]
+    bare = lambda m: f"[{known[m[1]]}]({m[1]}.ipynb)" if m[1] in known else m[0]
+    return outside_code(lambda prose: BARE.sub(bare, LINKED.sub(linked, prose)), text)
 
 
 @functools.lru_cache(maxsize=None)
@@ -63,5 +62,4 @@ def link_modules(text, source_url):
         inside = path.relative_to(tree.ROOT).as_posix()
         return f"[`{match[1]}`]({f'{page}.ipynb' if page else f'{source_url}/{inside}#L1'})"
 
-    parts = FENCED.split(text)
-    return "".join(p if i % 2 else MODULE.sub(one, p) for i, p in enumerate(parts))
+    return outside_code(lambda prose: MODULE.sub(one, prose), text)

@@ -35,11 +35,11 @@ $(READY): requirements.lock
 
 venv: $(READY)  ## install requirements.lock into .venv (the other targets do it when needed)
 
-train: $(READY)  ## train CASE into runs/CASE (sample pictures unless DATA_DIR is given)
+train: $(READY)  ## train CASE into runs/CASE (built-in images unless DATA_DIR is given)
 	@echo "train: $(CASE) -> $(TRAIN_DIR)"
 	@mkdir -p "$(TRAIN_DIR)"
 	$(PAPERMILL) nbs/40_train.ipynb "$(TRAIN_DIR)/train.ipynb" -p case "$(CASE)" -p run_dir "$(TRAIN_DIR)" $(DATA) $(ARGS)
-	@echo "train: curves, example pictures and confusion matrix are in $(TRAIN_DIR)/train.ipynb"
+	@echo "train: curves, example images and confusion matrix are in $(TRAIN_DIR)/train.ipynb"
 
 finetune: $(READY)  ## fine-tune the run in INIT (default runs/CASE) into runs/CASE-finetune
 	@echo "finetune: $(INIT) -> $(FINETUNE_DIR)"
@@ -53,7 +53,7 @@ validate: $(READY)  ## validate the run in RUN_DIR (default runs/CASE), or the f
 	@test -d "$(VALIDATE_DIR)" || test -n "$(CHECKPOINT)" || { echo "validate: there is no run in $(VALIDATE_DIR): run 'make train CASE=$(CASE)' first, or name one with RUN_DIR=..." >&2; exit 1; }
 	@mkdir -p "$(VALIDATE_DIR)"
 	$(PAPERMILL) nbs/42_validate.ipynb "$(VALIDATE_DIR)/validate.ipynb" -p case "$(CASE)" -p run_dir "$(VALIDATE_DIR)" $(if $(CHECKPOINT),-p checkpoint "$(CHECKPOINT)") $(DATA) $(ARGS)
-	@echo "validate: confusion matrix and example pictures are in $(VALIDATE_DIR)/validate.ipynb"
+	@echo "validate: confusion matrix and example images are in $(VALIDATE_DIR)/validate.ipynb"
 
 test: $(READY)  ## the whole check: library, notebooks, tests, runs, README, site
 	@$(BIN)/python .ci/check $(STEPS)

@@ -5,17 +5,24 @@ trial is `rate,warmup,weight_decay,mixup,epochs` with --drop-path and --batch; t
 is trained again at that length. Each is a line of JSON in --out.
 
     python tests/tune_small.py trials --data-dir imagenette128 --out FILE --drop-path 0.2 0.004,0.3,0.2,0.2,60 best,150
+    python tests/tune_small.py command --data-dir imagenette128 --out FILE --first-seed 0 --seeds 1
     python tests/tune_small.py norm --data-dir imagenette128 --out FILE --seeds 3
+    python tests/tune_small.py rows FILE ...
 
-trials  with our network, or with timm's efficientnet_b0 (--network timm)
-norm    B0 with batch norm of 256 images, trained with statistics over all of them at once and through groups of
-        --norm-batch: top-1 with moving averages, with averages taken anew over training
-        images, and with statistics of the judged images themselves
+trials   with our network, or with timm's efficientnet_b0 (--network timm); --final: all training images, judged by the
+         validation images
+command  `effnet-train` as a user would start it, timed from its start to its end
+norm     B0 with batch norm of 256 images, trained with statistics over all of them at once and through groups of
+         --norm-batch: top-1 with moving averages, with averages taken anew over training images, and with statistics
+         of the judged images themselves
 """
 
 import argparse
+import csv
 import json
+import subprocess
 import sys
+import tempfile
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -31,7 +38,21 @@ from small_runs import Peer, Trial, without_held_back  # noqa: E402
 
 from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
-from effnet_repro.results import origin  # noqa: E402
+from effnet_repro.results import origin, write_rows  # noqa: E402
+
+CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
+KEY = (
+    "network",
+    "kind",
+    "seed",
+    "epochs",
+    "rate",
+    "warmup",
+    "weight_decay",
+    "drop_path",
+    "mixup",
+    "batch",
+)
 
 
 class Ours:
@@ -88,7 +109,60 @@ def trials(args, write):
             found.append((row["top1"], numbers))
             names = ("rate", "warmup", "weight_decay", "mixup", "epochs")
             more = dict(network=args.network, seed=seed, batch=args.batch, drop_path=args.drop_path)
+            more["kind"] = "final" if args.final else "trial"
             write({**more, **dict(zip(names, numbers)), **row, "images": data.train_count})
+
+
+def command(args, write):
+    "Runs of `effnet-train` with nothing given but the data and the size"
+    from effnet_repro.runs import read_case
+
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            words = [sys.executable, "-m", "effnet_repro.cli", "train", CASE, "--run-dir", folder]
+            words += ["--data-dir", args.data_dir] if args.data_dir else []
+            words += [
+                "--image-size",
+                str(args.quick or 128),
+                "--seed",
+                str(seed),
+                "--budget",
+                "small",
+            ]
+            words += ["--validate-every", "10", "--no-progress"]
+            words += ["--max-steps", "2", "--micro-batch-size", "8"] if args.quick else []
+            began, left = time.time(), min(max(1.0, args.deadline - time.time()), 1e6)
+            done = subprocess.run(words, timeout=left, text=True, capture_output=True)
+            seconds = time.time() - began
+            print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
+            if done.returncode:
+                return
+            case, file = read_case(folder), Path(folder) / "validation.csv"
+            with open(file, newline="", encoding="utf-8") as lines:
+                found = {row["weights"]: row for row in csv.DictReader(lines)}
+        row = dict(network="ours", kind="command", seed=seed, epochs=case.epochs)
+        row.update(batch=case.global_batch_size, drop_path=case.drop_path_rate)
+        row.update(rate=case.learning_rate, warmup=case.warmup_epochs / case.epochs)
+        row.update(weight_decay=case.weight_decay, mixup=case.mixup_alpha)
+        row.update(top1=float(found["last"]["top1"]), judged_loss=float(found["last"]["loss"]))
+        row["top1_average"] = float(found["average"]["top1"]) if "average" in found else None
+        write({**row, "seconds": seconds})
+
+
+def rows(args, write):
+    "Write what is known into results/"
+    found = [json.loads(line) for file in args.what for line in open(file)]
+    judged = [row for row in found if "moving" in row]
+    for row in judged:
+        row["variance_ratio"] = float(np.median(list(row.pop("deviation").values())))
+        for name in ("right", "image_size", "top_epochs", "arm"):
+            row.pop(name, None)
+        row.setdefault("clip", 0)
+    trained = [{"kind": "trial", **row} for row in found if "moving" not in row]
+    key = ("norm_batch", "clip", "epochs", "seed", "images")
+    for name, some, by in (("recipe.csv", trained, KEY), ("norm_judged.csv", judged, key)):
+        if some:
+            write_rows(args.results / name, some, by)
 
 
 def still(ops, norm_batch=None):
@@ -166,10 +240,11 @@ def norm(args, write):
 
 def parse(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("trials", "norm"))
-    parser.add_argument("what", nargs="*", help="trials, or best,EPOCHS")
+    parser.add_argument("task", choices=("trials", "command", "norm", "rows"))
+    parser.add_argument("what", nargs="*", help="trials, or best,EPOCHS; rows: files")
     parser.add_argument("--data-dir")
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", help="a line of JSON for each training")
+    parser.add_argument("--results", type=Path, default=ROOT / "results")
     parser.add_argument("--network", choices=("ours", "timm"), default="ours")
     parser.add_argument("--drop-path", type=float, default=0.1)
     parser.add_argument("--batch", type=int, default=128)
@@ -196,11 +271,14 @@ def parse(words):
 def main(words=None):
     words = sys.argv[1:] if words is None else list(words)
     args = parse(words)
-    from effnet_repro.training import configure, device_name
-    from effnet_repro.training.compiled import keep_compiled
+    from effnet_repro.training import device_name
 
-    configure()
-    keep_compiled()
+    if args.task in ("trials", "norm"):
+        from effnet_repro.training import configure
+        from effnet_repro.training.compiled import keep_compiled
+
+        configure()
+        keep_compiled()
     if args.task == "norm":
         args.batch = 16 if args.quick else None
 
@@ -213,7 +291,7 @@ def main(words=None):
             flush=True,
         )
 
-    {"trials": trials, "norm": norm}[args.task](args, write)
+    {"trials": trials, "command": command, "norm": norm, "rows": rows}[args.task](args, write)
     return 0
 
 

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SMALL_SET', 'STEPS_AN_EPOCH', 'LEAST_BATCH', 'MOST_BATCH', 'IMAGES_OF_A_RUN', 'LEAST_EPOCHS', 'MOST_EPOCHS',
-           'RATE_EXPONENT', 'RATE_BATCH', 'automatic_budget', 'small_batch', 'small_epochs', 'average_decay',
-           'fit_schedule', 'small_run', 'explain_small']
+           'LONG_EPOCHS', 'RATE_EXPONENT', 'RATE_BATCH', 'RISE', 'automatic_budget', 'small_batch', 'small_epochs',
+           'average_decay', 'fit_schedule', 'regularization', 'small_run', 'explain_small']
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0003
 import math
@@ -56,16 +56,29 @@ def fit_schedule(
     batch: int,  # Images of a training step
     exponent: float,  # The rate for each image is 2**exponent ...
     at_batch: int,  # ... where a training step has so many images
+    rise: float = 0.05,  # Share of the run in which the rate rises
 ) -> Dict[str, float]:  # Fields of `Case`: warm-up, rate and averaging
     "Fit the schedule of an AdamW run to its length and its batch"
     return {
-        "warmup_epochs": epochs / 20,
+        "warmup_epochs": round(rise * epochs, 4),
         "base_learning_rate_exponent": round(exponent - math.log2(batch / at_batch) / 2, 4),
         "weight_average_decay": average_decay(epochs),
     }
 
+# %% ../nbs/25_small_sets.ipynb #5e7a0031
+LONG_EPOCHS = 100  # From so many on, a run is regularized harder
+
+
+def regularization(
+    epochs: float,  # Of the run
+) -> Dict[str, float]:  # Fields of `Case`
+    "Choose weight decay, stochastic depth and mixup by the length of an AdamW run"
+    decay, share = (0.5, 0.2) if epochs >= LONG_EPOCHS else (0.05, 0.1)
+    return {"weight_decay": decay, "drop_path_rate": share, "mixup_alpha": share}
+
 # %% ../nbs/25_small_sets.ipynb #5e7a0014
-RATE_EXPONENT, RATE_BATCH = -16, 128  # The rate for each image is 2**-16 at this batch
+RATE_EXPONENT, RATE_BATCH = -15, 128  # The rate for each image is 2**-15 at this batch
+RISE = 0.3  # Share of the run in which the rate rises
 
 
 def small_run(
@@ -87,7 +100,8 @@ def small_run(
         **fields,
         "epochs": epochs,
         "global_batch_size": batch,
-        **fit_schedule(epochs, batch, RATE_EXPONENT, RATE_BATCH),
+        **fit_schedule(epochs, batch, RATE_EXPONENT, RATE_BATCH, RISE),
+        **(regularization(epochs) if given.get("optimizer") == "adamw" else {}),
     }
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0018

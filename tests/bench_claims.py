@@ -150,7 +150,8 @@ def case_of(arm, args, images):
     if args.quick:
         case = override(case, **FOUR_BLOCKS)
     size = args.quick or arm.image_size
-    own = dict(image_size=size, global_batch_size=args.batch or arm.batch, mixup_alpha=0.1)
+    own = dict(image_size=size, global_batch_size=args.batch or arm.batch, drop_path_rate=0.1)
+    own.update(mixup_alpha=0.1, weight_decay=0.05)
     return resolve(case, "small", images=images, **own)[0]
 
 

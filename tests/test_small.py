@@ -57,13 +57,18 @@ def test_auto_counts_the_images_and_says_so(run, folder, tmp_path):
 def test_what_the_user_gives_stands_and_the_rest_follows(folder, tmp_path):
     words = ("--data-dir", folder, "--run-dir", tmp_path, "--epochs", 20, "--global-batch-size", 8)
     case = plan(NAME, *words, "--micro-batch-size", 4).case
-    assert (case.epochs, case.warmup_epochs, case.weight_average_decay) == (20, 1, 0.5)
+    assert (case.epochs, case.warmup_epochs, case.weight_average_decay) == (20, 6, 0.5)
     assert (case.global_batch_size, case.gradient_accumulation) == (8, 2)
-    assert case.learning_rate == pytest.approx(2**-9 / 4)
+    assert case.learning_rate == pytest.approx(2**-8 / 4)
     part = plan(NAME, *words, "--micro-batch-size", 4, "--variable-filter", "Top")
     assert part.budget == "case"  # a fine-tuning as the published command does it
     assert plan(NAME, *words, "--warmup-epochs", 3).case.warmup_epochs == 3
     assert plan(NAME, *words, "--optimizer", "sgd").case.optimizer == "sgd"
+    keys = ("weight_decay", "drop_path_rate", "mixup_alpha")
+    hard = lambda *more: tuple(getattr(plan(NAME, *words[:4], *more).case, key) for key in keys)
+    assert hard() == (0.5, 0.2, 0.2) and hard("--epochs", 20) == (0.05, 0.1, 0.1)
+    assert hard("--weight-decay", 0.1) == (0.1, 0.2, 0.2)
+    assert hard("--optimizer", "sgd") == tuple(getattr(CASE, key) for key in keys)
 
 
 def test_a_file_of_cases_may_have_budgets_of_its_own(run, folder, tmp_path):

@@ -9,9 +9,9 @@ train together until they take a tenth of a step. The rates of one GPU are those
 `measure` writes `process_speed.csv`: images a second of training steps as `effnet-train` does them, on images that
 stay on the device, with one process a GPU, and beside it one process with as many GPUs. Each is the median of five
 rounds: B0-Half and B4-Half with 768 images a step on any number of GPUs (strong), and B0-Half with 768 images a GPU
-(weak), which needs a set of more than the 1,200 sample images. All settings start and compile side by side. Those that
-have room on the GPUs together then do their first steps, and each is measured while the others wait. On a machine
-without GPUs, `--rehearse` runs the same with CPU processes and a tiny network, and writes nothing.
+(weak), which needs a set of more than the 1,200 sample images. All settings start and compile side by side; then each
+does its first steps and is measured while the others wait. On a machine without GPUs, `--rehearse` runs the same with
+CPU processes and a tiny network, and writes nothing.
 """
 
 import argparse
@@ -35,7 +35,6 @@ from effnet_repro.config import for_one_device, get_case, load_cases, override  
 from effnet_repro.distributed.traffic import gradient_bytes, gradient_share, most_gpus  # noqa: E402
 from effnet_repro.gpu_plan import rates, step_rate  # noqa: E402
 from effnet_repro.results import NO_SEED, origin, write_rows  # noqa: E402
-from effnet_repro.training.micro_batch import needed_bytes  # noqa: E402
 from tests.process_runs import FAST  # noqa: E402
 
 SEED, ROUNDS = 0, 5
@@ -86,10 +85,8 @@ def one_case(name, images, rehearse):
 
 
 def work(a):
-    """One process of a measurement. It prints three JSON lines: its step is compiled; it has done its first steps, and
-    is ready; images a second of each round.
-
-    After the first two it waits for a line, so that others on the same GPUs can have their turn.
+    """One process of a measurement. It prints a JSON line once its step is compiled, waits for a line, so that others
+    on the same GPUs can have their turn, and prints another of images a second of each round.
     """
     from effnet_repro.data import open_data
     from effnet_repro.distributed import ALONE, join_others
@@ -108,12 +105,11 @@ def work(a):
         case = divided_micro_batch(case, jax.device_count())
     runtime = KerasRuntime(case, SEED, validates=False, processes=processes)
     data = runtime.settle(open_data(a.data, verbose=False), None)
-    begin, turn = time.perf_counter(), _turns()
+    _wait_once_compiled()
     runtime.begin(data, 0, None)
     wait = lambda: float(runtime.advance(1).logs["loss"])
     for _ in range(4):
         wait()
-    turn({"ready_s": time.perf_counter() - begin})
     found = []
     for _ in range(ROUNDS + 1):
         begin = time.perf_counter()
@@ -130,28 +126,24 @@ def work(a):
     processes.close()
 
 
-def _turns():
-    """Return a function that prints a JSON line and waits for its turn; a step that is compiled waits, too.
-
-    It waits between compiling and the first step, which takes most of the memory.
-    """
+def _wait_once_compiled():
+    "Let a training step say that it is compiled, and wait for a line before it is done: it takes most of the memory"
     from effnet_repro.training import step
     from effnet_repro.training.device import has_jax_gpu, has_other_processes
 
-    def turn(found):
-        print(json.dumps(found), flush=True)
+    def wait():
+        print(json.dumps({"ready_s": time.perf_counter() - begin}), flush=True)
         sys.stdin.readline()
 
     def compile_and_wait(*args, **how):
         function = compile_once(*args, **how)
-        turn({"compiled_s": time.perf_counter() - begin})
+        wait()
         return function
 
     begin, compile_once = time.perf_counter(), step.compile_once
     step.compile_once = compile_and_wait
     if not (has_jax_gpu() or has_other_processes()):  # Keras compiles by itself
-        turn({"compiled_s": 0.0})
-    return turn
+        wait()
 
 
 class Setting(NamedTuple):
@@ -167,14 +159,9 @@ class Setting(NamedTuple):
     def images(self) -> int:  # Of a step
         return 768 * (self.gpus if self.kind == "weak" else 1)
 
-    def bytes_of_gpu(self) -> float:
-        "Model the memory that it takes on each of its GPUs, with what a process takes beside the step"
-        case = one_case(self.case, self.images, False)
-        return needed_bytes(case, self.images // self.gpus) + 2**30
-
 
 class Started:
-    "The processes of a setting, on their way to be ready"
+    "The processes of a setting; `compiled` is set once their step is, and `ready` holds what the first one said"
 
     def __init__(self, a, setting):
         self.setting, self.running = setting, []
@@ -186,6 +173,8 @@ class Started:
         words += ["--rehearse"] if a.rehearse else []
         for i in range(setting.processes):
             self._start(a, [sys.executable, __file__, "work", *map(str, words)], i, address)
+        self.compiled, self.ready = threading.Event(), None
+        threading.Thread(target=self._listen, daemon=True).start()
 
     def _start(self, a, words, i, address):
         one = self.setting
@@ -202,18 +191,22 @@ class Started:
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=a.log, text=True)
         self.running.append(subprocess.Popen(words, env=env, **pipes))
 
-    def go(self):
-        "Let all go on"
+    def _listen(self):
+        answers = [_answer(process) for process in self.running]
+        self.ready = None if None in answers else answers[0]
+        self.compiled.set()
+
+    def measure(self):
+        "Let all go on; what was found, or None where a process has ended"
+        self.compiled.wait()
+        if self.ready is None:
+            return None
         for process in self.running:
             with contextlib.suppress(OSError):
                 process.stdin.write("go\n")
                 process.stdin.flush()
-
-    def answer(self, of=None):
-        "Wait for the next line of all, or of so many; that of the first, or None where one has ended"
-        first = _answer(self.running[0])
-        others = (_answer(process) for process in self.running[1:of])
-        return first if first and all(others) else None
+        found = _answer(self.running[0])
+        return found and {**self.ready, **found}
 
     def end(self):
         "End all, and wait until their memory is free"
@@ -250,57 +243,29 @@ def settings(a):
     return [one for one in found if re.search(a.only, f"{one.case} {one.kind}")]
 
 
-def groups(wanted, memory):
-    "Put each setting into the first group whose members have room together on a GPU of so many bytes"
-    found = []
-    for one in wanted:
-        room = (g for g in found if sum(o.bytes_of_gpu() for o in [*g, one]) <= 0.95 * memory)
-        group = next(room, None)
-        if group is None:
-            found.append([one])
-        else:
-            group.append(one)
-    return found
-
-
-def gpu_memory():
-    "Bytes of the first GPU; without one, enough for anything"
-    ask = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        found = subprocess.run(ask, capture_output=True, text=True, check=True).stdout.split()
-        return float(found[0]) * 2**20
-    return 2.0**40
-
-
 def measure(a):
     """Write process_speed.csv, a row as soon as it is measured.
 
-    All settings start and compile side by side. Then one group after the other does its first steps, and each of its
-    members is measured while the others wait.
+    All settings start and compile side by side; none is measured before all are ready, or `--latest` seconds are over.
     """
-    begin, wanted = time.monotonic(), settings(a)
-    started = {one: Started(a, one) for one in wanted}
-    timer = threading.Timer(a.timeout, lambda: [one.end() for one in started.values()])
+    begin, started = time.monotonic(), [Started(a, one) for one in settings(a)]
+    left = lambda until: max(0, until - (time.monotonic() - begin))
+    timer = threading.Timer(a.timeout, lambda: [one.end() for one in started])
     timer.start()
     try:
-        for group in groups(wanted, gpu_memory()):
-            compiled = [one for one in group if started[one].answer()]
-            time.sleep(max(0, a.after - (time.monotonic() - begin)))
-            for one in compiled:
-                started[one].go()
-            ready = {one: started[one].answer() for one in compiled}
-            for one in group:
-                if ready.get(one):
-                    started[one].go()
-                found = ready.get(one) and started[one].answer(1)
-                started[one].end()
-                if found:
-                    _write(a, one, {**ready[one], **found})
-                else:
-                    print(f"nothing measured (--log says why): {one}", flush=True)
+        for one in started:
+            one.compiled.wait(left(a.latest))
+        time.sleep(left(a.after))
+        for one in sorted(started, key=lambda one: not one.compiled.is_set()):
+            found = one.measure()
+            one.end()
+            if found is None:
+                print(f"nothing measured (--log says why): {one.setting}", flush=True)
+            else:
+                _write(a, one.setting, found)
     finally:
         timer.cancel()
-        for one in started.values():
+        for one in started:
             one.end()
 
 
@@ -331,6 +296,9 @@ def main():
     parser.add_argument("--one-each", action="store_true", help="no process with several GPUs")
     parser.add_argument("--timeout", type=int, default=400, help="seconds of all")
     parser.add_argument("--after", type=int, default=0, help="seconds before which no step is done")
+    parser.add_argument(
+        "--latest", type=int, default=300, help="seconds to wait for all to compile"
+    )
     parser.add_argument("--rehearse", action="store_true", help="CPU processes, a tiny network")
     parser.add_argument("--log", type=argparse.FileType("a"), default=os.devnull)
     for name, kind in (("--case", str), ("--images", int), ("--processes", int)):

@@ -84,7 +84,8 @@ class Arm:
 
     @property
     def rows(self):  # Of a seed: three for each length
-        return 1 if not self.halved else 3 if self.model_size else 6
+        longer = self.model_size == 0 and self.epochs == LENGTH
+        return 1 if not self.halved else 6 if longer else 3
 
     @property
     def fields(self):  # Of the case
@@ -111,6 +112,7 @@ ARMS = {
     "G16-BN of 8": Arm("BN", norm_batch=8),
     "G16-BN of 2": Arm("BN", norm_batch=2),
     "small": Arm("LN_PN", batch=128, epochs=60),
+    "45 minutes": Arm("LN_PN", image_size=HALF, batch=128, epochs=26),  # of two CPU cores
 }
 for size in (2, 4):  # the larger networks, in two contrasts
     ARMS[f"B{size} G16-LN_PN"] = Arm("LN_PN", model_size=size)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-PARTS = 16  # Files of a split
+PARTS = 16  # Files of a split, at most
 
 
 def _linked(first, names):
@@ -23,9 +23,11 @@ def repeat_records(source, target, train, validation):
     for split, records in (("train", train), ("validation", validation)):
         files = sorted(Path(source).glob(f"{split}-*"))
         once = sum(len(scan_tfrecord(f)) for f in files)
-        names = [f"{split}-{part:05d}-of-{PARTS:05d}" for part in range(PARTS)]
+        times = -(-records // once)
+        parts = min(PARTS, times)
+        names = [f"{split}-{part:05d}-of-{parts:05d}" for part in range(parts)]
         with (target / names[0]).open("wb") as out:
-            for _ in range(-(-records // once // PARTS)):
+            for _ in range(-(-times // parts)):
                 out.writelines(f.read_bytes() for f in files)
         _linked(target / names[0], names[1:])
     shutil.copy(Path(source) / "info.json", target / "info.json")

@@ -171,9 +171,34 @@ def test_who_is_free_takes_the_oldest_chunk_and_the_cores_come_first():
         with pytest.raises(TimeoutError):
             gpu.result(0.05)
         chunks.idle = 0
+        chunks.let_feed(True)
         assert chunks.take(4, True) == (two, slice(8, 10))
         chunks.close()
         assert gpu.result(5) is None
+
+
+def test_feeders_that_may_not_feed_leave_all_to_the_gpu():
+    batch = gpu_reader._Batch(np.arange(10), np.arange(10), (10, 4, 4, 3))
+    chunks, made = gpu_reader._Chunks(4), gpu_reader._Made(batch, None)
+    chunks.let_feed(False)
+    chunks.put(made)
+    with ThreadPoolExecutor(1) as pool:
+        feeder = pool.submit(chunks.take, 4, True)
+        with pytest.raises(TimeoutError):
+            feeder.result(0.05)
+        assert chunks.take(100, False) == (made, slice(0, 10))
+        chunks.put(made)
+        chunks.let_feed(True)
+        assert feeder.result(5) == (made, slice(0, 4))
+
+
+@pytest.mark.parametrize("helped, helps", [(0.9, True), (1.0, True), (1.1, False)])
+def test_whether_the_cores_help_is_tried(helped, helps):
+    trial, now, said = gpu_reader._Trial(), 0.0, []
+    for step in range(200):
+        now += (helped if step < 40 else 1.0) + 30 * (step in (15, 60))  # epochs end
+        said.append(trial.step(now))
+    assert all(said[:39]) and not any(said[39:79]) and set(said[80:]) == {helps}
 
 
 def test_a_batch_is_there_when_all_chunks_are():

@@ -26,7 +26,7 @@ from effnet_repro.data.threads import core_count
 KEPT = (
     32  # The part of a GPU's memory, 1 / KEPT, that decoded images may leave and the next ones take
 )
-PRODUCERS = 3  # While one waits for its kernel or draws crops, the others' images are decoded
+PRODUCERS = 5  # While one waits for its kernel or its bytes, the others' images are decoded
 
 ROW = np.dtype(
     [
@@ -117,6 +117,9 @@ def _context(ordinal):
     device = _checked(driver.cuDeviceGet(ordinal))
     context = _checked(driver.cuDevicePrimaryCtxRetain(device))
     _checked(driver.cuCtxSetCurrent(context))
+    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
+        # a thread that waits for the GPU leaves its core to others, which decode
+        _checked(driver.cuCtxSetFlags(driver.CUctx_flags.CU_CTX_SCHED_BLOCKING_SYNC.value))
     with contextlib.suppress(
         AttributeError, TypeError, RuntimeError
     ):  # images come and go: keep their memory

@@ -4,8 +4,9 @@ Order, crops, flips and labels are those of the other readers. What nvImageCodec
 JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named.
 
 Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both make images of training:
-who is free takes the next chunk of a batch, the cores first, since the GPU has its own work. Raw pixels, and JPEGs for
-whose decoder the user asked so, are all made by the cores (`Cores`).
+who is free takes the next chunk of a batch, the cores first, since the GPU has its own work. Whether that is faster
+than the GPU's decoders alone depends on network and host: it is tried (`_Trial`). Raw pixels, and JPEGs for whose
+decoder the user asked so, are all made by the cores (`Cores`).
 
 The threads here wait for the GPU and for processes most of the time. All that takes Python's time for every image
 happens in processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
@@ -15,6 +16,7 @@ import collections
 import contextlib
 import itertools
 import threading
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Callable, Iterator, NamedTuple, Tuple, Union
@@ -41,10 +43,10 @@ from effnet_repro.data.transforms import center_crop_box
 SLICE = 64  # Images that are read at a time
 CHUNK = 192  # Images of a batch that the cores take at a time, where a GPU's decoders may take them, too
 AT_ONCE = 768  # Most images that a producer decodes at a time: they all lie in the GPU's memory
-FEEDERS = 2  # Threads that let the cores make images beside a GPU's decoders: one's pieces wait for the other's
-READERS = 3  # Processes that read
-BUSY = 3  # Cores' worth of work around the GPU's decoders: this process, and what nvJPEG does on the host
-AHEAD = 5  # Batches that are being made while one is used
+FEEDERS = 4  # Threads that let the cores make images beside a GPU's decoders: one's pieces wait for the others'
+READERS = 4  # Processes that read for the GPU's decoders
+BUSY = 2  # Cores' worth of work around these: this process, and what nvJPEG does on the host
+AHEAD = 7  # Batches that are being made while one is used
 SPARE = 3  # Arrays that are begun ahead of their batches: each is ready when the steps before it are done
 _FEW = 8  # Images of a piece that the cores make, at least
 _THREADS = 8  # The same as threads, where processes do not pay
@@ -225,6 +227,7 @@ class _Chunks:
     def __init__(self, size):
         self.size, self.waiting, self.open = size, collections.deque(), True
         self.idle, self.changed = 0, threading.Condition()  # feeders that wait
+        self.feeds = True  # Whether feeders take any
 
     def put(self, made):
         n = len(made.batch.numbers)
@@ -237,7 +240,8 @@ class _Chunks:
         "The oldest chunk, with those behind it up to `most` images of its batch; None at the end"
         with self.changed:
             self.idle += feeds
-            left = lambda: len(self.waiting) > (0 if feeds else self.idle)  # the cores go first
+            first = lambda: self.idle if self.feeds else 0  # the cores go first
+            left = lambda: self.feeds if feeds and self.waiting else len(self.waiting) > first()
             self.changed.wait_for(lambda: left() or not self.open)
             self.idle -= feeds
             if not self.open:
@@ -250,10 +254,43 @@ class _Chunks:
             self.changed.notify_all()
             return made, part
 
+    def let_feed(self, feeds):
+        "Whether feeders take chunks from now on"
+        with self.changed:
+            self.feeds = feeds
+            self.changed.notify_all()
+
     def close(self):
         with self.changed:
             self.open = False
             self.changed.notify_all()
+
+
+class _Trial:
+    """Whether steps come faster when the cores help the GPU's decoders: tried over the first steps of a run.
+
+    `step` is called at each step, with its time, and tells whether the cores are to help from then on.
+    """
+
+    SPAN, SKIP = (
+        40,
+        10,
+    )  # Steps with and as many without; the first ones of each show what was made before
+
+    def __init__(self):
+        self.times, self.found = [], []
+
+    def step(self, now):
+        if len(self.found) < 2:
+            self.times.append(now)
+            if len(self.times) == self.SPAN:
+                each = np.sort(np.diff(self.times[self.SKIP :]))[:-2]  # without an end of an epoch
+                self.found.append(each.mean())
+                self.times = []
+        if len(self.found) < 2:
+            return not self.found
+        helped, alone = self.found
+        return helped < 1.03 * alone  # else the GPU's time is worth more
 
 
 def _core_count(producer, decodes, images, gpus):
@@ -421,7 +458,10 @@ def _part(request, make, decodes, index):
 
     with _Stream(request, "train", make, request.gpus[index], decodes) as stream:
         batches = map(batch, itertools.count(request.first_update))
+        trial = _Trial() if decodes and stream.cores else None
         for done in made_ahead(stream.begin, batches, AHEAD):
+            if trial is not None:
+                stream.chunks.let_feed(trial.step(time.perf_counter()))
             yield done.result()
 
 

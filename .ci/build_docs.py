@@ -8,8 +8,6 @@ files, what `finish` does to every page, and checks. Any problem ends it with a 
 
 import argparse
 import ast
-import collections
-import functools
 import html
 import json
 import posixpath
@@ -103,52 +101,6 @@ def plain_links(text, linked):
     return MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
 
 
-def plain_names():
-    "Public name in a module without a page -> its place in the source. nbdev links the others."
-    found = {}
-    for module, path in tree.modules().items():
-        if tree.page_of(path) is None:
-            for node in ast.parse(path.read_text()).body:
-                if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name[0] != "_":
-                    place = f"{path.relative_to(tree.ROOT).as_posix()}#L{node.lineno}"
-                    found[f"{module}.{node.name}"] = place
-                    sure = node.name not in ambiguous_names()
-                    if sure and (
-                        not node.name.islower() or "_" in node.name
-                    ):  # `main` may be any word
-                        found.setdefault(node.name, place)
-    return found
-
-
-@functools.lru_cache(maxsize=None)
-def ambiguous_names():
-    "Public names that several modules define: which one is meant, only their own page can tell."
-    found = collections.Counter()
-    for path in tree.modules().values():
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-                found[node.name] += 1
-    return {name for name, times in found.items() if times > 1}
-
-
-def without_guesses(text, page, ambiguous):
-    "Markdown without nbdev's links of ambiguous names to another page than this one."
-    link = re.compile(r"(?<!\[)\[`(\w+)(?:\(\))?`\]\((\w+)\.html#\w+\)")
-    keep = lambda m: m[0] if m[1] not in ambiguous or m[2] == page else f"`{m[1]}`"
-    return link.sub(keep, text)
-
-
-def link_plain_names(text, places, source_url):
-    "Markdown whose names of plain modules, in backticks, lead to their source."
-
-    def one(match):
-        place = places.get(match[2])
-        return f"[`{match[1]}`]({source_url}/{place})" if place else match[0]
-
-    name = re.compile(r"(?<![\[`])`(([A-Za-z_][\w.]*)(?:\(\))?)`(?![`\]])")
-    return mentions.outside_code(lambda prose: name.sub(one, prose), text)
-
-
 def one_stream(outputs):
     "Outputs in which what was printed in several goes is one block, as it was on the terminal."
     joined = []
@@ -193,7 +145,7 @@ def signatures(text, page):
 
 def lay_out(proc, site, linked, source_url):
     "Copy nbdev's pages to the folder `site` under the names that its links use."
-    places = plain_names()
+    mentioned = mentions.Mentions(source_url)
     for path in sorted(proc.rglob("*")):
         inside = path.relative_to(proc)
         if path.is_dir():
@@ -205,13 +157,7 @@ def lay_out(proc, site, linked, source_url):
         if path.suffix != ".ipynb":
             shutil.copy2(path, target)
             continue
-
-        def link(text, page=target.stem):
-            "Markdown of a cell, or of what it puts out, in which all mentions are links"
-            text = mentions.link_modules(mentions.link_pages(text, mentions.titles()), source_url)
-            text = without_guesses(text, page, ambiguous_names())
-            return link_plain_names(plain_links(text, linked), places, source_url)
-
+        link = lambda text, page=target.stem: plain_links(mentioned.link(text, page), linked)
         nb = json.loads(path.read_text())
         for cell in nb["cells"]:
             source = "".join(cell["source"])

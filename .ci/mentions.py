@@ -1,65 +1,64 @@
-"Mentions of pages and modules: on the site each is a link; that of a page says its title, not the notebook's file."
+"""Mentions, in backticks, of pages, modules and names: on the site each is a link. That of a page says its title,
+that of a module leads to its page or else to its source. nbdev links names of pages' modules itself."""
 
+import ast
 import collections
-import functools
 import json
 import re
 
 import tree
 
 FENCED = re.compile(r"(?ms)(^```.*?^```)")
-LINKED = re.compile(r"\[`?(\d\d_\w+)(?:\.ipynb)?`?\](?=\()")
-MODULE = re.compile(r"(?<![\[`])`([\w/]+\.py)`(?![`\]])")
-BARE = re.compile(r"(?<![\[`])`(\d\d_\w+)(?:\.ipynb)?`(?![`\]])")
+SPAN = re.compile(r"(?<![\[`])`([^`\n]+)`(?![`\]])")
+TITLED = re.compile(r"\[`?(\d\d_\w+)(?:\.ipynb)?`?\](?=\()")  # a link that says the notebook's file
+GUESS = re.compile(r"(?<!\[)\[`(\w+)(?:\(\))?`\]\((\w+)\.html#\w+\)")  # nbdev's, of a name
 
 
-def outside_code(change, text):
-    "Markdown with `change` made to all of it but fenced code."
-    parts = FENCED.split(text)
-    return "".join(p if i % 2 else change(p) for i, p in enumerate(parts))
+def title(path):
+    "The title of a notebook's page."
+    cells = json.loads(path.read_text()).get("cells", [])
+    heads = (re.match(r"# (.+)", "".join(c["source"])) for c in cells)
+    return next((m[1].strip() for m in heads if m), path.stem)
 
 
-@functools.lru_cache(maxsize=None)
-def titles():
-    "Notebook without its ending -> the title of its page."
-    found = {}
-    for path in tree.notebooks():
-        cells = json.loads(path.read_text())["cells"]
-        heads = (re.match(r"# (.+)", "".join(c["source"])) for c in cells)
-        found[path.stem] = next((m[1].strip() for m in heads if m), path.stem)
-    return found
+def definitions(path):
+    "The functions and classes at the top of a module: name -> line."
+    nodes = ast.parse(path.read_text()).body
+    return {n.name: n.lineno for n in nodes if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
 
 
-def link_pages(text, known):
-    "Markdown in which `12_proxy_norm`, or a link that says so, is a link that says the title in `known`."
+class Mentions:
+    "What becomes of each mention; sources are at `source_url`."
 
-    linked = lambda m: f"[{known[m[1]]}]" if m[1] in known else m[0]
-    bare = lambda m: f"[{known[m[1]]}]({m[1]}.ipynb)" if m[1] in known else m[0]
-    return outside_code(lambda prose: BARE.sub(bare, LINKED.sub(linked, prose)), text)
+    def __init__(self, source_url=""):
+        modules = tree.modules()
+        defined = {module: definitions(path) for module, path in modules.items()}
+        times = collections.Counter(name for names in defined.values() for name in names)
+        files = collections.Counter(path.name for path in modules.values())
+        # A name that several modules define: which one is meant, only their own page can tell.
+        self.ambiguous = {name for name, n in times.items() if n > 1}
+        self.titles = {path.stem: title(path) for path in tree.notebooks()}
+        self.links = {stem: f"[{said}]({stem}.ipynb)" for stem, said in self.titles.items()}
+        self.links |= {f"{stem}.ipynb": link for stem, link in self.links.items()}
+        for module, path in modules.items():
+            page, source = tree.page_of(path), path.relative_to(tree.ROOT).as_posix()
+            at = f"{source_url}/{source}#L"
+            inside = source.partition("/")[2]
+            written = {source, inside, path.name} if files[path.name] == 1 else {source, inside}
+            for file in written - ({path.name} if files[path.name] > 1 else set()):
+                self.links[file] = f"[`{file}`]({f'{page}.ipynb' if page else f'{at}1'})"
+            for name, line in defined[module].items():
+                if not page and name[0] != "_":
+                    word = name in self.ambiguous or name.islower() and "_" not in name  # any word
+                    for said in (f"{module}.{name}", *([] if word else [name])):
+                        self.links.setdefault(said, f"[`{said}`]({at}{line})")
+                        self.links.setdefault(f"{said}()", f"[`{said}()`]({at}{line})")
 
-
-@functools.lru_cache(maxsize=None)
-def files():
-    "How a page may write a module's file -> the module: its path, that below the package, a name that no other has."
-    found, names = {}, collections.Counter(path.name for path in tree.modules().values())
-    for module, path in tree.modules().items():
-        inside = path.relative_to(tree.ROOT / "effnet_repro").as_posix()
-        found[f"effnet_repro/{inside}"] = module
-        written = {inside, path.name} if names[path.name] == 1 else {inside} - {path.name}
-        found.update(dict.fromkeys(written, module))
-    return found
-
-
-def link_modules(text, source_url):
-    "Markdown in which the file of a module, in backticks, is a link to its page or, without one, to its source."
-
-    def one(match):
-        module = files().get(match[1])
-        if module is None:
-            return match[0]
-        path = tree.modules()[module]
-        page = tree.page_of(path)
-        inside = path.relative_to(tree.ROOT).as_posix()
-        return f"[`{match[1]}`]({f'{page}.ipynb' if page else f'{source_url}/{inside}#L1'})"
-
-    return outside_code(lambda prose: MODULE.sub(one, prose), text)
+    def link(self, text, page=""):
+        "Markdown of a page in which every mention outside of code is a link, and nbdev's guesses are none."
+        titled = lambda m: f"[{self.titles[m[1]]}]" if m[1] in self.titles else m[0]
+        span = lambda m: self.links.get(m[1], m[0])
+        sure = lambda m: m[0] if m[1] not in self.ambiguous or m[2] == page else f"`{m[1]}`"
+        parts = FENCED.split(text)
+        parts[::2] = [GUESS.sub(sure, SPAN.sub(span, TITLED.sub(titled, p))) for p in parts[::2]]
+        return "".join(parts)

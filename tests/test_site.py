@@ -290,43 +290,41 @@ def test_links_get_the_names_of_the_site():
     assert build_docs.plain_links(doubled, set()) == "| [`validate`](training.html#validate) |"
 
 
-def test_mentions_of_pages_are_links_with_titles():
-    known = {"12_proxy_norm": "Proxy Norm"}
+@pytest.fixture(scope="module")
+def mentioned():
+    return mentions.Mentions("https://x")
+
+
+def test_mentions_of_pages_are_links_with_titles(mentioned):
     text = "`12_proxy_norm`, [12_proxy_norm](12_proxy_norm.ipynb#x), [`12_proxy_norm`](12_proxy_norm.ipynb), `13_x`"
-    assert mentions.link_pages(text, known) == (
+    assert mentioned.link(text) == (
         "[Proxy Norm](12_proxy_norm.ipynb), [Proxy Norm](12_proxy_norm.ipynb#x), "
         "[Proxy Norm](12_proxy_norm.ipynb), `13_x`"
     )
     for code in ("```sh\n`12_proxy_norm`\n```", "``12_proxy_norm``", "nbs/12_proxy_norm.ipynb"):
-        assert mentions.link_pages(code, known) == code
-    assert mentions.titles()["12_proxy_norm"] == "Proxy Norm"
+        assert mentioned.link(code) == code
 
 
-def test_files_of_modules_are_links():
-    linked = mentions.link_modules(
-        "`runs/loop.py`, `loop.py`, `kit.py`, `validate.py`, `tests/x.py`", "https://x"
-    )
+def test_files_of_modules_are_links(mentioned):
+    linked = mentioned.link("`runs/loop.py`, `loop.py`, `kit.py`, `validate.py`, `tests/x.py`")
     there = "https://x/effnet_repro"
     assert linked == (
         f"[`runs/loop.py`]({there}/runs/loop.py#L1), [`loop.py`]({there}/runs/loop.py#L1), "
         f"[`kit.py`]({there}/cli/kit.py#L1), [`validate.py`]({there}/cli/validate.py#L1), `tests/x.py`"
     )
+    page = "[`norms.py`](11_norms.ipynb) ``norms.py``"
+    assert mentioned.link("`norms.py` ``norms.py``") == page
     assert (
-        mentions.link_modules("`norms.py` ``norms.py``", "")
-        == "[`norms.py`](11_norms.ipynb) ``norms.py``"
-    )
-    assert mentions.link_modules("`figures.py`", "") == "`figures.py`"  # there are two
+        mentioned.link("`training.py` `figures.py`") == "`training.py` `figures.py`"
+    )  # there are two
 
 
-def test_ambiguous_names_stay_plain_but_on_their_own_page():
+def test_ambiguous_names_stay_plain_but_on_their_own_page(mentioned):
     text = "[`validate`](config.html#validate), [`mix()`](augment.html#mix), [[`validate`](a.html#b)](c.html#d)"
-    plain = build_docs.without_guesses(text, "training", {"validate"})
-    assert plain == text.replace("[`validate`](config.html#validate)", "`validate`", 1)
-    assert build_docs.without_guesses(text, "config", {"validate"}) == text
-    assert {
-        "validate",
-        "predict",
-    } < build_docs.ambiguous_names() and "mix" not in build_docs.ambiguous_names()
+    plain = text.replace("[`validate`](config.html#validate)", "`validate`", 1)
+    assert mentioned.link(text, "training") == plain
+    assert mentioned.link(text, "config") == text
+    assert {"validate", "predict"} < mentioned.ambiguous and "mix" not in mentioned.ambiguous
 
 
 def test_the_sidebar_names_pages():
@@ -384,7 +382,7 @@ def test_names_of_plain_modules_lead_to_their_source(tmp_path, monkeypatch):
     }
     for name, text in texts.items():
         (tmp_path / "effnet_repro" / f"{name}.py").write_text(text)
-    link = lambda text: build_docs.link_plain_names(text, build_docs.plain_names(), "u")
+    link = mentions.Mentions("u").link
     door, turn = "u/effnet_repro/room/__init__.py#L4", "u/effnet_repro/room/lock.py#L1"
     assert link("`open_door` `open_door()`") == f"[`open_door`]({door}) [`open_door()`]({door})"
     assert link("`room.lock.turn`") == f"[`room.lock.turn`]({turn})"

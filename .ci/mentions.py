@@ -9,7 +9,7 @@ import re
 import tree
 
 FENCED = re.compile(r"(?ms)(^```.*?^```)")
-SPAN = re.compile(r"(?<![\[`])`([^`\n]+)`(?![`\]])")
+SPAN = re.compile(r"(?<![\[`])`([\w./]+(?:\(\))?)`(?![`\]])")
 TITLED = re.compile(r"\[`?(\d\d_\w+)(?:\.ipynb)?`?\](?=\()")  # a link that says the notebook's file
 GUESS = re.compile(r"(?<!\[)\[`(\w+)(?:\(\))?`\]\((\w+)\.html#\w+\)")  # nbdev's, of a name
 
@@ -37,7 +37,8 @@ class Mentions:
         files = collections.Counter(path.name for path in modules.values())
         # A name that several modules define: which one is meant, only their own page can tell.
         self.ambiguous = {name for name, n in times.items() if n > 1}
-        self.titles = {path.stem: title(path) for path in tree.notebooks()}
+        numbered = (path for path in tree.notebooks() if path.name[:2].isdigit())
+        self.titles = {path.stem: title(path) for path in numbered}
         self.links = {stem: f"[{said}]({stem}.ipynb)" for stem, said in self.titles.items()}
         self.links |= {f"{stem}.ipynb": link for stem, link in self.links.items()}
         for module, path in modules.items():

@@ -301,7 +301,16 @@ def test_mentions_of_pages_are_links_with_titles(mentioned):
         "[Proxy Norm](12_proxy_norm.ipynb), [Proxy Norm](12_proxy_norm.ipynb#x), "
         "[Proxy Norm](12_proxy_norm.ipynb), `13_x`"
     )
-    for code in ("```sh\n`12_proxy_norm`\n```", "``12_proxy_norm``", "nbs/12_proxy_norm.ipynb"):
+    beside = mentioned.link("[`TFOps`](ops.html#tfops) (`02_ops`)")
+    assert beside == "[`TFOps`](ops.html#tfops) ([Tensor operations](02_ops.ipynb))"
+    fenced = "```sh\n`12_proxy_norm`\n```"
+    for code in (
+        fenced,
+        "``12_proxy_norm``",
+        "nbs/12_proxy_norm.ipynb",
+        "`index`",
+        "`index.ipynb`",
+    ):
         assert mentioned.link(code) == code
 
 

@@ -20,7 +20,7 @@ _MUTED = []
 
 
 def mute(quiet: bool = True) -> None:
-    """Let `say` say nothing: of processes that work together, one speaks."""
+    """Make `say` silent, in all but one of several processes that work together."""
     _MUTED[:] = [True] if quiet else []
 
 
@@ -51,7 +51,7 @@ def say(text: str, file=None) -> None:
 
 
 class BestEffort:
-    """Something that the work can do without: an error within it becomes one warning, the first time.
+    """For optional work: its first error becomes one warning, and everything else goes on.
 
     - `what`: its name in the warning.
     - `log`: where the warning goes.

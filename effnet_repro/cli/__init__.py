@@ -1,4 +1,4 @@
-"""Train, fine-tune, validate and look things up from a shell, with one answer for every mistake.
+"""Train, fine-tune, validate and look things up from a shell, where every mistake gets one line.
 
 A file for each command; `kit` makes a function a program, `fields` and `options` read flags, `resolve`
 says what will run.

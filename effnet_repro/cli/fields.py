@@ -1,4 +1,4 @@
-"""Every field of a case is a flag. What `--help` says of it, its type and its other names are the field's own.
+"""Every field of a case is a flag. Its help, its type and its other names come from the field.
 
 A new field of `00_config` is a flag without a line here.
 """

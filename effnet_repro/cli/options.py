@@ -1,4 +1,4 @@
-"""Flags of a run that are no fields of a case, what they come to, and how a run ends.
+"""Flags of a run that are not fields of a case, what they mean, and how a run ends.
 
 `--precision` takes both kinds of value: `bfloat16` is what this machine computes in, `16.32` is what the case
 says for an IPU.
@@ -128,7 +128,7 @@ def classifier_arguments(parser):
 
 
 def run_arguments(parser):
-    "Flags of a run that are no fields of a case."
+    "Flags of a run that are not fields of a case."
     parser.add_argument(
         "--run-dir", type=user_path, metavar="DIR", help="where everything is written"
     )

@@ -176,7 +176,7 @@ def _check_layout(case, given):
 
 
 def show_notes(notes):
-    """Print what may not have been meant, a line each."""
+    """Print a line for each setting that may not be meant."""
     for note in notes:
         print(f"note: {note}", flush=True)
 

@@ -1,4 +1,4 @@
-"""A command's standard streams: closed ones, ones that cannot show a name, and warnings as lines."""
+"""A command's standard streams: closed ones, those that cannot show a name, and warnings as single lines."""
 
 import contextlib
 import os
@@ -9,7 +9,7 @@ from effnet_repro.messages import shown
 
 
 def settle_streams() -> None:
-    """Make the three standard streams such that nothing that is printed can fail for its letters.
+    """Set up the standard streams so that printing never fails because of a character.
 
     A stream that was closed when the process began becomes /dev/null, its number, too: a file that is opened later
     must not get it, since libraries print there.
@@ -38,19 +38,19 @@ def flush() -> None:
 
 
 def flush_or_leave() -> None:
-    """Write out what was printed, or where that cannot be, let it go: the work is done all the same."""
+    """Write out what was printed. If that is impossible, ignore it: the work is done."""
     with contextlib.suppress(OSError, ValueError):
         flush()
 
 
 def leave_stdout() -> None:
-    """Let what is still to be printed go nowhere: the reader is gone, or its disk is full."""
+    """Discard what is still to be printed, because the reader is gone or its disk is full."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def tell(line: str) -> None:
-    """Print a line on standard error, if there is still somebody to read it."""
+    """Print a line on standard error, unless that is closed."""
     with contextlib.suppress(OSError, ValueError):
         print(shown(line), file=sys.stderr, flush=True)
 

@@ -1,4 +1,4 @@
-"""Which network arrays belong to, by their names and shapes, and a case around it.
+"""Recognizes the network of arrays by their names and shapes, and makes a case for it.
 
 A file of arrays rarely says what it belongs to, but the shapes do: the kernels of block 2a give group size
 and expansion, the name beside the stem's kernel gives the norm, the classifier gives the classes, and one

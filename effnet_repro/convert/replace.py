@@ -1,4 +1,4 @@
-"""What writers of several files share: removing what a killed one left."""
+"""Shared by writers of several files: removing what a killed writer left."""
 
 import re
 

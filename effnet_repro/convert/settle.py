@@ -1,4 +1,4 @@
-"""What was found in a file, checked against the network that it must be, becomes `Weights`."""
+"""Checks what was found in a file against the network that it must be, and makes `Weights` of it."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The folder for what is made once, and names for files that change with them. Nothing needs it: it saves time."""
+"""The folder for what is computed once, and names that change with the files behind it. It only saves time."""
 
 import functools
 import hashlib
@@ -38,7 +38,7 @@ def _effort(folder):
 
 
 def keep(path: Path, data: bytes) -> None:
-    """Write a file of the cache whole or not at all. A cache that cannot be written is told once, and done without."""
+    """Write a file of the cache whole or not at all. If the cache cannot be written, say so once and go on."""
     own = path.with_name(f".{path.name}.{os.getpid()}-{uuid.uuid4().hex[:8]}")
     with _effort(path.parent.parent):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded, found before a run and left out of it.
+"""Find images that cannot be decoded before a run, and leave them out.
 
 What is off the list has no place in any epoch's order: the stream stays a function of seed and update.
 """

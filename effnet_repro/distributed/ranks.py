@@ -1,4 +1,4 @@
-"""Which of several processes this one is: what a launcher, variables or flags say, checked before anything waits.
+"""Which of several processes this one is, by a launcher, variables or flags. Checked before anything waits.
 
 Slurm, Open MPI, the variables of Keras and those of JAX are read; flags come before all of them. What is said must be
 whole and must agree with itself: half of it is a `ValueError` that names the rest, since a process that guesses would

@@ -1,4 +1,4 @@
-"""What an exported file says of itself: an archive at its end, which the program that runs the file does not read."""
+"""What an exported file says about itself: an archive at its end, which the program that runs the file ignores."""
 
 import json
 import zipfile

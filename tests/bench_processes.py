@@ -236,7 +236,8 @@ def settings(a):
         for gpus in a.gpus:
             if kind == "weak" and gpus == 1:
                 continue  # the same as strong
-            for processes in sorted({gpus} if a.one_each else {gpus, 1}, reverse=True):
+            counts = {gpus} if a.one_each else {1} if a.one_process else {gpus, 1}
+            for processes in sorted(counts, reverse=True):
                 if not a.rehearse or processes == gpus:  # in a rehearsal a process has one CPU
                     steps = a.steps if name == B0 else max(2, a.steps // 3)
                     found.append(Setting(name, kind, gpus, processes, steps))
@@ -294,6 +295,7 @@ def main():
     parser.add_argument("--steps", type=int, default=20, help="of a round")
     parser.add_argument("--only", default="", help="regular expression over 'case kind'")
     parser.add_argument("--one-each", action="store_true", help="no process with several GPUs")
+    parser.add_argument("--one-process", action="store_true", help="no more than one process")
     parser.add_argument("--timeout", type=int, default=400, help="seconds of all")
     parser.add_argument("--after", type=int, default=0, help="seconds before which no step is done")
     parser.add_argument(

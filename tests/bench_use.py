@@ -239,23 +239,32 @@ def measure(a, device):
         make_sets(a, work, chosen)
         if a.resident and re.search(a.only, "start"):
             _first_starts(a, work, log, write)
-        turns, start = [], None
-        if a.turns:
-            start = lambda: turns.extend(in_turns(chosen, memory, work, log, a.after))
-        bare = _side_by_side(chosen, memory, work, log, write, a.compile, start)
-        for i, one in enumerate(() if a.compile else chosen):
+        turns, start, bare = [], None, {}
+
+        def tell(one, report):
             try:
-                case, found = turns[i].result() if turns else _report(one, work / f"run{i}", log)
+                case, found = report()
             except RuntimeError as error:
                 print(f"failed: {error}", flush=True)
-                continue
+                return None
             key = one.bare_step(memory)
             if key in bare and case["micro_batch_size"] == key[2]:
                 share = found["images_per_s"] / (bare[key]["images_per_s"] * one.gpus)
                 found["of_bare_step"] = round(share, 3)
-            shown = {n: case[n] for n in ("image_size", "global_batch_size", "micro_batch_size")}
+            sizes = "image_size", "global_batch_size", "micro_batch_size"
+            shown = {n: case[n] for n in sizes}
             write(one.name, one.case, {**shown, "gpus": one.gpus, **found})
-            if one.name == "photographs" and one.case == a.case and re.search(a.only, "validation"):
+            return shown
+
+        if a.turns:  # their rows come twice: the bare steps follow
+            told = lambda one, future: tell(one, future.result)
+            start = lambda: turns.extend(in_turns(chosen, memory, work, log, a.after, told))
+        bare.update(_side_by_side(chosen, memory, work, log, write, a.compile, start))
+        for i, one in enumerate(() if a.compile else chosen):
+            alone = lambda i=i, one=one: _report(one, work / f"run{i}", log)
+            shown = tell(one, turns[i].result if turns else alone)
+            asked = one.name == "photographs" and one.case == a.case
+            if shown and asked and re.search(a.only, "validation"):
                 found = validated(work / f"run{i}", work / "photographs", log)
                 write("photographs, validation", one.case, {**shown, "gpus": 1, **found})
         if a.images:
@@ -328,8 +337,8 @@ def _starting(pool, chosen, memory, work, log):
     return [pool.submit(start, i, one) for i, one in enumerate(kinds.values())]
 
 
-def in_turns(chosen, memory, work, log, after):
-    """Compile all, then let one after the other go on, those of more GPUs first; a future for each.
+def in_turns(chosen, memory, work, log, after, tell):
+    """Compile all, then let one after the other go on, those of more GPUs first; a future for each, which `tell` takes.
 
     Of runs with the same program the first one compiles it, and the others find it compiled.
     """
@@ -355,6 +364,7 @@ def in_turns(chosen, memory, work, log, after):
         for i in sorted(range(len(chosen)), key=lambda i: -chosen[i].gpus):
             (turns[i] / "go").touch()
             wait([done[i]])
+            tell(chosen[i], done[i])
     return done
 
 

@@ -117,9 +117,6 @@ def _context(ordinal):
     device = _checked(driver.cuDeviceGet(ordinal))
     context = _checked(driver.cuDevicePrimaryCtxRetain(device))
     _checked(driver.cuCtxSetCurrent(context))
-    with contextlib.suppress(AttributeError, TypeError, RuntimeError):
-        # a thread that waits for the GPU leaves its core to others, which decode
-        _checked(driver.cuCtxSetFlags(driver.CUctx_flags.CU_CTX_SCHED_BLOCKING_SYNC.value))
     with contextlib.suppress(
         AttributeError, TypeError, RuntimeError
     ):  # images come and go: keep their memory
@@ -281,6 +278,9 @@ class Producer:
         flags = driver.CUstream_flags.CU_STREAM_NON_BLOCKING.value
         _, first = _checked(driver.cuCtxGetStreamPriorityRange())  # before the network's kernels
         self._stream = _checked(driver.cuStreamCreateWithPriority(flags, first))
+        kinds = driver.CUevent_flags  # who waits for it leaves its core to others, which decode
+        sleeps = kinds.CU_EVENT_BLOCKING_SYNC.value | kinds.CU_EVENT_DISABLE_TIMING.value
+        self._done = _checked(driver.cuEventCreate(sleeps))
         self._ordinal, self._table = ordinal, Stage(ordinal)
 
     @functools.cached_property
@@ -326,7 +326,8 @@ class Producer:
         kinds = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int)
         grid, block = (-(-side // 32), -(-side // 8), len(rows)), (32, 8, 1)
         _checked(driver.cuLaunchKernel(self._kernel, *grid, *block, 0, stream, (values, kinds), 0))
-        _checked(driver.cuStreamSynchronize(stream))
+        _checked(driver.cuEventRecord(self._done, stream))
+        _checked(driver.cuEventSynchronize(self._done))
 
 
 def empty(shape: Sequence[int], ordinal: int = 0) -> Any:

@@ -38,6 +38,9 @@ _BEGINNINGS = (
     (b"Rar!", "a RAR archive"),
     (b"\x93NUMPY", "an array of NumPy"),
     (b"%PDF", "a PDF"),
+    (b"PAR1", "a Parquet table"),
+    (b"ARROW1", "an Arrow table"),
+    (b"MATLAB", "arrays of MATLAB"),
     (b"version https://git-lfs", "a pointer of Git LFS: the file itself was not downloaded"),
     (b"\0\5\x16\7", "an AppleDouble file of a Mac"),
     (b"\x80\x02", "a pickle"),
@@ -51,6 +54,8 @@ def kind_of(head: bytes) -> str:
     """Return what a file is by its first 512 bytes, or as many as there are: "a JPEG", "an HTML page", "a text", ..."""
     if not head:
         return "an empty file"
+    if head.startswith(b"PK\3\4") and b".npy" in head[30:80]:
+        return "arrays of NumPy"
     for beginning, kind in _BEGINNINGS:
         if head.startswith(beginning):
             return kind

@@ -21,6 +21,7 @@ JPEG = encode(picture(8, 9))
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 TRAIN = {k: v for k, v in FOLDERS.items() if k.startswith("train")}
 CSV = "ImageId,PredictionString\nv1,a 1 2 3 4 \nv2,b 1 2 3 4 b 5 6 7 8\n"
+TINY = "v1.JPEG\ta\t0\t0\t62\t62\nv2.JPEG\tb\t0\t0\t62\t62\n"
 FLAT = {"val/v1.JPEG": JPEG, "val/v2.JPEG": JPEG}
 
 
@@ -34,6 +35,11 @@ def moved(**names):
 READ = {  # kind: (files, training images, validation images, what is said)
     "flat val/ with Kaggle's list": ({**TRAIN, **FLAT, "LOC_val_solution.csv": CSV}, 4, 2, "labels of"),
     "the list inside val/": ({**TRAIN, **FLAT, "val/LOC_val_solution.csv": CSV}, 4, 2, "labels of"),
+    "Tiny ImageNet": (
+        {**TRAIN, "val/images/v1.JPEG": JPEG, "val/images/v2.JPEG": JPEG, "val/val_annotations.txt": TINY},
+        4, 2, "labels of",
+    ),
+    "classes called test and tram": ({"test/0.bmp": bmp(1), "tram/0.bmp": bmp(2)}, 2, 0, ""),
     "valid/": (moved(val="valid"), 4, 4, ""),
     "Train/ and Val/": (moved(train="Train", val="Val"), 4, 4, ""),
     "training/ and validation/": (moved(train="training", val="validation"), 4, 4, ""),
@@ -79,7 +85,31 @@ REFUSED = {  # kind: (files, words)
         {f"ILSVRC/Data/CLS-LOC/{k}": v for k, v in FOLDERS.items()}, "Deeper there is .*CLS-LOC: give that",
     ),
     "a class of nothing but HEIC": ({**FOLDERS, "train/c/x.heic": HEIC}, "c holds no image.*1 .heic"),
-    "MNIST's files": ({"train-images-idx3-ubyte": "\0\0\x08\x03"}, "No data set.*data_format"),
+    "MNIST's files": ({"train-images-idx3-ubyte": "\0\0\x08\x03"}, "No data set.*tables of images .ubyte. are not"),
+    "some other folder": ({"a/notes.txt": "x"}, "No data set.*name it with `data_format`"),
+    "CIFAR's files for Python": ({f"data_batch_{i}": b"\x80\x02}" for i in (1, 2)}, "take the binary version"),
+    "a table of images": ({"data/train-00000-of-00001.parquet": "PAR1"}, r"tables of images \(.parquet\) are not"),
+    "a table in train/": ({"train/data-00000-of-00001.arrow": "ARROW1"}, r"tables of images \(.arrow\) are not"),
+    "arrays": ({"images.npz": b"PK\3\4" + bytes(26) + b"x.npy"}, r"images.npz \(arrays of NumPy\). Arrays and tables"),
+    "one folder of class folders": (
+        {f"Categories/{c}/{i}.bmp": bmp(i) for c in "ab" for i in (1, 2)},
+        "Categories would be the only class.*give that",
+    ),
+    "train/ inside train/": (
+        {f"train/train/{c}/1.bmp": bmp(1) for c in "ab"}, "train/train would be the only class",
+    ),
+    "images/ beside lists": (
+        {**{f"images/{c}/1.bmp": bmp(1) for c in "ab"}, "meta/train.txt": "x"},
+        "meta holds no image.*the folders in .*images, give that folder",
+    ),
+    "COCO's folders": ({"train2017/1.jpg": JPEG, "val2017/2.jpg": JPEG}, "train2017 and val2017, which look like"),
+    "train_images and val_images": (
+        {f"{s}_images/{c}/1.bmp": bmp(1) for s in ("train", "val") for c in "ab"},
+        "look like splits.*Rename them to train",
+    ),
+    "Tiny ImageNet's list without an image": (
+        {**TRAIN, "val/images/v9.JPEG": JPEG, "val/val_annotations.txt": TINY}, "does not list v9.JPEG",
+    ),
     "class names that look alike": (
         {**TRAIN, "val/a/0.bmp": bmp(1), "val/B/0.bmp": bmp(2)}, "letter by letter: 'B' here, 'b' there",
     ),

@@ -18,6 +18,7 @@ from effnet_repro.data.layouts import OPENERS, recognize
 from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
+from effnet_repro.data.unread import hint_on
 from effnet_repro.messages import say
 from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
 from effnet_repro.paths import local_path
@@ -193,7 +194,7 @@ def _classes(listing, splits, names):
         there = ", ".join(sorted(p.name for p in root.iterdir())[:6])
         gone = count_kinds([one.kind for one in listing.damaged])
         raise FileNotFoundError(
-            f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}."
+            f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}. {hint_on(root)}".rstrip()
         )
     names = {label: name for label, name in names.items() if label < most}
     return checked, number or max(highest, *names, 0) + 1, names

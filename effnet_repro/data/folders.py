@@ -14,6 +14,7 @@ from typing import List, Optional
 import numpy as np
 
 from effnet_repro.data.places import Listing, Split, left_by_tools, listed, make_split
+from effnet_repro.data.unread import folder_of_classes, refuse_splits_as_classes
 from effnet_repro.outside import file_kind, head_of, kind_of, read_file
 
 IMAGE_SUFFIXES = tuple(
@@ -31,6 +32,7 @@ _OTHERS = set(
 )
 _DEEPEST = 32  # Folders below a class folder
 LABELS = "LOC_val_solution.csv"  # Kaggle's labels of ImageNet's validation images
+TINY = "val_annotations.txt"  # The same of Tiny ImageNet, whose images lie in val/images
 
 
 def is_image_name(name: str) -> bool:
@@ -187,10 +189,16 @@ def _list_classes(folder, classes, listing):
         found = _images(folder / name, listing)
         if not found and len(listing.damaged) == gone:
             other = ", ".join(f"{n} {kind}" for kind, n in (listing.left - before).most_common(5))
+            deeper = folder_of_classes(folder, classes, _holds_images)
             raise ValueError(
                 f"The class folder {folder / name} holds no image ({' '.join(IMAGE_SUFFIXES)})"
                 + (f", but {other}" if other else "")
                 + ". Put images there, or remove the folder."
+                + (
+                    f" If the classes are the folders in {deeper}, give that folder."
+                    if deeper
+                    else ""
+                )
             )
         paths += [path for path, _ in found]
         sizes += [size for _, size in found]
@@ -204,14 +212,18 @@ def _flat(folder):
 
 
 def _labels_beside(root, folder):
-    "Kaggle's list of labels in the folder of validation images, or in one of those above"
-    above = [folder, root, *root.absolute().parents[:3]]
-    return next((p / LABELS for p in above if (p / LABELS).is_file()), None)
+    "A list of labels in the folder of validation images, or in one of those above"
+    above = [folder, folder.parent, root, *root.absolute().parents[:3]]
+    paths = (place / name for name in (LABELS, TINY) for place in above)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def _read_labels(path):
-    "Name of an image, without suffix -> class, of Kaggle's list"
+    "Name of an image, without suffix -> class, of Kaggle's list or Tiny ImageNet's"
     text = read_file(path).decode("utf-8-sig", "replace")
+    if path.name == TINY:
+        rows = [line.split("\t") for line in text.splitlines()]
+        return {os.path.splitext(row[0])[0]: row[1] for row in rows if len(row) > 1}
     try:
         rows = list(csv.DictReader(text.splitlines()))
         return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
@@ -272,10 +284,18 @@ def open_folders(listing: Listing):
     classes = _class_folders(train, listing)
     inside = _class_folders(validation, listing)
     classes = classes or inside
+    if inside == ["images"] and (validation / TINY).is_file():
+        validation, inside = validation / "images", []
     if train is not None and not classes and _flat(train):
         raise ValueError(
             f"{train} holds {len(_flat(train)):,} images, but no class folders: sort them into "
             f"{train}/<class>/, a folder for each class."
+        )
+    refuse_splits_as_classes(train or validation, classes)
+    if len(classes) == 1 and folder_of_classes(train or validation, classes, _holds_images):
+        raise ValueError(
+            f"{(train or validation) / classes[0]} would be the only class, and holds folders of images. If these are "
+            "the classes, give that folder."
         )
     extra = sorted(set(inside) - set(classes))
     if extra:

@@ -30,6 +30,7 @@ from effnet_repro.data.tfrecord import (
     read_feature,
     scan_tfrecord,
 )
+from effnet_repro.data.unread import hint_on
 from effnet_repro.outside import MOST_PIXELS, file_kind, head_of, kind_of, read_file
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX", "LARGE", "OPENERS", "Split", "left_by_tools", "recognize"]
@@ -349,11 +350,11 @@ def recognize(root: Path) -> Tuple[str, Path]:
         return "folder", root
     names = [_described(path) for path in listed(root)[:7]]
     packed = any("archive)" in name for name in names)
+    hint = hint_on(root) or ("Unpack the archive first." if packed else "")
+    hint = hint or "If it is one of these, name it with `data_format`."
     raise FileNotFoundError(
         f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders, "
         f"folders of class folders (train/, val/ or validation/), or CIFAR binaries (data_batch_*.bin or train.bin). "
         f"Found: {', '.join(names[:6]) + (', ...' if len(names) > 6 else '') or 'nothing'}. "
-        + (f"Deeper there is {deeper}: give that folder." if deeper else "")
-        + ("" if deeper or packed else "If it is one of these, name it with data_format.")
-        + ("Unpack the archive first." if packed else "")
+        + (f"Deeper there is {deeper}: give that folder." if deeper else hint)
     )

@@ -1,0 +1,61 @@
+"""Folders that are almost a set of class folders, and sets of other programs: told by what lies there, with a hint."""
+
+import os
+import re
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+from effnet_repro.data.places import listed
+
+#: Arrays, tables and databases: what is in them are no files of images.
+_TABLES = set(".parquet .arrow .npz .npy .mat .h5 .hdf5 .pkl .pickle .lmdb .mdb .feather".split())
+_SPLIT = re.compile(
+    r"(?P<which>train|val|test|dev)(ing|id|idation)?[-_ ]?(images?|imgs?|set|data|split|\d{4})?",
+    re.I,
+)
+_CIFAR_FOR_PYTHON = re.compile(r"data_batch_\d|test_batch|cifar-100?-(batches-py|python)")
+
+
+def _folders(folder: Path) -> List[Path]:
+    return [path for path in listed(folder) if path.is_dir()]
+
+
+def refuse_splits_as_classes(folder: Path, classes: Sequence[str]) -> None:
+    """Raise `ValueError` where the class folders are called like splits: `train_images` beside `val_images`."""
+    found = {name: _SPLIT.fullmatch(name) for name in classes}
+    splits = {name: match["which"].lower() for name, match in found.items() if match}
+    if "train" in splits.values() and len(set(splits.values())) > 1:
+        names = " and ".join(list(splits)[:3])
+        raise ValueError(
+            f"{folder} holds {names}, which look like splits, not like classes. Rename them to train and val."
+        )
+
+
+def folder_of_classes(folder: Path, names: Sequence[str], holds_images) -> Optional[Path]:
+    """Return the one folder among `names` whose folders look like the classes; None where there is none.
+
+    No image lies in it, and images lie in two of its folders or more: `holds_images(path, deep)` tells.
+    """
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not holds_images(path, False):
+            full = (inner for inner in _folders(path) if holds_images(inner, True))
+            if next(full, None) is not None and next(full, None) is not None:
+                return path
+    return None
+
+
+def hint_on(folder: Path) -> str:
+    """Return what a folder may be that is no set of images here, and what to do; "" where nothing tells."""
+    there = [path for path in listed(folder)]
+    for path in _folders(folder)[:20]:
+        there += listed(path)[:20]
+    names = [path.name for path in there]
+    if any(_CIFAR_FOR_PYTHON.fullmatch(name) for name in names):
+        return "CIFAR's files for Python are not read: take the binary version (cifar-10-binary.tar.gz)."
+    tables = {os.path.splitext(name)[1].lower() for name in names} & _TABLES
+    if tables or any("-ubyte" in name for name in names):
+        kinds = " ".join(sorted(tables)) or "ubyte"
+        hint = "save the images as files, in a folder for each class."
+        return f"Arrays and tables of images ({kinds}) are not read: {hint}"
+    return ""

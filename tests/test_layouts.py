@@ -186,6 +186,38 @@ def test_records_beside_other_files(tmp_path, capsys):
         d.open_data(tmp_path)
 
 
+OF = "train-{:05d}-of-{:05d}"
+
+
+@pytest.mark.parametrize(
+    "names", [[(0, 1), (0, 2)], [(0, 2), (1, 2), (1, 3)], [(0, 1, " (1)")], [(0, 1, ".bak")]]
+)
+def test_records_that_are_there_twice_are_refused(tmp_path, names):
+    d.write_tfrecords(tmp_path / OF.format(0, 1 if len(names) == 1 else 2), [record()])
+    for number, count, *copy in names:
+        d.write_tfrecords(tmp_path / (OF.format(number, count) + "".join(copy)), [record()])
+    with pytest.raises(ValueError, match="stand for the same images.*Keep one set") as error:
+        d.open_data(tmp_path)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["val-00000-of-00001", "valid-0", "test-00000-of-00001"])
+def test_records_of_other_names_are_told(tmp_path, capsys, name):
+    write(tmp_path, "train", [record()])
+    d.write_tfrecords(tmp_path / name, [record()])
+    assert d.open_data(tmp_path).validation_count == 0
+    assert f"{name} are not read: validation files are called" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["train.tfrecord", "imagenet2012-train.tfrecord-00000-of-00001"])
+def test_records_of_unknown_names_are_recognized(tmp_path, name):
+    d.write_tfrecords(tmp_path / name, [record()])
+    with pytest.raises(
+        FileNotFoundError, match="TFRecords are read from files called train-.*rename"
+    ):
+        d.open_data(tmp_path)
+
+
 def test_links_that_lead_back_are_walked_once(tmp_path):
     root = folders(tmp_path, FOLDERS)
     os.symlink(root / "train" / "a", root / "train" / "a" / "again")

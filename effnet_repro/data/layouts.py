@@ -195,10 +195,34 @@ def _record_files(root, split, listing=None):
     return found
 
 
+def _refuse_doubles(paths):
+    "Raise `ValueError` for files of two sets, and for a file that is there twice: its images would count twice"
+    known = {}
+    for path in paths:
+        numbers = re.search(r"-(\d+)-of-(\d+)", path.name)
+        if numbers is None:
+            continue
+        number, count = map(int, numbers.groups())
+        other, total = known.setdefault(number, (path, count))
+        first = next(iter(known.values()))
+        if other is not path or total != first[1]:
+            other = other if other is not path else first[0]
+            raise ValueError(
+                f"{path} and {other} stand for the same images: they are of two sets, or copies. Keep one set."
+            )
+
+
 def _open_tfrecords(listing):
     splits, names, root = {}, {}, listing.root
+    others = [p for p in listed(root) if re.match("(val|valid|test|dev)-", p.name) and p.is_file()]
+    others = [path for path in others if is_tfrecord(path)]
+    if others:
+        listing.say(
+            f"data: {len(others)} files such as {others[0]} are not read: validation files are called validation-*"
+        )
     for split in ("train", "validation"):
         paths = _record_files(root, split, listing)
+        _refuse_doubles(paths)
         large = sum(os.path.getsize(path) for path in paths) > LARGE
         splits[split], found = (
             _cached_list(paths, listing) if large else _list_tfrecords(paths, listing.damage)

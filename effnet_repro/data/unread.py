@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import List, Optional, Sequence
 
 from effnet_repro.data.places import listed
+from effnet_repro.data.tfrecord import is_tfrecord
 
 #: Arrays, tables and databases: what is in them are no files of images.
 _TABLES = set(".parquet .arrow .npz .npy .mat .h5 .hdf5 .pkl .pickle .lmdb .mdb .feather".split())
@@ -53,6 +54,8 @@ def hint_on(folder: Path) -> str:
     names = [path.name for path in there]
     if any(_CIFAR_FOR_PYTHON.fullmatch(name) for name in names):
         return "CIFAR's files for Python are not read: take the binary version (cifar-10-binary.tar.gz)."
+    if any(path.is_file() and is_tfrecord(path) for path in there[:7]):
+        return "TFRecords are read from files called train-* and validation-*: rename these, or link them."
     tables = {os.path.splitext(name)[1].lower() for name in names} & _TABLES
     if tables or any("-ubyte" in name for name in names):
         kinds = " ".join(sorted(tables)) or "ubyte"

@@ -267,7 +267,7 @@ def _read(path, read):
     "Open a checkpoint and call `read` with the open file; all errors of the file are raised here"
     path = local_path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder. Pass a file, e.g. `latest({str(path)!r})`.")
+        raise ValueError(f"{path} is a folder, not a checkpoint. Pass a file in it.")
     if not path.is_file():
         raise FileNotFoundError(_not_there(path))
     try:
@@ -278,7 +278,7 @@ def _read(path, read):
             raise ValueError(f"{path} is no checkpoint of this project. {_OF_OTHERS}") from None
         raise DamagedFile(
             f"{path} is not a whole checkpoint: cut off while copying, or another kind of file ({e}). "
-            "If a run wrote it, go on from the one before; `latest` does."
+            "If a run wrote it, the same command goes on from the one before."
         ) from None
     except OSError as e:
         raise OSError(e.errno or errno.EIO, f"Cannot read {path}: {e.strerror or e}.") from None
@@ -402,6 +402,9 @@ def newest_file(
     folder = source / "checkpoints" if (source / "checkpoints").is_dir() else source
     if not folder.is_dir():
         return source
+    whole, damaged = find_checkpoints(folder)
+    if damaged and not whole:
+        raise ValueError(f"No checkpoint in {folder} is whole: {damaged[0]}")
     last = latest(folder)
     if last is None:
         raise FileNotFoundError(

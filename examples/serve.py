@@ -26,10 +26,14 @@ Image.MAX_IMAGE_PIXELS = None  # ours is smaller, and an answer
 model = os.environ.get("MODEL") or sys.exit(
     "serve: name a file of effnet-export: MODEL=b1.onnx ..."
 )
-session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
-about = session.get_modelmeta().custom_metadata_map
-names = json.loads(about["class_names"])
-square = SquaresJob(int(about["image_size"]), json.loads(about["preprocessing"])["image_resize"])
+try:
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    about = session.get_modelmeta().custom_metadata_map
+    names, how = (json.loads(about[name]) for name in ("class_names", "preprocessing"))
+except Exception as e:  # ONNX Runtime's errors have no class in common
+    lacks = f"it does not say {e}" if isinstance(e, KeyError) else str(e).splitlines()[0]
+    sys.exit(f"serve: {model} is no file of effnet-export ({lacks}).")
+square = SquaresJob(int(about["image_size"]), how["image_resize"])
 at_once = anyio.CapacityLimiter(os.cpu_count() or 1)  # images in memory as pixels
 
 

@@ -7,6 +7,7 @@ import stat
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -170,7 +171,9 @@ def test_every_way_of_cutting_a_file_is_noticed(tmp_path):
     whole = path.read_bytes()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(ValueError, match="c.safetensors is not a whole checkpoint.*latest"):
+        with pytest.raises(
+            ValueError, match="c.safetensors is not a whole checkpoint.*same command"
+        ):
             load(path)
 
 
@@ -239,7 +242,7 @@ def test_a_missing_file_says_what_is_there(tmp_path):
         save(epoch_path(tmp_path, epoch), {})
     with pytest.raises(FileNotFoundError, match="There: epoch-0003.*epoch-0005"):
         load(tmp_path / "epoch-0009.safetensors")
-    with pytest.raises(ValueError, match="is a folder.*latest"):
+    with pytest.raises(ValueError, match="is a folder, not a checkpoint"):
         load(tmp_path)
 
 
@@ -449,3 +452,14 @@ def test_the_header_is_plain_json_for_other_readers(tmp_path):
     }
     begin, end = header["all/w"]["data_offsets"]
     assert np.frombuffer(raw[8 + size :][begin:end], "<f4").tolist() == [1, 2]
+
+
+def test_a_folder_of_damaged_checkpoints_is_not_called_empty(tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(FileNotFoundError, match="No checkpoint in .*Train first"):
+        checkpoint.newest_file(tmp_path)
+    (tmp_path / "checkpoints" / "epoch-0001.safetensors").write_bytes(b"cut")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(ValueError, match="is whole: .*epoch-0001.safetensors is not a whole"):
+            checkpoint.newest_file(tmp_path)

@@ -83,3 +83,11 @@ def test_what_cannot_be_compared_is_told_in_a_line(other, capsys, name, text, sa
     assert main(["compare", str(EARLIER), str(other)]) == 1
     err = capsys.readouterr().err
     assert said in err and str(other) in err and err.count("\n") == 1
+
+
+def test_a_run_that_diverged_is_compared(other, capsys):
+    with (other / "metrics.csv").open("a") as file:
+        file.write("3.0,9,inf,0.1,nan,0.01,5,,,\n1e999,12,nan,0.1,nan,0.01,5,,,\n")
+    assert main(["compare", str(EARLIER), str(other)]) == 0
+    assert main(["compare", str(EARLIER), str(other), "--json"]) == 0
+    assert "Infinity" not in capsys.readouterr().out

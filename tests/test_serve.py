@@ -125,3 +125,23 @@ def test_home_says_what_is_served(ask):
     status, found = ask(None, "GET", "/")
     assert status == 200 and json.loads(found["class_names"]) == NAMES
     assert ask(None, "GET")[0] == 405
+
+
+@pytest.mark.parametrize(
+    "kind, says",
+    [("nothing", "xist"), ("a text", "is no file of"), ("other", "not say 'class_names'")],
+)
+def test_what_is_no_exported_file_is_one_line(tmp_path, kind, says):
+    path = tmp_path / "x.onnx"
+    if kind == "a text":
+        path.write_text("hello")
+    elif kind == "other":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(str(MODEL))
+        del model.metadata_props[:]
+        path.write_bytes(model.SerializeToString())
+    words = [sys.executable, "-c", "import serve"]
+    given = {**PYTHON, "MODEL": str(path), "PYTHONPATH": f"{ROOT / 'examples'}:{ROOT}"}
+    done = subprocess.run(words, env=given, capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(f"serve: {path}") and says in done.stderr

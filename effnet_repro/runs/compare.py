@@ -1,5 +1,6 @@
 """Two runs side by side: in which fields they differ, how they learned, and what they scored."""
 
+import math
 from typing import Any, Dict, List, NamedTuple
 
 from effnet_repro.outside import read_json
@@ -23,14 +24,14 @@ class Story(NamedTuple):
 
 
 def _numbers(row: Dict[str, str], names) -> Dict[str, float]:
-    "The numbers of a row; an empty cell has none"
+    "The finite numbers of a row; an empty cell has none, and neither has one that diverged"
     found = {}
     for name in names:
         try:
             value = float(row.get(name) or "nan")
         except ValueError:
             continue
-        if value == value:
+        if math.isfinite(value):
             found[name] = value
     return found
 

@@ -45,7 +45,7 @@ CHUNK = 192  # Images of a batch that the cores take at a time, where a GPU's de
 AT_ONCE = 768  # Most images that a producer decodes at a time: they all lie in the GPU's memory
 FEEDERS = 4  # Threads that let the cores make images beside a GPU's decoders: one's pieces wait for the others'
 READERS = 4  # Processes that read for the GPU's decoders
-BUSY = 2  # Cores' worth of work around these: this process, and what nvJPEG does on the host
+BUSY = 4  # Cores' worth of work around these: they read, this process, and what nvJPEG does on the host
 AHEAD = 7  # Batches that are being made while one is used
 SPARE = 3  # Arrays that are begun ahead of their batches: each is ready when the steps before it are done
 _FEW = 8  # Images of a piece that the cores make, at least
@@ -298,7 +298,7 @@ def _core_count(producer, decodes, images, gpus):
     count = core_count() // gpus
     if not decodes:
         return max(1, count + count // 8)  # some wait for this process
-    count -= READERS + BUSY
+    count -= BUSY
     return count if count > 1 and producer.exact and pays_processes(images) else 0
 
 

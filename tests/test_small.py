@@ -66,7 +66,7 @@ def test_what_the_user_gives_stands_and_the_rest_follows(folder, tmp_path):
     assert plan(NAME, *words, "--optimizer", "sgd").case.optimizer == "sgd"
     keys = ("weight_decay", "drop_path_rate", "mixup_alpha")
     hard = lambda *more: tuple(getattr(plan(NAME, *words[:4], *more).case, key) for key in keys)
-    assert hard() == (0.5, 0.2, 0.2) and hard("--epochs", 20) == (0.05, 0.1, 0.1)
+    assert hard() == (0.2, 0.2, 0.2) and hard("--epochs", 20) == (0.05, 0.1, 0.1)
     assert hard("--weight-decay", 0.1) == (0.1, 0.2, 0.2)
     assert hard("--optimizer", "sgd") == tuple(getattr(CASE, key) for key in keys)
 

@@ -54,5 +54,5 @@ def test_the_command_says_what_it_reached(tmp_path, sample):
     words = ["command", "--quick", "--out", str(out), "--data-dir", str(sample.root)]
     assert tune_small.main(words) == 0
     (row,) = [json.loads(line) for line in out.read_text().splitlines()]
-    assert (row["epochs"], row["weight_decay"], row["drop_path"]) == (150, 0.5, 0.2)
+    assert (row["epochs"], row["weight_decay"], row["drop_path"]) == (150, 0.2, 0.2)
     assert 0 <= row["top1"] <= 1 and row["seconds"] > 0

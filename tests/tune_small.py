@@ -52,6 +52,7 @@ KEY = (
     "drop_path",
     "mixup",
     "batch",
+    "clip",
 )
 
 
@@ -109,44 +110,55 @@ def trials(args, write):
             found.append((row["top1"], numbers))
             names = ("rate", "warmup", "weight_decay", "mixup", "epochs")
             more = dict(network=args.network, seed=seed, batch=args.batch, drop_path=args.drop_path)
-            more["kind"] = "final" if args.final else "trial"
+            more.update(kind="final" if args.final else "trial", clip=args.clip)
             write({**more, **dict(zip(names, numbers)), **row, "images": data.train_count})
 
 
 def command(args, write):
-    "Runs of `effnet-train` with nothing given but the data and the size"
+    "Runs of `effnet-train` with nothing given but the data and the size; `--pause` ends one that goes on later"
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        with tempfile.TemporaryDirectory() as temporary:
+            folder = (args.runs or Path(temporary)) / str(seed)
+            words = [sys.executable, "-m", "effnet_repro.cli", "train", CASE, "--budget", "small"]
+            words += ["--run-dir", str(folder), "--seed", str(seed), "--validate-every", "50"]
+            words += ["--image-size", str(args.quick or 128), "--no-progress"]
+            words += ["--data-dir", args.data_dir] if args.data_dir else []
+            words += ["--max-steps", "2", "--micro-batch-size", "8"] if args.quick else []
+            if not timed(words, folder, args):
+                return
+            write(row_of_run(folder, seed))
+
+
+def timed(words, folder, args):
+    "Start or go on with a run, and say whether it ended well; its seconds are kept beside it"
+    clock, began = folder.with_name(f"{folder.name}-seconds"), time.time()
+    run = subprocess.Popen(words)
+    left = min(args.pause, args.deadline - began, 1e6)
+    try:
+        status = run.wait(max(1.0, left))
+    except subprocess.TimeoutExpired:
+        run.terminate()  # saves, and ends
+        status = run.wait(30) or 1
+    with open(clock, "a") as file:
+        file.write(f"{time.time() - began}\n")
+    return status == 0
+
+
+def row_of_run(folder, seed):
+    "What a run that has ended says of itself"
     from effnet_repro.runs import read_case
 
-    for seed in range(args.first_seed, args.first_seed + args.seeds):
-        with tempfile.TemporaryDirectory() as folder:
-            words = [sys.executable, "-m", "effnet_repro.cli", "train", CASE, "--run-dir", folder]
-            words += ["--data-dir", args.data_dir] if args.data_dir else []
-            words += [
-                "--image-size",
-                str(args.quick or 128),
-                "--seed",
-                str(seed),
-                "--budget",
-                "small",
-            ]
-            words += ["--validate-every", "10", "--no-progress"]
-            words += ["--max-steps", "2", "--micro-batch-size", "8"] if args.quick else []
-            began, left = time.time(), min(max(1.0, args.deadline - time.time()), 1e6)
-            done = subprocess.run(words, timeout=left, text=True, capture_output=True)
-            seconds = time.time() - began
-            print(done.stdout[-3000:], done.stderr[-3000:], flush=True)
-            if done.returncode:
-                return
-            case, file = read_case(folder), Path(folder) / "validation.csv"
-            with open(file, newline="", encoding="utf-8") as lines:
-                found = {row["weights"]: row for row in csv.DictReader(lines)}
-        row = dict(network="ours", kind="command", seed=seed, epochs=case.epochs)
-        row.update(batch=case.global_batch_size, drop_path=case.drop_path_rate)
-        row.update(rate=case.learning_rate, warmup=case.warmup_epochs / case.epochs)
-        row.update(weight_decay=case.weight_decay, mixup=case.mixup_alpha)
-        row.update(top1=float(found["last"]["top1"]), judged_loss=float(found["last"]["loss"]))
-        row["top1_average"] = float(found["average"]["top1"]) if "average" in found else None
-        write({**row, "seconds": seconds})
+    case = read_case(folder)
+    with open(folder / "validation.csv", newline="", encoding="utf-8") as lines:
+        found = {row["weights"]: row for row in csv.DictReader(lines)}
+    seconds = folder.with_name(f"{folder.name}-seconds").read_text().split()
+    row = dict(network="ours", kind="command", seed=seed, epochs=case.epochs)
+    row.update(batch=case.global_batch_size, drop_path=case.drop_path_rate)
+    row.update(rate=case.learning_rate, warmup=case.warmup_epochs / case.epochs)
+    row.update(weight_decay=case.weight_decay, mixup=case.mixup_alpha)
+    row.update(top1=float(found["last"]["top1"]), judged_loss=float(found["last"]["loss"]))
+    row["top1_average"] = float(found["average"]["top1"]) if "average" in found else None
+    return {**row, "seconds": sum(map(float, seconds)), "parts": len(seconds)}
 
 
 def rows(args, write):
@@ -158,7 +170,7 @@ def rows(args, write):
         for name in ("right", "image_size", "top_epochs", "arm"):
             row.pop(name, None)
         row.setdefault("clip", 0)
-    trained = [{"kind": "trial", **row} for row in found if "moving" not in row]
+    trained = [{"kind": "trial", "clip": None, **row} for row in found if "moving" not in row]
     key = ("norm_batch", "clip", "epochs", "seed", "images")
     for name, some, by in (("recipe.csv", trained, KEY), ("norm_judged.csv", judged, key)):
         if some:
@@ -223,7 +235,8 @@ def norm(args, write):
     "Three ways to judge networks with batch norm, trained in two ways"
     data = open_data(args.data_dir, verbose=False)
     data = data if args.final else without_held_back(data)
-    for norm_batch in (None, args.norm_batch)[: 2 if args.norm_batch else 1]:
+    ways = [None] * (not args.groups_only) + [args.norm_batch] * (args.norm_batch > 0)
+    for norm_batch in ways:
         trainer = Trainer(f"G{args.group_size}-BN", args, data)
         if norm_batch or args.clip:
             how = dict(norm_batch=norm_batch, clip=args.clip)
@@ -251,6 +264,7 @@ def parse(words):
     parser.add_argument("--clip", type=float)
     parser.add_argument("--group-size", type=int, default=16)
     parser.add_argument("--norm-batch", type=int, default=256, help="0: all at once only")
+    parser.add_argument("--groups-only", action="store_true", help="norm: not all at once")
     parser.add_argument("--epochs", type=int, default=20, help="norm: of a training")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1)

@@ -73,7 +73,7 @@ def regularization(
     epochs: float,  # Of the run
 ) -> Dict[str, float]:  # Fields of `Case`
     "Choose weight decay, stochastic depth and mixup by the length of an AdamW run"
-    decay, share = (0.5, 0.2) if epochs >= LONG_EPOCHS else (0.05, 0.1)
+    decay, share = (0.2, 0.2) if epochs >= LONG_EPOCHS else (0.05, 0.1)
     return {"weight_decay": decay, "drop_path_rate": share, "mixup_alpha": share}
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0014

@@ -10,7 +10,8 @@ train together until they take a tenth of a step. The rates of one GPU are those
 stay on the device, with one process a GPU, and beside it one process with as many GPUs. Each is the median of five
 rounds: B0-Half and B4-Half with 768 images a step on any number of GPUs (strong), and B0-Half with 768 images a GPU
 (weak), which needs a set of more than the 1,200 sample images. All settings start and compile side by side; then each
-does its first steps and is measured while the others wait. On a machine without GPUs, `--rehearse` runs the same with
+does its first steps and is measured while the others wait. `start_ms` is what a process needs to start a step; the
+step itself goes on meanwhile. On a machine without GPUs, `--rehearse` runs the same with
 CPU processes and a tiny network, and writes nothing.
 """
 
@@ -110,17 +111,18 @@ def work(a):
     wait = lambda: float(runtime.advance(1).logs["loss"])
     for _ in range(4):
         wait()
-    found = []
+    found, started = [], []
     for _ in range(ROUNDS + 1):
         begin = time.perf_counter()
         for _ in range(a.steps - 1):
             runtime.advance(1)
+        started.append(1e3 * (time.perf_counter() - begin) / (a.steps - 1))
         wait()
         found.append(a.steps * case.global_batch_size / (time.perf_counter() - begin))
     processes.lead(lambda: None)
     micro = case.micro_batch_size
     row = {"rounds": found[1:], "device": device_name(), "micro_batch": micro}
-    row["images"] = case.global_batch_size
+    row.update(images=case.global_batch_size, start_ms=statistics.median(started[1:]))
     print(json.dumps(row), flush=True)
     runtime.close()
     processes.close()
@@ -277,7 +279,7 @@ def _write(a, one, found):
     row.update(images=found["images"], micro_batch=found["micro_batch"])
     row.update(images_per_s=round(speed, 1), lowest=round(min(found["rounds"]), 1))
     row.update(highest=round(max(found["rounds"]), 1), steps=one.steps)
-    row["ready_s"] = round(found["ready_s"], 1)
+    row.update(ready_s=round(found["ready_s"], 1), start_ms=round(found["start_ms"], 2))
     print(row, flush=True)
     if not a.rehearse:
         command = ["python", "tests/bench_processes.py", *sys.argv[1:]]

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BATCH_NORM_MOMENTUM', 'Scope', 'norm_vectors', 'norm_act', 'gate_layers', 'excite', 'squeeze_excite', 'drop_mask',
-           'drop_path', 'expand', 'spatial', 'project', 'project_add', 'mbconv']
+           'drop_path', 'expand', 'spatial', 'project', 'project_add', 'narrow', 'mbconv']
 
 # %% ../nbs/13_mbconv.ipynb #a375794f
 import functools
@@ -205,6 +205,23 @@ def project_add(
     branch = project(ops, spec, w, x, context)
     return shortcut + drop_path(ops, branch, block.drop_path_rate, context, block.name)
 
+# %% ../nbs/13_mbconv.ipynb #13d00002
+@functools.singledispatch
+def narrow(
+    ops,  # Tensor operations
+    spec,  # `ModelSpec`
+    block,  # `Block`: strides, name, drop_path_rate
+    scope,  # Part of the block, "b", "SE" or "c" -> its weights, a `Scope`
+    x,  # Wide activations, (N, H, W, expanded)
+    shortcut=None,  # What the block was given, (N, H, W, filters_out); None = no residual
+    context=None,  # `TrainContext` in training, None at inference
+):  # (N, H', W', filters_out); H' = ceil(H / strides)
+    "Run the spatial part, the gate and the projection"
+    x = spatial(ops, spec, block, scope("b"), scope("SE"), x, context)
+    if shortcut is None:
+        return project(ops, spec, scope("c"), x, context)
+    return project_add(ops, spec, block, scope("c"), x, shortcut, context)
+
 # %% ../nbs/13_mbconv.ipynb #a3d783ea
 def mbconv(
     ops,  # Tensor operations
@@ -217,7 +234,4 @@ def mbconv(
     "Run a block whole, with its residual where the shapes allow"
     scope = lambda part: Scope(weights, f"all/{block.name}/{part}")
     y = expand(ops, spec, scope("a"), x, context) if block.expand else x
-    y = spatial(ops, spec, block, scope("b"), scope("SE"), y, context)
-    if block.residual:
-        return project_add(ops, spec, block, scope("c"), y, x, context)
-    return project(ops, spec, scope("c"), y, context)
+    return narrow(ops, spec, block, scope, y, x if block.residual else None, context)

@@ -205,12 +205,12 @@ def _top(spec):
     return Segment("Top", params, apply, spec.num_classes, None)
 
 # %% ../nbs/14_network.ipynb #33c9ff76
-def _block_segments(spec, b):
+def _block_segments(spec, b, whole):
     part_a, part_b, part_c = block_params(spec, b)
     at = lambda weights, part: Scope(weights, f"all/{b.name}/{part}")
-    if b.residual:
-        whole = lambda ops, w, x, context=None: mbconv(ops, spec, b, w, x, context)
-        return [Segment(b.name, part_a + part_b + part_c, whole, b.filters_out)]
+    if b.residual or whole:
+        apply = lambda ops, w, x, context=None: mbconv(ops, spec, b, w, x, context)
+        return [Segment(b.name, part_a + part_b + part_c, apply, b.filters_out, b.strides)]
     run_a = lambda ops, w, x, context=None: expand(ops, spec, at(w, "a"), x, context)
     run_b = lambda ops, w, x, context=None: spatial(
         ops, spec, b, at(w, "b"), at(w, "SE"), x, context
@@ -234,9 +234,10 @@ def _with_statistics(spec, segment):
 # %% ../nbs/14_network.ipynb #9d1f0604
 def segments(
     spec: ModelSpec,  # The network
+    whole: bool = False,  # Whether blocks without a residual stay whole, too: a backend may run them faster
 ) -> Tuple[Segment, ...]:  # In order, from the images to the logits
     "List the named segments of a network"
-    body = [s for b in blocks(spec) for s in _block_segments(spec, b)]
+    body = [s for b in blocks(spec) for s in _block_segments(spec, b, whole)]
     return tuple(_with_statistics(spec, s) for s in (_stem(spec), *body, _top(spec)))
 
 # %% ../nbs/14_network.ipynb #59e98031
@@ -294,7 +295,7 @@ def run(
     outputs: Optional[dict] = None,  # Filled with every segment's output, by name, when given
 ):  # Logits, (N, num_classes) float32
     "Run the whole network"
-    for segment in segments(spec):
+    for segment in segments(spec, whole=outputs is None):
         x = segment.apply(ops, weights, x, context)
         if outputs is not None:
             outputs[segment.name] = x

@@ -7,7 +7,8 @@ results/ as they come. Without a GPU: a message.
     python tests/bench_gpu.py [PART ...] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
-         and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
+         and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations, 6 = other sizes
+batches  gpu_batches.csv: training steps of B0 and B4 and their peers at three batch sizes each; waves 1, and 2 = timm
 reader   gpu_reader.csv: images a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
@@ -28,7 +29,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 
-from gpu_contenders import ANSWER, SEED, contenders, worker
+from gpu_contenders import ANSWER, SEED, batches, contenders, worker
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -38,7 +39,7 @@ from effnet_repro.results import origin, write_rows  # noqa: E402
 
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128))  # side, micro-batch
 GLOBAL_BATCH = 768
-PARTS = ("speed", "reader", "devices", "kernels", "use")
+PARTS = ("speed", "batches", "reader", "devices", "kernels", "use")
 
 
 # ---- the processes
@@ -185,9 +186,9 @@ def spread(values, name):
 # ---- the parts
 
 
-def bench_speed(a, about, log):
-    keys = ("name", "mode", "image_size")
-    table, begin = Table(a.folder / "gpu_speed.csv", keys, about), time.time()
+def bench_speed(a, about, log, rows=None, file="gpu_speed.csv", more_keys=()):
+    keys = ("name", "mode", "image_size", *more_keys)
+    table, begin = Table(a.folder / file, keys, about), time.time()
 
     def write(row, ready, seconds):
         name, _, s, wave = row
@@ -205,9 +206,12 @@ def bench_speed(a, about, log):
 
     waves = {int(w) for w in a.waves.split(",")}
     fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}", re.IGNORECASE)
-    chosen = sorted(filter(fits, contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3]))
+    chosen = sorted(
+        filter(fits, rows or contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3])
+    )
+    gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     for _, _, settings, _ in chosen:
-        settings["env"] = {"CUDA_VISIBLE_DEVICES": "0", **settings.get("env", {})}
+        settings["env"] = {"CUDA_VISIBLE_DEVICES": gpu, **settings.get("env", {})}
     first = [r for r in chosen if r[3] == 1]
     others = [r for r in chosen if r[3] > 1]
     some = [others[i : i + a.at_once] for i in range(0, len(others), a.at_once)]
@@ -215,6 +219,10 @@ def bench_speed(a, about, log):
     for how, rounds, rows in (begins, *((one_by_one, 3, r) for r in some)):
         if rows and time.time() - begin < a.seconds:
             how(rows, time.time() + a.compile_seconds, rounds, log, write)
+
+
+def bench_batches(a, about, log):
+    bench_speed(a, about, log, batches(), "gpu_batches.csv", ("batch",))
 
 
 def bench_reader(a, about, log):
@@ -311,7 +319,7 @@ def main():
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
     parser.add_argument("--only", default="", help="regular expression over 'name, mode'")
-    parser.add_argument("--waves", default="1,2,3,4,5")
+    parser.add_argument("--waves", default="1,2,3,4,5,6")
     parser.add_argument(
         "--seconds", type=float, default=1800, help="stop starting waves after this long"
     )
@@ -341,7 +349,9 @@ def main():
     command = ["python", "tests/bench_gpu.py", *sys.argv[1:]]
     about = {"flags": FLAGS, **origin(found[0], command, SEED, 1, versions())}
     chosen = a.parts or list(PARTS)
-    parts = dict(speed=bench_speed, devices=bench_devices, reader=bench_reader)
+    parts = dict(
+        speed=bench_speed, batches=bench_batches, devices=bench_devices, reader=bench_reader
+    )
     parts.update(kernels=bench_kernels, use=bench_use)
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
         for name in chosen:

@@ -20,7 +20,7 @@ from statistics import median
 import jax
 import jax.numpy as jnp
 
-from effnet_repro.kernels import conv, norm, product_norm, tiles
+from effnet_repro.kernels import conv, norm, norm_product, product_norm, tiles
 from effnet_repro.ops import get_ops
 from effnet_repro.results import origin, write_rows
 
@@ -43,6 +43,7 @@ GROUP_SIZES = (1, 8, 16, 32)
 ANY_GROUP = [(64, 112, 3, 2), (96, 56, 3, 1), (192, 28, 5, 1), (480, 14, 5, 1), (1152, 7, 5, 1)]
 WIDE = [(112, 32), (112, 64), (56, 96), (28, 160), (14, 448), (7, 768)]  # height, channels
 THIN = [(112, 32, 32), (112, 16, 64), (56, 24, 96)]  # height, thin, channels
+NARROW = [(112, 32, 16), (56, 64, 24), (56, 96, 24), (28, 96, 40), (28, 160, 40)]  # to channels
 CONVS = [  # channels, height, kernel size, strides
     (32, 112, 3, 1),
     (64, 112, 3, 2),
@@ -75,7 +76,7 @@ def norm_jobs():
         table, v, s = draw(2, PICTURES, 5, c), draw(3, c), draw(4, PICTURES, c)
         ks, m, at = draw(5, PICTURES, 2, c), size(x), dict(height=h, channels=c)
         before, after = dict(at, place="expansion"), dict(at, place="convolution")
-        one = lambda *a: norm._moments(*a)[0]
+        one = lambda *a: norm.moments(*a)[0]
         to_groups = lambda *a: norm._apply(*a, True, None, True)
         to_pixels = lambda *a: norm._apply(*a, True)
         sums, gated = (lambda *a, on=on: norm._sums(*a, True, on) for on in (False, True))
@@ -86,7 +87,7 @@ def norm_jobs():
         yield dict(before, kernel="sums (gradient)"), sums, (x, gg, table), 2 * m
         yield dict(before, kernel="input gradient"), back, (x, gg, table, s, ks), 3 * m
         yield dict(after, kernel="moments"), one, (xg,), m
-        yield dict(after, kernel="pool"), norm._pool, (xg, table), m
+        yield dict(after, kernel="pool"), norm.pool, (xg, table), m
         yield dict(after, kernel="apply"), to_pixels, (xg, table, v, s), 2 * m
         yield dict(after, kernel="sums (gradient)"), gated, (xg, g, table), 2 * m
         yield dict(after, kernel="input gradient"), back_gated, (xg, g, table, s, ks, s), 3 * m
@@ -100,20 +101,35 @@ def product_jobs():
     for h, thin, c in THIN:
         x, g = (draw(i, PICTURES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
         w, gg = draw(2, thin, c, kind="bfloat16"), tiles.to_nchw16c(g)
-        table, v, ks = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, 2, c)
+        table, v = draw(3, PICTURES, 5, c), draw(4, c)
         at = dict(height=h, channels=c, place=f"product of {thin}")
         one = lambda *a: product_norm._product_moments(*a)[0]
         apply = lambda *a: product_norm._product_apply(*a, True)
         yield dict(at, kernel="moments"), one, (x, w), size(x)
         yield dict(at, kernel="apply"), apply, (x, w, table, v, v), size(x, g)
-        yield (
-            dict(at, kernel="sums (gradient)"),
-            product_norm._product_sums,
-            (x, w, gg, table),
-            size(x, g),
-        )
-        ins = (x, w, gg, table, v, ks)
-        yield dict(at, kernel="both gradients"), product_norm._product_gradients, ins, size(x, x, g)
+        ins, wanted = (
+            (x, w, gg, table, v),
+            h < 112 or thin < 32,
+        )  # nobody asks for that of the images
+        walk = lambda *a, wanted=wanted: product_norm._walk(*a, wanted, True)
+        yield dict(at, kernel="all sums"), walk, ins, size(g, *[x] * (1 + wanted))
+        if wanted:
+            ins = (tiles.flat(x), x, draw(6, PICTURES, thin, thin), draw(7, PICTURES, thin))
+            yield dict(at, kernel="thin gradient"), product_norm._add_thin, ins, 3 * size(x)
+
+
+def narrow_jobs():
+    "The product of a norm: wide activations after a convolution, and the narrow side of a projection"
+    for h, c, thin in NARROW:
+        x = draw(0, PICTURES, c // tiles.GROUP, h, h, tiles.GROUP, kind="bfloat16")
+        d, w = draw(1, PICTURES, h * h, thin, kind="bfloat16"), draw(2, c, thin, kind="bfloat16")
+        table, v, s = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, c)
+        ks, at = draw(6, PICTURES, 2, c), dict(height=h, channels=c, place=f"projection to {thin}")
+        apply, sums = norm_product._apply_product, norm_product._narrow_sums
+        back = norm_product._narrow_gradient
+        yield dict(at, kernel="apply and product"), apply, (x, w, table, v, s), size(x, d)
+        yield dict(at, kernel="all sums"), sums, (x, d, table), size(x, d)
+        yield dict(at, kernel="input gradient"), back, (x, d, w, table, s, ks, s), size(x, x, d)
 
 
 def conv_jobs(shape, group_size, ways):
@@ -197,7 +213,9 @@ def main(folder, *parts):
     if jax.default_backend() != "gpu":
         print("bench-gpu kernels: there is no GPU here, so there is nothing to measure")
         return
-    making = dict(kernels=(norm_jobs, product_jobs), convs=(own_conv_jobs,), groups=(group_jobs,))
+    making = dict(
+        kernels=(norm_jobs, product_jobs, narrow_jobs), convs=(own_conv_jobs,), groups=(group_jobs,)
+    )
     made = [make for part in parts or PARTS for make in making[part]]
     jobs = [*peak_jobs(), *(job for make in made for job in make())]
     lowered = [named(i, f).lower(*args) for i, (_, f, args, _) in enumerate(jobs)]

@@ -11,6 +11,7 @@ import sys
 import time
 
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, images a step
+OTHER_SIZES = {"B1": (240, 256), "B2": (260, 128), "B3": (300, 128), "B5": (456, 32)}  # native
 MODES = ("train", "infer")
 ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
 SEED = 0  # of images and weights, in every process
@@ -46,6 +47,29 @@ def contenders():
         for mode, side in zip(MODES, sizes):
             settings = dict(model=model, size=side, batch=batch, mode=mode)
             rows.append((f"timm {model}, compiled", "torch", settings, 4))
+    for size, (native, batch) in OTHER_SIZES.items():
+        at = dict(size=native, batch=batch, mode="train")
+        peer = dict(at, model=f"EfficientNet{size}", env={"XLA_FLAGS": ""})
+        rows.append((f"keras.applications {peer['model']}", "keras", peer, 6))
+        for arm in ("G16-LN_PN-Native", "G1-GN-Native"):
+            rows.append((f"{size}-{arm}", "ours", dict(at, model=f"{size}-{arm}"), 6))
+    return rows
+
+
+def batches():
+    "The same of the part `batches`: training steps of B0 and B4 at three batch sizes each"
+    rows = []
+    for size, (native, half, batch) in SIZES.items():
+        for many in (batch, 2 * batch, 4 * batch):
+            at, model = dict(size=native, batch=many, mode="train"), f"EfficientNet{size}"
+            peer = dict(at, model=model, env={"XLA_FLAGS": ""})
+            rows.append((f"keras.applications {model}", "keras", peer, 1))
+            for how in ("default", "reduce-overhead"):
+                settings = dict(at, model=f"efficientnet_{size.lower()}", compiler=how)
+                rows.append((f"timm {settings['model']}, compiled: {how}", "torch", settings, 2))
+            for part, side in (("Native", native), ("Half", half)):
+                name = f"{size}-G16-LN_PN-{part}"
+                rows.append((name, "ours", dict(at, model=name, size=side), 1))
     return rows
 
 
@@ -70,6 +94,7 @@ def _training_step(model, size, batch):
     "A step of one of our networks, compiled, with its arguments"
     import jax
     import jax.numpy as jnp
+    import numpy as np
 
     from effnet_repro.kernels.ops import jax_ops
     from effnet_repro.network import initial_weights, params, segments
@@ -103,8 +128,12 @@ def _training_step(model, size, batch):
         return tuple({n: v[k] for n, v in new.items()} for k in range(3)), loss
 
     weights = {k: jnp.asarray(v) for k, v in initial_weights(spec).items()}
-    like = lambda make: {k: make(v) for k, v in weights.items()}
-    state = (weights, like(jnp.ones_like), like(jnp.zeros_like))
+    like = lambda make: {k: jnp.asarray(make(v.shape, v.dtype)) for k, v in weights.items()}
+    state = (
+        weights,
+        like(np.ones),
+        like(np.zeros),
+    )  # by NumPy: JAX would compile a program for each shape
     shapes = (
         jax.ShapeDtypeStruct((batch, size, size, 3), "uint8"),
         jax.ShapeDtypeStruct((batch,), "int32"),
@@ -191,7 +220,7 @@ def keras_peer(model, size, batch, mode, **_):
     return updates
 
 
-def torch_peer(model, size, batch, mode, **_):
+def torch_peer(model, size, batch, mode, compiler="default", **_):
     "The same for a network of timm: channels last, bfloat16 autocast, torch.compile, momentum"
     import timm
     import torch
@@ -203,7 +232,7 @@ def torch_peer(model, size, batch, mode, **_):
     )
     labels = torch.randint(0, 1000, (batch,), device="cuda")
     net.train(mode == "train")
-    run = torch.compile(lambda x: net(x.float().sub(120).div(58)))
+    run = torch.compile(lambda x: net(x.float().sub(120).div(58)), mode=compiler)
     if mode == "infer":
 
         def steps(n):

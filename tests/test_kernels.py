@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from effnet_repro.kernels import conv, norm, product_norm, tiles
+from effnet_repro.kernels import conv, norm, norm_product, product_norm, tiles
 from effnet_repro.kernels import ops as gpu_ops
 from effnet_repro.norms import normalise
 from effnet_repro.ops import get_ops
@@ -173,3 +173,28 @@ def test_norm_of_a_product_equals_plain_operations(shape, channels, groups, kind
     product = lambda v: product_norm.fused_matmul_norm(v["x"], v["w"], *vectors(v), **how)
     plain = lambda v: plain_norm({**v, "x": v["x"] @ v["w"]}, groups, True)
     compare(lambda v: tiles.to_nhwc(product(v)), plain, arrays, kind, ("x", "w"))
+
+
+def test_no_gradient_of_the_images_is_the_same_gradient_of_the_matrix():
+    rng = np.random.default_rng(5)
+    x, w, g = (rng.normal(size=s).astype("float32") for s in ((1, 3, 3, 5), (5, 16), (1, 3, 3, 16)))
+    loss = lambda x, w: (product_norm.fused_matmul_norm(x, w) * g).sum()
+    alone, both = jax.grad(loss, 1)(x, w), jax.grad(loss, (0, 1))(x, w)
+    assert relative_error(alone, both[1]) < 1e-6
+
+
+PROJECTIONS = [((1, 6, 11, 32), 12, 2, "bfloat16"), ((2, 3, 5, 48), 24, 1, "float32")]
+
+
+@pytest.mark.parametrize("shape, thin, groups, kind", PROJECTIONS)
+def test_product_of_a_norm_equals_plain_operations(shape, thin, groups, kind):
+    arrays = draw_norm(shape, GATE, seed=6)
+    arrays["w"] = np.random.default_rng(7).normal(size=(shape[-1], thin)) / 4
+    names = ("gamma", "beta", "mean", "inv_std")
+
+    def product(v):
+        x, gate = tiles.to_nchw16c(v["x"]), ((v["k1"], v["b1"]), (v["k2"], v["b2"]))
+        return norm_product.fused_norm_matmul(x, v["w"], tuple(v[k] for k in names), gate, groups)
+
+    plain = lambda v: plain_norm(v, groups, True) @ v["w"]
+    compare(product, plain, arrays, kind, ("x", "w"))

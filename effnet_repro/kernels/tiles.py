@@ -209,6 +209,20 @@ def read_row(ref, index, inside):
     return pallas()[3].load(ref.at[index], mask=inside, other=0.0).astype("float32")
 
 
+def read_block(ref, rows, cols, limits):
+    "Return a block of a matrix of shape `limits`, in its own type, zeros outside."
+    plt, (high, wide) = pallas()[3], limits
+    mask = (rows < high)[:, None] & (cols < wide)[None, :]
+    return plt.load(ref.at[rows[:, None], cols[None, :]], mask=mask, other=0.0)
+
+
+def thin_rows(ref, i, rows, t):
+    "Return pixels of image `i` with all `t.thin` channels, padded to `t.deep`, in their own type, zeros outside."
+    plt, at = pallas()[3], pallas()[1].arange(t.deep)
+    mask = (rows < t.pixels)[:, None] & (at < t.thin)[None, :]
+    return plt.load(ref.at[i, rows[:, None], at[None, :]], mask=mask, other=0.0)
+
+
 def kept(v, mask):
     "Return v, with zeros where `mask` says that nothing is."
     return v if mask is None else pallas()[1].where(mask, v, 0.0)

@@ -65,7 +65,7 @@ def micro_loss(
     if case.mixes and "targets" not in draws:
         images, soft = mix(ops, images, soft, **draws, group_size=program.own_groups)
     x = ops.cast(images, program.precision)
-    for segment in segments(spec):
+    for segment in segments(spec, whole=not spec.batch_norm):
         still = (
             spec.batch_norm and segment.name not in program.trained
         )  # a frozen batch norm stands still

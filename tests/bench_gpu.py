@@ -12,6 +12,7 @@ batches  gpu_batches.csv: training steps of B0 and B4 and their peers at three b
 reader   gpu_reader.csv: images a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
+profile  gpu_profile.csv, gpu_compile.csv: where a step's time goes, and compiling's, by bench_profile.py
 use      gpu_use.csv: the command `effnet-train` on --data RESIDENT [PHOTOGRAPHS], by bench_use.py
 """
 
@@ -39,7 +40,7 @@ from effnet_repro.results import origin, write_rows  # noqa: E402
 
 REPLICAS = (("B0-G16-LN_PN-Half", 160, 384), ("B4-G16-LN_PN-Half", 252, 128))  # side, micro-batch
 GLOBAL_BATCH = 768
-PARTS = ("speed", "batches", "reader", "devices", "kernels", "use")
+PARTS = ("speed", "batches", "reader", "devices", "kernels", "profile", "use")
 
 
 # ---- the processes
@@ -301,6 +302,12 @@ def bench_kernels(a, about, log):
     subprocess.run(command, env=environment, stderr=log, check=True)
 
 
+def bench_profile(a, about, log):
+    "Each network alone, in a process of its own"
+    words = [sys.executable, str(ROOT / "tests" / "bench_profile.py"), str(a.folder)]
+    subprocess.run([*words, *([a.only] if a.only else [])], stderr=log, check=True)
+
+
 def bench_use(a, about, log):
     if not a.data:
         print(
@@ -352,7 +359,7 @@ def main():
     parts = dict(
         speed=bench_speed, batches=bench_batches, devices=bench_devices, reader=bench_reader
     )
-    parts.update(kernels=bench_kernels, use=bench_use)
+    parts.update(kernels=bench_kernels, profile=bench_profile, use=bench_use)
     with open(os.environ.get("BENCH_LOG", os.devnull), "w") as log:
         for name in chosen:
             parts[name](a, about, log)

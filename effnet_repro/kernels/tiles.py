@@ -124,6 +124,7 @@ def launch(
     if key not in _traced:
         _name_dialect()
         how = dict(compiler_params=plt.CompilerParams(num_warps=warps, num_stages=stages))
+        how["name"] = kernel.__qualname__.partition(".")[0].strip("_")  # what a profile shows
         how = dict(interpret=True) if interpreted() else how
         run = pl.pallas_call(kernel, grid=grid, out_shape=outs, **how)
         avals = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in ins]

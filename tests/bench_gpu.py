@@ -7,8 +7,9 @@ results/ as they come. Without a GPU: a message.
     python tests/bench_gpu.py [PART ...] [--waves 1,2,3] [--only REGEX] [--data FOLDER ...]
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
-         and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations, 6 = other sizes
-batches  gpu_batches.csv: training steps of B0 and B4 and their peers at three batch sizes each; waves 1, and 2 = timm
+         and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
+batches  gpu_batches.csv: several batch sizes of B0 and B4 and their peers: waves 1 = training B0, 2 = B4, 3 = inference,
+         4 = training the other sizes at one batch size, 5 = timm's compile modes
 reader   gpu_reader.csv: images a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine
 kernels  gpu_kernels.csv, gpu_convs.csv: the kernels alone, by bench_kernels.py
@@ -206,18 +207,24 @@ def bench_speed(a, about, log, rows=None, file="gpu_speed.csv", more_keys=()):
         )
 
     waves = {int(w) for w in a.waves.split(",")}
-    fits = lambda r: r[3] in waves and re.search(a.only, f"{r[0]}, {r[2]['mode']}", re.IGNORECASE)
+    fits = lambda r: (
+        r[3] in waves
+        and re.search(a.only, f"{r[0]}, {r[2]['mode']}, {r[2]['batch']}", re.IGNORECASE)
+    )
     chosen = sorted(
         filter(fits, rows or contenders()), key=lambda r: (r[2]["mode"] == "infer", r[3])
     )
     gpu = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0]
     for _, _, settings, _ in chosen:
         settings["env"] = {"CUDA_VISIBLE_DEVICES": gpu, **settings.get("env", {})}
-    first = [r for r in chosen if r[3] == 1]
-    others = [r for r in chosen if r[3] > 1]
+    first = [r for r in chosen if r[3] == 1 and not more_keys]
+    others = [r for r in chosen if r not in first]  # by batch sizes: not all fit at once
     some = [others[i : i + a.at_once] for i in range(0, len(others), a.at_once)]
     begins = (one_by_one if a.apart else in_turns, a.rounds, first)
-    for how, rounds, rows in (begins, *((one_by_one, 3, r) for r in some)):
+    for how, rounds, rows in (
+        begins,
+        *((one_by_one, a.rounds if more_keys else 3, r) for r in some),
+    ):
         if rows and time.time() - begin < a.seconds:
             how(rows, time.time() + a.compile_seconds, rounds, log, write)
 
@@ -325,8 +332,8 @@ def main():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
-    parser.add_argument("--only", default="", help="regular expression over 'name, mode'")
-    parser.add_argument("--waves", default="1,2,3,4,5,6")
+    parser.add_argument("--only", default="", help="regular expression over 'name, mode, batch'")
+    parser.add_argument("--waves", default="1,2,3,4,5")
     parser.add_argument(
         "--seconds", type=float, default=1800, help="stop starting waves after this long"
     )

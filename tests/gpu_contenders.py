@@ -11,7 +11,7 @@ import sys
 import time
 
 SIZES = {"B0": (224, 160, 256), "B4": (380, 252, 64)}  # native, half, images a step
-OTHER_SIZES = {"B1": (240, 256), "B2": (260, 128), "B3": (300, 128), "B5": (456, 32)}  # native
+OTHER_SIZES = {"B1": (240, 512), "B2": (260, 512), "B3": (300, 256), "B5": (456, 128)}  # native
 MODES = ("train", "infer")
 ANSWER = "answer: "  # begins a worker's lines that are meant for its parent
 SEED = 0  # of images and weights, in every process
@@ -47,29 +47,32 @@ def contenders():
         for mode, side in zip(MODES, sizes):
             settings = dict(model=model, size=side, batch=batch, mode=mode)
             rows.append((f"timm {model}, compiled", "torch", settings, 4))
-    for size, (native, batch) in OTHER_SIZES.items():
-        at = dict(size=native, batch=batch, mode="train")
-        peer = dict(at, model=f"EfficientNet{size}", env={"XLA_FLAGS": ""})
-        rows.append((f"keras.applications {peer['model']}", "keras", peer, 6))
-        for arm in ("G16-LN_PN-Native", "G1-GN-Native"):
-            rows.append((f"{size}-{arm}", "ours", dict(at, model=f"{size}-{arm}"), 6))
     return rows
 
 
 def batches():
-    "The same of the part `batches`: training steps of B0 and B4 at three batch sizes each"
+    "The same of the part `batches`: B0 and B4 and their peers at several batch sizes, and the other sizes"
     rows = []
-    for size, (native, half, batch) in SIZES.items():
-        for many in (batch, 2 * batch, 4 * batch):
-            at, model = dict(size=native, batch=many, mode="train"), f"EfficientNet{size}"
+    for wave, (size, (native, half, batch)) in enumerate(SIZES.items(), 1):
+        for many, mode in ((1, "train"), (2, "train"), (4, "train"), (1, "infer"), (4, "infer")):
+            model, turn = f"EfficientNet{size}", wave if mode == "train" else 3
+            at = dict(size=native, batch=many * batch, mode=mode)
             peer = dict(at, model=model, env={"XLA_FLAGS": ""})
-            rows.append((f"keras.applications {model}", "keras", peer, 1))
-            for how in ("default", "reduce-overhead"):
-                settings = dict(at, model=f"efficientnet_{size.lower()}", compiler=how)
-                rows.append((f"timm {settings['model']}, compiled: {how}", "torch", settings, 2))
+            rows.append((f"keras.applications {model}", "keras", peer, turn))
             for part, side in (("Native", native), ("Half", half)):
-                name = f"{size}-G16-LN_PN-{part}"
-                rows.append((name, "ours", dict(at, model=name, size=side), 1))
+                name, images = f"{size}-G16-LN_PN-{part}", many * batch * (1 + (part == "Half"))
+                one = dict(at, model=name, size=side, batch=images)
+                rows.append((name, "ours", one, turn))
+            for how in ("default", "reduce-overhead"):
+                name = f"efficientnet_{size.lower()}"
+                settings = dict(at, model=name, compiler=how)
+                rows.append((f"timm {name}, compiled: {how}", "torch", settings, 5))
+    for size, (native, batch) in OTHER_SIZES.items():
+        at = dict(size=native, batch=batch, mode="train")
+        peer = dict(at, model=f"EfficientNet{size}", env={"XLA_FLAGS": ""})
+        rows.append((f"keras.applications {peer['model']}", "keras", peer, 4))
+        for arm in ("G16-LN_PN-Native", "G1-GN-Native"):
+            rows.append((f"{size}-{arm}", "ours", dict(at, model=f"{size}-{arm}"), 4))
     return rows
 
 

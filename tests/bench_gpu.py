@@ -8,7 +8,7 @@ results/ as they come. Without a GPU: a message.
 
 speed    gpu_speed.csv: waves 1 = the targets and their peers (timm compiled, and keras.applications at the native size
          and at ours), 2 and 3 = the other arms of B0 and B4, 4 = other peers, 5 = plain operations
-batches  gpu_batches.csv: several batch sizes of B0 and B4 and their peers: waves 1 = training B0, 2 = B4, 3 = inference,
+batches  gpu_batches.csv: several batch sizes: waves 1 = training B0 and peers, 2 = B4, 3 = inference of both,
          4 = training the other sizes at one batch size, 5 = timm's compile modes
 reader   gpu_reader.csv: images a second from disk, and from the device's memory
 devices  gpu_devices.csv, gpu_devices_loss.csv: the training runtime on one and on two GPUs of this machine

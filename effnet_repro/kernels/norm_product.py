@@ -163,7 +163,7 @@ def _forward(x, w, vectors, groups):
     y = _apply_product(x, w.astype(x.dtype), table, p, scale)
     return y.reshape(n, *x.shape[-3:-1], w.shape[1]), (x, w, table, q, scale, vectors)
 
-
+# %% ../../nbs/23_norm_product.ipynb #23e00017
 def _backward(groups, saved, g):
     (x, w, table, q, scale, (gamma, beta, mean, inv_std, gate)), (jax, jnp, _, _) = saved, pallas()
     (_, pixels, c), d, low = sides(x), flat(g), w.astype(x.dtype)

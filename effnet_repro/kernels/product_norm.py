@@ -223,17 +223,18 @@ def _add_thin(part, x, matrix, row):
     return launch(kernel, t.grid[:2], out, *ins).reshape(x.shape)
 
 # %% ../../nbs/16_product_norm.ipynb #82c3bf88
-def _product_forward(wanted, x, w, gamma, beta, mean, inv_std, groups, grouped):
-    pixels, c, low = sides(x)[1], w.shape[1], w.astype(x.dtype)
+def _product_forward(wanted, x, w, vectors, groups, grouped):
+    (gamma, beta, mean, inv_std), pixels, c = vectors, sides(x)[1], w.shape[1]
+    low = w.astype(x.dtype)
     gram = _gram(x)
-    vectors = (filled(gamma, c, 1.0), filled(beta, c, 0.0))
-    table = coefficients(_gram_moments(gram, low, pixels), pixels, pixels, *vectors, groups)
+    affine = (filled(gamma, c, 1.0), filled(beta, c, 0.0))
+    table = coefficients(_gram_moments(gram, low, pixels), pixels, pixels, *affine, groups)
     y = _product_apply(x, low, table, filled(mean, c, 0.0), filled(inv_std, c, 1.0), grouped)
-    return y, (x, w, table, gram, gamma, beta, mean, inv_std, () if wanted else None)
+    return y, (x, w, table, gram, vectors, () if wanted else None)
 
 
 def _product_backward(groups, grouped, saved, g):
-    (x, w, table, gram, gamma, beta, mean, inv_std, wanted), jnp = saved, pallas()[1]
+    (x, w, table, gram, (gamma, beta, mean, inv_std), wanted), jnp = saved, pallas()[1]
     (n, pixels, thin), c, low = sides(x), w.shape[1], w.astype(x.dtype)
     p, s = filled(mean, c, 0.0), filled(inv_std, c, 1.0)
     wanted, proxy = wanted is not None, not (mean is None and inv_std is None)
@@ -252,17 +253,17 @@ def _product_backward(groups, grouped, saved, g):
         row = times(k0, low.T) - times(total[:, None] / pixels, matrix)
         d_x = _add_thin(*part, x, matrix, row[:, 0])
     given = [None if v is None else d for v, d in zip((gamma, beta, mean, inv_std), own.sum(0))]
-    return (d_x, d_w.sum(0).astype(w.dtype), *given)
+    return d_x, d_w.sum(0).astype(w.dtype), tuple(given)
 
 # %% ../../nbs/16_product_norm.ipynb #9d1f0116
 @functools.lru_cache(maxsize=1)
 def _differentiable_product():
     jax, jnp = pallas()[:2]
-    call = jax.custom_vjp(lambda *a: _product_forward(False, *a)[0], nondiff_argnums=(6, 7))
+    call = jax.custom_vjp(lambda *a: _product_forward(False, *a)[0], nondiff_argnums=(3, 4))
 
-    def forward(*a):  # which arguments somebody differentiates by, is known here
-        values = [v if v is None else v.value for v in a[:6]]
-        return _product_forward(a[0].perturbed, *values, *a[6:])
+    def forward(x, *more):  # whether somebody differentiates by x, is known here
+        w, vectors = jax.tree.map(lambda v: v.value, more[:2])
+        return _product_forward(x.perturbed, x.value, w, vectors, *more[2:])
 
     def backward(groups, grouped, saved, g):
         if isinstance(g, jax.custom_derivatives.SymbolicZero):
@@ -284,4 +285,5 @@ def fused_matmul_norm(
     grouped: bool = False,  # Whether the result lies by groups
 ):  # (N, H, W, C) or (N, C / 16, H, W, 16), type of x
     "Multiply, normalize, apply swish and the proxy, without writing the product"
-    return _differentiable_product()(x, w, gamma, beta, mean, inv_std, norm_groups, grouped)
+    vectors = gamma, beta, mean, inv_std
+    return _differentiable_product()(x, w, vectors, norm_groups, grouped)

@@ -10,6 +10,7 @@ import functools
 from typing import NamedTuple, Optional, Tuple
 
 from effnet_repro.kernels.tiles import (
+    APPLY,
     MAP,
     REDUCE,
     SUMS,
@@ -125,7 +126,7 @@ def coefficients(
 def _apply(x, table, mean, scale, activated, shortcut=None, grouped=False):
     "(act(a (x - m) + b) - mean) scale + shortcut"
     jax, _, _, plt = pallas()
-    t = tiles_for(x, MAP)
+    t = tiles_for(x, APPLY if sides(x)[2] > 64 else MAP)
 
     def kernel(x_ref, c_ref, p_ref, s_ref, *rest):
         o_ref, (i, j, cols, inside) = rest[-1], place(t)

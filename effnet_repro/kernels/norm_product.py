@@ -51,7 +51,7 @@ def _narrow_tiles(x, thin, rows, subs, cols):
     return _Narrow(rows, cols, subs, grid, pixels, c, thin, max(16, pl.next_power_of_2(thin)))
 
 # %% ../../nbs/23_norm_product.ipynb #23e0000a
-APPLY_TILES, APPLY_LAUNCH = (64, 1, 32), {"stages": 2, "warps": 4}  # Ours: measured
+APPLY_TILES, APPLY_LAUNCH = (128, 1, 32), {"stages": 2, "warps": 4}  # Ours: measured
 
 
 def _apply_product(x, w, table, mean, scale):
@@ -84,7 +84,7 @@ def _apply_product(x, w, table, mean, scale):
     return launch(kernel, (n, chunks), out, flat(x), w, table, mean, scale, **APPLY_LAUNCH)
 
 # %% ../../nbs/23_norm_product.ipynb #23e0000c
-SUM_TILES, SUM_LAUNCH = (64, 32, 32), {"stages": 2, "warps": 4}  # Ours: measured
+SUM_TILES, SUM_LAUNCH = (32, 32, 32), {"stages": 2, "warps": 2}  # Ours: measured
 
 
 def _narrow_sums(x, d, table):
@@ -126,7 +126,7 @@ def _narrow_sums(x, d, table):
     return products, sums, d_sum[:, 0]
 
 # %% ../../nbs/23_norm_product.ipynb #23e0000e
-GRADIENT_TILES, GRADIENT_LAUNCH = (64, 1, 32), {"stages": 1, "warps": 4}  # Ours: measured
+GRADIENT_TILES, GRADIENT_LAUNCH = (64, 1, 32), {"stages": 1, "warps": 2}  # Ours: measured
 
 
 def _narrow_gradient(x, d, w, table, scale, ks, extra):

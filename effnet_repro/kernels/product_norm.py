@@ -51,7 +51,7 @@ def _product_tiles(x, c, rows, subs, cols):
     return _Product(rows, cols, subs, grid, pixels, c, thin, max(16, pl.next_power_of_2(thin)))
 
 # %% ../../nbs/16_product_norm.ipynb #8f4234a6
-GRAM_TILES, GRAM_LAUNCH = (64, 32, 32), {"stages": 3, "warps": 2}  # Ours: measured
+GRAM_TILES, GRAM_LAUNCH = (64, 16, 32), {"stages": 2, "warps": 1}  # Ours: measured
 
 
 def _adder(t, kind):
@@ -163,14 +163,14 @@ WALK_TILES = (
     16,
     32,
 )  # Pixels, tiles that a program adds up, channels at a time. Ours: measured
-WALK_LAUNCH = {"stages": 2, "warps": 2}
+WALK_LAUNCH = {"stages": 3, "warps": 2}, {"stages": 2, "warps": 4}  # Up to 64 channels, more
 
 
 def _walk(x, w, g, table, scale, with_input, with_proxy):
     "(N, T, C): x'z; (N, 1 or 3, C): sums; z a W', if wanted, like x"
     jax, jnp, pl, plt = pallas()
     t, many = _product_tiles(x, w.shape[1], *WALK_TILES), 3 if with_proxy else 1
-    n, chunks, blocks = t.grid
+    (n, chunks, blocks), how = t.grid, WALK_LAUNCH[t.channels > 64]
 
     def kernel(x_ref, w_ref, g_ref, c_ref, s_ref, xz_ref, sum_ref, *more):
         i, j, deep = pl.program_id(0), pl.program_id(1), jnp.arange(t.deep)
@@ -197,9 +197,7 @@ def _walk(x, w, g, table, scale, with_input, with_proxy):
     shapes = [w.shape, (many, t.channels)]
     outs = [jax.ShapeDtypeStruct((n, chunks, *s), "float32") for s in shapes]
     outs += [jax.eval_shape(flat, x)] if with_input else []
-    found = launch(
-        kernel, (n, chunks), tuple(outs), flat(x), w, flat(g), table, scale, **WALK_LAUNCH
-    )
+    found = launch(kernel, (n, chunks), tuple(outs), flat(x), w, flat(g), table, scale, **how)
     return [v.sum(1) for v in found[:2]] + list(found[2:])
 
 # %% ../../nbs/16_product_norm.ipynb #16d00003

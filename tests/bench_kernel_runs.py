@@ -58,13 +58,14 @@ def main(words=None):
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--steps", type=int, help="instead of epochs")
     parser.add_argument("--quick", type=int, metavar="SIDE", help="a tiny network, for rehearsals")
+    parser.add_argument("--ways", nargs="*", choices=list(WAYS), default=list(WAYS))
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     if args.worker:
         return worker(args)
     given = sys.argv[1:] if words is None else words
-    for way, on in WAYS.items():
-        env = {**os.environ, "EFFNET_KERNELS": on, "KERAS_BACKEND": "jax"}
+    for way in args.ways:
+        env = {**os.environ, "EFFNET_KERNELS": WAYS[way], "KERAS_BACKEND": "jax"}
         env["PYTHONPATH"] = f"{ROOT}{os.pathsep}{env.get('PYTHONPATH', '')}"
         command = [sys.executable, __file__, "--worker", *given]
         process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)

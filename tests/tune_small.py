@@ -268,6 +268,8 @@ def parse(words):
     parser.add_argument("--epochs", type=int, default=20, help="norm: of a training")
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--runs", type=Path, help="command: where runs stay")
+    parser.add_argument("--pause", type=float, default=1e9, help="command: seconds")
     parser.add_argument(
         "--final", action="store_true", help="all training images, judged by the validation images"
     )

@@ -141,12 +141,13 @@ def without_counter(head, body):
 
 
 def tidy_numbers(cells):
-    "Whole numbers without their `.0`, and thousands set apart, in the cells of a column of numbers."
+    "Whole numbers without their `.0`, thousands set apart, a dash for none, in the cells of a column of numbers."
     texts = [c.get_text(strip=True) for c in cells]
     whole = all(re.fullmatch(r"-?\d+\.0", t) or t.lower() in EMPTY for t in texts)
     least = 4 if any(re.match(r"-?(\d{5}|\d+,\d)", t) for t in texts) else 5  # the same in a column
     for cell, text in zip(cells, texts):
         new = text[:-2] if whole and text.endswith(".0") else text
+        new = "\u2013" if new.lower() in ("nan", "<na>") else new  # there is no number
         if re.fullmatch(rf"-?\d{{{least},}}(\.\d+)?", new):
             before, dot, after = new.partition(".")
             new = f"{int(before):,}{dot}{after}"

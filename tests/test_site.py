@@ -1,6 +1,7 @@
 """The site's and the README's own checks: each is shown what it must find, and what it must let pass."""
 
 import base64
+import html
 import io
 import json
 import sys
@@ -110,12 +111,13 @@ def test_finish_tidies_tables_of_numbers(tmp_path):
 
 
 def test_thousands_are_set_apart_alike_in_a_column():
-    column = lambda texts: BeautifulSoup("".join(f"<td>{t}</td>" for t in texts), "html.parser")(
-        "td"
-    )
+    column = lambda texts: BeautifulSoup(
+        "".join(f"<td>{html.escape(t)}</td>" for t in texts), "html.parser"
+    )("td")
     for texts, tidy in (
         (["9231", "28496"], ["9,231", "28,496"]),
         (["2026", "1999"], ["2026", "1999"]),
+        (["NaN", "0.5", "<NA>"], ["\u2013", "0.5", "\u2013"]),
     ):
         cells = column(texts)
         finish.tidy_numbers(cells)

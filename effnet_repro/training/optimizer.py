@@ -6,6 +6,8 @@
 __all__ = ['RMSpropTF', 'MomentumSGD', 'AdamW', 'make_optimizer']
 
 # %% ../../nbs/22_optimizer.ipynb #0a710004
+import functools
+
 import keras
 import numpy as np
 
@@ -14,23 +16,35 @@ from ..efficientnet import current_ops
 from ..recipe import rmsprop_settings, rmsprop_step, sgd_step
 
 # %% ../../nbs/22_optimizer.ipynb #0a710007
-def _make_slots(optimizer, variables, starts):
-    "Slot name -> a Keras variable for each of `variables`, filled with the value that `starts` gives"
-    filled = lambda value: lambda shape, dtype=None: np.full(shape, value, dtype)  # no program
-    make = lambda name, value: [
-        optimizer.add_variable_from_reference(v, name, initializer=filled(value)) for v in variables
-    ]
-    return {name: make(name, value) for name, value in starts.items()}
+class _RecipeOptimizer(keras.optimizers.Optimizer):
+    "A `step` of `recipe` in Keras; `starts`: slot -> its first value, in the order of the step"
 
-# %% ../../nbs/22_optimizer.ipynb #0a71000c
-def _recipe_step(optimizer, step, names, gradient, variable, **constants):
-    "Apply a step of `recipe` to a variable and its slots `names`, on any backend"
-    i = optimizer._get_variable_index(variable)
-    targets = (variable, *(optimizer.slots[name][i] for name in names))
-    weight, *slots = (keras.ops.convert_to_tensor(v) for v in targets)
-    values = step(current_ops(), weight, gradient, *slots, **constants)
-    for target, value in zip(targets, values):
-        optimizer.assign(target, value)
+    def __init__(self, step, starts, constants, learning_rate, **kwargs):
+        super().__init__(learning_rate=learning_rate, **kwargs)
+        self.step, self.starts, self.constants = step, starts, constants
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        filled = lambda value: lambda shape, dtype=None: np.full(shape, value, dtype)  # no program
+        make = lambda name, value: [
+            self.add_variable_from_reference(v, name, initializer=filled(value)) for v in variables
+        ]
+        self.slots = {name: make(name, value) for name, value in self.starts.items()}
+
+    def update_step(self, gradient, variable, learning_rate):
+        i = self._get_variable_index(variable)
+        targets = (variable, *(slots[i] for slots in self.slots.values()))
+        weight, *slots = (keras.ops.convert_to_tensor(v) for v in targets)
+        how = dict(learning_rate=learning_rate, **self.constants)
+        for target, value in zip(
+            targets, self.step(current_ops(), weight, gradient, *slots, **how)
+        ):
+            self.assign(target, value)
+
+    def get_config(self):
+        return {**super().get_config(), **self.constants}
 
 # %% ../../nbs/22_optimizer.ipynb #0a71000e
 def _fused_step(optimizer, gradient, variable, learning_rate):
@@ -48,7 +62,7 @@ def _fused_step(optimizer, gradient, variable, learning_rate):
 
 # %% ../../nbs/22_optimizer.ipynb #f3f73a23
 @keras.saving.register_keras_serializable(package="effnet_repro")
-class RMSpropTF(keras.optimizers.Optimizer):
+class RMSpropTF(_RecipeOptimizer):
     "RMSProp as TensorFlow 1 computes it"
 
     def __init__(
@@ -58,55 +72,34 @@ class RMSpropTF(keras.optimizers.Optimizer):
         momentum: float = 0.9,  # In [0, 1)
         epsilon: float = 1e-3,  # Inside the square root
         initial_mean_square: float = 1.0,  # First value of the slot
-        name: str = "rmsprop_tf",
-        **kwargs,
+        **kwargs,  # Of Keras' optimizers, such as the name
     ):
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        self.initial_mean_square = initial_mean_square
-        self.constants = dict(decay=decay, momentum=momentum, epsilon=epsilon)
-
-    def build(self, variables):
-        if not self.built:
-            super().build(variables)
-            starts = {"momentum": 0.0, "mean_square": self.initial_mean_square}
-            self.slots = _make_slots(self, variables, starts)
+        constants = dict(decay=decay, momentum=momentum, epsilon=epsilon)
+        starts = {"mean_square": initial_mean_square, "momentum": 0.0}
+        super().__init__(rmsprop_step, starts, constants, learning_rate, **kwargs)
 
     def update_step(self, gradient, variable, learning_rate):
-        if keras.backend.backend() == "tensorflow":
-            return _fused_step(self, gradient, variable, learning_rate)
-        how = dict(learning_rate=learning_rate, **self.constants)
-        _recipe_step(self, rmsprop_step, ("mean_square", "momentum"), gradient, variable, **how)
+        fused = keras.backend.backend() == "tensorflow"
+        step = functools.partial(_fused_step, self) if fused else super().update_step
+        step(gradient, variable, learning_rate)
 
     def get_config(self):
-        own = {"initial_mean_square": self.initial_mean_square, **self.constants}
-        return {**super().get_config(), **own}
+        start = {"initial_mean_square": self.starts["mean_square"]}
+        return {**super().get_config(), **start}
 
 # %% ../../nbs/22_optimizer.ipynb #0a71001a
 @keras.saving.register_keras_serializable(package="effnet_repro")
-class MomentumSGD(keras.optimizers.Optimizer):
+class MomentumSGD(_RecipeOptimizer):
     "Gradient descent with momentum"
 
     def __init__(
         self,
         learning_rate=0.25,  # A number or a Keras schedule
         momentum: float = 0.9,  # In [0, 1)
-        name: str = "momentum_sgd",
-        **kwargs,
+        **kwargs,  # Of Keras' optimizers, such as the name
     ):
-        super().__init__(learning_rate=learning_rate, name=name, **kwargs)
-        self.constants = dict(momentum=momentum)
-
-    def build(self, variables):
-        if not self.built:
-            super().build(variables)
-            self.slots = _make_slots(self, variables, {"momentum": 0.0})
-
-    def update_step(self, gradient, variable, learning_rate):
-        how = dict(learning_rate=learning_rate, **self.constants)
-        _recipe_step(self, sgd_step, ("momentum",), gradient, variable, **how)
-
-    def get_config(self):
-        return {**super().get_config(), **self.constants}
+        constants = dict(momentum=momentum)
+        super().__init__(sgd_step, {"momentum": 0.0}, constants, learning_rate, **kwargs)
 
 # %% ../../nbs/22_optimizer.ipynb #0a710011
 @keras.saving.register_keras_serializable(package="effnet_repro")

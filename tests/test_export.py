@@ -248,7 +248,7 @@ def test_the_command_writes_a_file_and_a_card(run, folder):
     [
         (["a.onx"], "none of a format's"),
         (["a.onnx", "--format", "onxx"], "Unknown format 'onxx'"),
-        (["a.onnx", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["a.onnx", "--batch-size", "0"], "--batch-size must be from 1 to 4,096"),
         (["a.onnx", "--image-size", "16"], "at least 32"),
         (["a.tflite", "--format", "keras"], r"\*\.keras only"),
         (["file/a.onnx"], "is a file"),

@@ -1,5 +1,6 @@
 """`effnet-convert`: weights of other programs in and out."""
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -13,7 +14,10 @@ from effnet_repro.cli.kit import (
     user_path,
     whole_number,
 )
-from effnet_repro.convert import FORMATS, convert, format_of, target_format
+from effnet_repro.cli.options import start_keras
+from effnet_repro.convert import FORMATS, check_name, convert, format_of, target_format
+from effnet_repro.ipu import has_graphcore
+from effnet_repro.runs import suppress_stderr
 
 
 def _convert_arguments(parser):
@@ -106,6 +110,13 @@ def convert_command(args):
         to = args.to or target_format(Path(args.target), source_format)
     except ValueError as error:
         raise UsageError(str(error)) from None
+    check_name(Path(args.target), to)
+    if "keras" in (source_format, to):
+        args.backend = None  # the environment's, or the first installed
+        start_keras(args)
+    elif "tf1" in (source_format, to):
+        with contextlib.nullcontext() if args.debug else suppress_stderr():
+            has_graphcore()  # which imports TensorFlow, with its first notes
     there = dict(to=to, source_format=source_format, overwrite=args.overwrite)
     done = convert(args.source, args.target, **there, **options)
     size = f"{sum(a.size for a in done.arrays.values()):,} numbers in {len(done.arrays)} arrays"

@@ -59,8 +59,8 @@ def _export_arguments(parser):
 def export_command(args):
     "Write a trained network as a file of another program, which opens and checks it."
     check_given(image_size=args.image_size)
-    if args.batch_size is not None and args.batch_size < 1:
-        raise UsageError("--batch-size must be at least 1.")
+    if args.batch_size is not None and not 1 <= args.batch_size <= 4096:
+        raise UsageError(f"--batch-size must be from 1 to 4,096. Received: {args.batch_size}.")
     options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
     if args.class_names:
         options["class_names"] = read_lines(args.class_names)

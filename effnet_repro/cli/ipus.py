@@ -1,5 +1,6 @@
 """The same commands on IPUs: `--device ipu` takes the runtime of `36_ipu` instead of Keras."""
 
+import contextlib
 import os
 import shlex
 from pathlib import Path
@@ -19,7 +20,7 @@ from effnet_repro.ipu import (
     resolve_for_ipus,
     resolve_training,
 )
-from effnet_repro.runs import finetune_size
+from effnet_repro.runs import finetune_size, suppress_stderr
 from effnet_repro.scaling import ModelSpec
 
 
@@ -59,7 +60,8 @@ def runs_on_ipus(args):
     Graphcore's TensorFlow.
     """
     planned = args.device == "ipu" and getattr(args, "dry_run", False)  # needs no SDK
-    chosen = "ipu" if planned else choose_device(args.device)
+    with contextlib.nullcontext() if args.debug else suppress_stderr():  # TensorFlow's first notes
+        chosen = "ipu" if planned else choose_device(args.device)
     if chosen != "ipu" and (
         getattr(args, "compile_only", False) or getattr(args, "on_demand", False)
     ):

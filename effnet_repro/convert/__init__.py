@@ -6,7 +6,7 @@ network by its shapes, and `settle` checks what was found and names it as we do.
 """
 
 from effnet_repro.convert.conversion import convert, read
-from effnet_repro.convert.formats import FORMATS, format_of, target_format
+from effnet_repro.convert.formats import FORMATS, check_name, format_of, target_format
 from effnet_repro.convert.ours import write_ours
 from effnet_repro.convert.recognize import case_for, network_of
 from effnet_repro.convert.tf1 import read_tf1, write_tf1
@@ -19,6 +19,7 @@ __all__ = [
     "TorchOptions",
     "Weights",
     "case_for",
+    "check_name",
     "convert",
     "format_of",
     "network_of",

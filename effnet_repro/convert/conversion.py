@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Optional, Sequence, Union
 
 from effnet_repro.config import Case, get_case, unknown_name
-from effnet_repro.convert.formats import FORMATS, format_of, target_format
+from effnet_repro.convert.formats import FORMATS, check_name, format_of, target_format
 from effnet_repro.convert.keras_files import find_keras, write_keras
 from effnet_repro.convert.ours import read_ours, write_ours
 from effnet_repro.convert.replace import remove_leftovers
@@ -90,6 +90,7 @@ def convert(
     there = Path(f"{tf1_prefix(target)}.index") if to == "tf1" else target
     if there.exists() and not overwrite:
         raise FileExistsError(f"{there} exists. Pass `overwrite`, or choose another name.")
+    check_name(target, to)
     _refuse_lost(target, to, options)
     weights = read(source, kind, **options)
     remove_leftovers(there)

@@ -62,3 +62,11 @@ def target_format(path, source_format):
         f"Unknown kind of target: {path.name}. Legal: .safetensors, .pt, .pth, .keras, .weights.h5, "
         ".ckpt; or pass `to`."
     )
+
+
+def check_name(path, to: str) -> None:
+    """Raise `ValueError` for a name that the format's own program would refuse, after all the work."""
+    if to == "keras" and path.suffix != ".keras" and not path.name.endswith(".weights.h5"):
+        raise ValueError(
+            f"Keras writes weights to *.weights.h5 and models to *.keras. Received: {path.name}."
+        )

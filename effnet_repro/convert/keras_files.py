@@ -189,10 +189,6 @@ def write_keras(path, weights):
     from effnet_repro.efficientnet import to_keras_applications
 
     whole = path.suffix == ".keras"
-    if not whole and not path.name.endswith(".weights.h5"):
-        raise ValueError(
-            f"Keras writes weights to *.weights.h5 and models to *.keras. Received: {path.name}."
-        )
     model = to_keras_applications(weights.spec, weights.arrays)
     with explain_writing(path), tempfile.TemporaryDirectory() as folder:
         # Keras asks for its own endings, writes in place, and may not know the letters of the name.

@@ -15,6 +15,7 @@ from effnet_repro.ops import JAXOps, NumpyOps, TFOps
 from effnet_repro.predict import Reading, read_classifier
 from effnet_repro.scaling import ModelSpec
 
+MOST_AT_A_TIME = 4096  # Images; a file with a fixed number is tried with as many
 RESIZING = {
     "modern": "bilinear between two pixels, centers at half pixels, rounded to the nearest",
     "published": "bilinear between two pixels, centers at whole pixels (TensorFlow 1), computed in float32, "
@@ -121,9 +122,12 @@ def read_subject(
     **reading,  # `predict.Reading`: weights, class_names, arch
 ) -> Subject:
     "Read what is to be exported"
-    for name, value, least in (("image_size", image_size, 32), ("batch", batch, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"`{name}` must be at least {least}. Received: {value}.")
+    for name, value, least, most in (
+        ("image_size", image_size, 32, 4096),
+        ("batch", batch, 1, MOST_AT_A_TIME),
+    ):
+        if value is not None and not least <= value <= most:
+            raise ValueError(f"`{name}` must be from {least} to {most:,}. Received: {value}.")
     read = read_classifier(source, Reading(**reading))
     broken = [name for name, value in read.arrays.items() if not np.isfinite(value).all()]
     if broken:

@@ -266,12 +266,13 @@ def test_other_files_in_the_folder_do_not_matter(tmp_path):
         ".epoch-0003.safetensors.aa.tmp",
     ):
         (tmp_path / name).write_bytes(b"anything")
+    (tmp_path / ".x.abcdef12.tmp").mkdir()  # a folder is nobody's half-written file
     assert list_checkpoints(tmp_path) == [good]
     (tmp_path / "epoch-0004.safetensors").write_bytes(good.read_bytes()[:-1])
     with pytest.warns(UserWarning, match="epoch-0004.safetensors is not a whole checkpoint"):
         assert latest(tmp_path) == good
     assert remove_leftovers(tmp_path) == [".epoch-0003.safetensors.aa.tmp"]
-    assert len(os.listdir(tmp_path)) == 5
+    assert len(os.listdir(tmp_path)) == 6
 
 
 def test_a_folder_that_is_not_there(tmp_path):

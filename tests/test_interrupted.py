@@ -179,6 +179,21 @@ def test_a_validation_knows_its_images(images, whole, tmp_path, monkeypatch, mea
     assert len(table) == 6 and len({r["data_fingerprint"] for r in table}) == 2
 
 
+def test_a_folder_that_cannot_be_written_loses_no_number(
+    images, whole, tmp_path, monkeypatch, caplog, measured
+):
+    "Before, what was computed was lost with the first row that could not be written."
+
+    def refuse(run_dir, *_, **__):
+        raise PermissionError(
+            errno.EACCES, f"Cannot write {run_dir}/validation.csv: it is read-only."
+        )
+
+    monkeypatch.setattr("effnet_repro.training.validation.write_scores", refuse)
+    assert set(validate(whole.run_dir, images, weights="both")) == {"last", "average"}
+    assert [r.message for r in caplog.records if "validation.csv: left out" in r.message]
+
+
 def test_the_command_prints_numbers_and_which_images(images, whole, tmp_path, capsys, measured):
     from effnet_repro import cli
 

@@ -50,7 +50,7 @@ def export_format(target: Path, to: Optional[str] = None) -> str:
     """Return the format of a file by its name, or `to` where that is given. Raises `ValueError` for other names."""
     if to is not None and to not in WRITERS:
         raise unknown_name("format", to, FORMATS)
-    if target.name.lower() in SUFFIXES:
+    if target.name and target.name.lower() in SUFFIXES:
         raise ValueError(f"{target.name} is an ending without a name. Name the file before it.")
     by_name = SUFFIXES.get(target.suffix.lower())
     if to is None and by_name is None:

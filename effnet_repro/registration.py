@@ -1,4 +1,4 @@
-"""Keras knows the layers of this package as soon as both are imported, in whichever order.
+"""Registers the layers of this package with Keras as soon as both are imported, in any order.
 
 `keras.models.load_model` finds a layer of a `.keras` file only if the module that defines it was imported. That module
 needs Keras, and `import effnet_repro` must neither import Keras nor wait for it. So the import of Keras is followed by

@@ -1,4 +1,4 @@
-"""The one way into `results/`: a row is written with where, when, by what and how often it was measured, or not at all.
+"""Writes rows into `results/`. A row must say where, when, by what and how often it was measured; others are refused.
 
 A page reads its numbers from these files, so that each can be followed to a command. `write_rows` adds what it can find
 out itself (versions, revision, date); whoever measures says the rest (device, command, seed, n).

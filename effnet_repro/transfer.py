@@ -1,4 +1,4 @@
-"""A trained network for other classes: its body is kept, its classifier begins anew.
+"""A trained network for other classes: its body is kept, and its classifier is a new one.
 
 The weights come from whatever `convert.read` reads. Classes of the new data that the old network knows by name keep
 their part of the classifier. Which segments train then, and at which rate, is a matter of the case, as in any

@@ -1,4 +1,4 @@
-"""What a run writes and how it goes on, the same for every runtime: no framework is imported here.
+"""What a run writes and how it resumes, the same for every runtime. No framework is imported here.
 
 `folder` finds a run, `lock` keeps it for one process, `recorder` writes checkpoints, averages and rows, `tables` small
 files, `metrics` and `scores` what was trained and measured, `environment` where. `resolved` works out what a run will

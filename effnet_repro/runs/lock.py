@@ -1,4 +1,4 @@
-"""One run in a folder, and one writer of a file in it."""
+"""Locks: one run in a folder, and one writer of a file in it."""
 
 import contextlib
 import datetime

@@ -1,4 +1,4 @@
-"""The loop of every run: begin or go on, train, write down, validate, and stop where asked.
+"""The loop of every run: begin or resume, train, record, validate, and stop when asked.
 
 `execute` runs a `Task` on a `Runtime`. It holds the folder's lock, finds the newest checkpoint and refuses one of
 another run, and writes checkpoints, averages and rows through a `Recorder`. Nothing here knows what computes.
@@ -75,7 +75,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def run(self) -> Run:
-        """Do all of it."""
+        """Run from the beginning to the end."""
         recorder, scores = self.recorder, {}
         try:
             self._begin()

@@ -169,7 +169,7 @@ def _not_the_end(record) -> bool:
 
 
 def quiet_end() -> None:
-    """Let a notebook's kernel end without a line that looks like an error.
+    """Keep the end of a notebook's kernel from printing a line that looks like an error.
 
     Who ends a kernel interrupts it first, and the kernel logs that as an error: the last line of papermill after a good
     run. A cell that is interrupted still says so itself. Outside Jupyter nothing happens.

@@ -1,4 +1,4 @@
-"""What a run will need, asked for before it begins: `--dry-run` and the doctor accept what the run accepts."""
+"""Checks what a run will need before it begins. `--dry-run` and the doctor do the same checks as the run."""
 
 import errno
 import os

@@ -1,4 +1,4 @@
-"""What a run writes down while it trains, whatever computes it: checkpoints, averages and rows, without a framework.
+"""Records a run while it trains, on any runtime: checkpoints, averages and rows. No framework is imported.
 
 A loop tells a `Recorder` of every training step and of every end of an epoch. A checkpoint then holds all that the next
 process needs to write what an uninterrupted run would have written: weights and slots, the average, the sums of the
@@ -177,7 +177,7 @@ def merged(row: dict, file_row: Optional[dict]) -> dict:
 
 
 class Recorder:
-    """Writes down a run: tells checkpoints, averages and rows from the steps of a loop.
+    """Records a run: makes checkpoints, averages and rows from the steps of a loop.
 
     - `run_dir`: the run folder.
     - `course`: how long the run is.
@@ -299,7 +299,7 @@ class Recorder:
     def end_epoch(
         self, arrays: Dict[str, np.ndarray], measure: Optional[Callable[[], Scores]] = None
     ) -> dict:
-        """Write down an epoch: its checkpoint, its row, and the validation where one is due. Returns the row.
+        """Record an epoch: its checkpoint, its row, and the validation where one is due. Returns the row.
 
         A request to stop, raised by `measure`, leaves the checkpoint and the row.
         """
@@ -330,7 +330,7 @@ class Recorder:
         self.meter.reset()
 
     def stop(self, arrays: Callable[[], Dict[str, np.ndarray]]):
-        """Write down what was done since the last checkpoint; an epoch that is whole gets its row."""
+        """Record what was done since the last checkpoint; a complete epoch gets its row."""
         if self.step == self.saved_step:
             return
         if self.ends_epoch():

@@ -1,4 +1,4 @@
-"""What may go on from a checkpoint, with which case and which average."""
+"""Which runs may resume from a checkpoint, with which case and which average."""
 
 import contextlib
 import warnings
@@ -66,7 +66,7 @@ def refuse_other_case(
     theirs: Case,  # Its case
     ours: Case,  # The case to go on with
 ):  # None; raises ValueError that lists the differing fields
-    "A continuation may be of another length, and of another micro-batch where only rounding depends on it"
+    "Refuse to resume with another case; length, and a micro-batch that only changes rounding, may differ"
     fields = differing_fields(theirs, ours)
     fields.pop("max_steps", None)
     if set(fields) == {"micro_batch_size", "gradient_accumulation"} and _only_rounds(ours):
@@ -88,7 +88,7 @@ def refuse_other_data(
     metadata: dict,  # What it says
     data,  # `DataSet` to go on with
 ):  # None; raises ValueError
-    "Going on needs the images that the run began with: others come in another order"
+    "Refuse to resume on other images than those the run began with"
     there = metadata.get("num_classes"), metadata.get("pictures", data.train_count)
     if there != (data.num_classes, data.train_count):
         raise ValueError(
@@ -149,7 +149,7 @@ def refuse_other_run(
     case: Case,  # The case to go on with
     seed: int,  # The seed to go on with
 ):  # None; raises ValueError
-    "A run goes on with its own images, settings and seed, on whatever machine it began"
+    "Refuse to resume a run with other images, settings or seed; the machine may be another one"
     refuse_other_data(path, metadata, data)
     refuse_other_case(path, case_from_dict(metadata["case"]), case)
     if metadata["seed"] != seed:

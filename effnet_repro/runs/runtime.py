@@ -1,4 +1,4 @@
-"""What a run asks of whatever computes it: Keras, a pipeline on IPUs, or a test's few lines of NumPy."""
+"""The interface between a run and what computes it: Keras, a pipeline on IPUs, or a few lines of NumPy in a test."""
 
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Tuple

@@ -195,7 +195,7 @@ def write_scores(
 def score_table(
     scores,  # Name of a row -> `Scores`
 ):  # pandas table: shares in percent, loss in nats
-    "Lay out scores for reading"
+    "Make a table of scores"
     import pandas as pd
 
     show = {

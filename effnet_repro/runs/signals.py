@@ -1,4 +1,4 @@
-"""Requests to stop: kept until the training step in hand is done, or outside a loop an end with one line."""
+"""Requests to stop: answered after the current training step, or outside a loop by an end with one line."""
 
 import contextlib
 import os

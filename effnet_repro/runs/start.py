@@ -1,4 +1,4 @@
-"""Weights that another run left, to begin from: read, and refused where they do not fit."""
+"""Reads the weights of another run to begin from, and refuses those that do not fit."""
 
 from pathlib import Path
 from typing import Callable, Dict, NamedTuple, Optional

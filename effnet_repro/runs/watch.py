@@ -1,4 +1,4 @@
-"""What is seen of a run while it trains: the progress bar, TensorBoard's events, the figure and a line an epoch."""
+"""Shows a run while it trains: a progress bar, TensorBoard's events, a figure, and a line for each epoch."""
 
 import contextlib
 import logging
@@ -109,7 +109,7 @@ class Watch:
         self.events, self.figure = Events(run_dir / "events"), BestEffort("figure", LOG, quiet=True)
 
     def show_epoch(self, recorder: Recorder, row: dict):
-        """Show a row. Nothing that goes wrong here ends a run."""
+        """Show a row. Errors in here never end a run."""
         self.events.write(row)
         with self.figure:
             save_curves(recorder.run_dir)

@@ -1,4 +1,4 @@
-"""What JAX compiles for a GPU is kept for the next process, and the program it was compiled from, too.
+"""Keeps what JAX compiles for a GPU for the next process, together with the program it was compiled from.
 
 Before a GPU trains, Python traces the training step and lowers it to a program of XLA, and XLA compiles that. JAX's
 own cache keeps what was compiled. It finds it by the program, so tracing and lowering would be done again each time,

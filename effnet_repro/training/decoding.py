@@ -1,4 +1,4 @@
-"""Which decoder a run reads with: chosen once, said, and kept when the run goes on."""
+"""The decoder that a run reads with: chosen once, printed, and kept when the run resumes."""
 
 import contextlib
 import functools

@@ -1,4 +1,4 @@
-"""Results for others: a row with where it is from, and images with their guesses."""
+"""Results to show others: a row with its origin, and images with the classes guessed for them."""
 
 from typing import Optional
 

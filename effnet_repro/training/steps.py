@@ -1,4 +1,4 @@
-"""A model's compiled training step, called one step at a time: what `model.fit` does, less its epochs and callbacks.
+"""Calls a model's compiled training step, one step at a time, as `model.fit` does, without its epochs and callbacks.
 
 Keras compiles the step (`make_train_function`); so a step costs what it costs in `model.fit`.
 """

@@ -1,4 +1,4 @@
-"""What is fed: for every training step its images, and what the host draws for it."""
+"""The stream of training steps: for each step its images, and the random numbers that the host draws for it."""
 
 import contextlib
 import re

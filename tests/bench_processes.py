@@ -10,9 +10,9 @@ train together until they take a tenth of a step. The rates of one GPU are those
 stay on the device, with one process a GPU, and beside it one process with as many GPUs. Each is the median of five
 rounds: B0-Half and B4-Half with 768 images a step on any number of GPUs (strong), and B0-Half with 768 images a GPU
 (weak), which needs a set of more than the 1,200 sample images. All settings start and compile side by side; then each
-does its first steps and is measured while the others wait. `start_ms` is what a process needs to start a step; the
-step itself goes on meanwhile. On a machine without GPUs, `--rehearse` runs the same with
-CPU processes and a tiny network, and writes nothing.
+does its first steps and is measured while the others wait. `start_ms` is the time between the starts of two
+steps, without the last step's end: close to a whole step where the device waits for Python. On a machine without GPUs,
+`--rehearse` runs the same with CPU processes and a tiny network, and writes nothing.
 """
 
 import argparse

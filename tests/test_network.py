@@ -153,3 +153,15 @@ def test_a_version_serves_its_class_and_those_below_it():
     mbconv.expand.register(Own, lambda *args: "own")
     assert mbconv.expand(Below(), *[None] * 3) == "own"
     assert mbconv.expand.dispatch(NumpyOps) is plain
+
+
+def test_whole_blocks_compute_what_their_parts_compute():
+    spec = ModelSpec.from_name("CIFAR-G16-LN_PN")
+    weights, parts = initial_weights(spec), {}
+    x = np.random.default_rng(0).integers(0, 256, (1, 8, 8, 3)).astype("float32")
+    ops = NumpyOps()
+    cut = run(ops, spec, weights, x, outputs=parts)
+    np.testing.assert_array_equal(run(ops, spec, weights, x), cut)
+    whole = segments(spec, whole=True)
+    assert len(whole) < len(parts) and not any("/" in s.name for s in whole)
+    assert [p for s in whole for p in s.params] == list(params(spec))

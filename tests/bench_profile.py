@@ -35,7 +35,7 @@ KINDS = {  # The kernel's function, or a pattern of the library's names -> what 
     "conv_tiles": "group convolutions and their input gradients",
     "weight_parts": "weight gradients of group convolutions",
     "moments|apply|pool|sums|input_gradient": "norms with swish, proxy, gate and residual",
-    "product_moments|product_apply|walk|add_thin|patches": "expansions made again, and the stem",
+    "gram|gram_moments|product_apply|walk|add_thin|patches": "expansions made again, and the stem",
     "apply_product|narrow_sums|narrow_gradient": "projections that make their factor again",
     "coefficients|finish|proxy|proxy_backward": "tables of the norms, proxies",
     "nvjet.*|.*gemm.*|.*splitK.*|.*cutlass.*": "matrix products of the library",

@@ -61,3 +61,29 @@ def test_bench_pixels_compares_the_device_with_the_host(tmp_path, capsys, monkey
         bench_pixels.transforms, "_to_bytes", lambda v, _: np.rint(v).astype(np.uint8)
     )
     assert bench_pixels.main(words[:4]) == 1 and "NOT met" in capsys.readouterr().out
+
+
+def test_a_profile_adds_up_kinds_of_kernels():
+    from bench_profile import KINDS, OTHER, by_kind
+
+    from effnet_repro.kernels import conv, norm, norm_product, product_norm
+
+    modules = (conv, norm, norm_product, product_norm)
+    functions = {name.strip("_") for module in modules for name in vars(module)}
+    named = {one for pattern in list(KINDS)[:-1] for one in pattern.split("|")}
+    assert named <= functions  # a kernel that was renamed would be counted among the others
+    meta = lambda name, text, **at: {"ph": "M", "name": name, "args": {"name": text}, **at}
+    run = lambda name, pid, dur: {"ph": "X", "name": name, "pid": pid, "tid": 7, "dur": dur}
+    events = [
+        meta("process_name", "/device:GPU:0", pid=1),
+        meta("process_name", "/host:CPU", pid=2),
+        *(meta("thread_name", "Stream #7", pid=pid, tid=7) for pid in (1, 2)),
+        run("conv_tiles__3", 1, 4000),
+        run("conv_tiles", 1, 2000),
+        run("nvjet_sm90_tst_32x64", 1, 500),
+        run("loop_add_fusion_12", 1, 100),
+        run("conv_tiles", 2, 9000),
+    ]
+    found = by_kind(events, 2)
+    assert found[KINDS["conv_tiles"]] == [3.0, 1.0] and found[OTHER] == [0.05, 0.5]
+    assert sum(ms for ms, _ in found.values()) == 3.3

@@ -61,8 +61,6 @@ BODIES = {  # What people have: this project's weights, and those of keras.appli
 }
 NEW_CLASSES, HELD_BACK, TRIAL_SEEDS = 3, 250, (100, 101)
 LONGER = 3  # Training steps from scratch over those of a transfer
-# 97.5 % point of Student's t by degrees of freedom; 1.96 beyond.
-STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179)
 
 
 def grid(start):
@@ -75,11 +73,13 @@ def grid(start):
 
 def mean_interval(values):
     "Mean and half of the 95 % interval of a few numbers"
+    from scipy.stats import t
+
     values = np.asarray(values, "float64")
     if len(values) < 2:
         return float(values.mean()), math.nan
-    t = STUDENT[len(values) - 2] if len(values) - 2 < len(STUDENT) else 1.96
-    return float(values.mean()), float(t * values.std(ddof=1) / math.sqrt(len(values)))
+    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
+    return float(values.mean()), float(half)
 
 
 def part_of(data, labels, train, validation):

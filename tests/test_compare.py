@@ -1,10 +1,14 @@
 """`effnet-compare`: what two runs differ in, on the files that an earlier version left and on damaged ones."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+from tiny import PYTHON
 
 from effnet_repro.cli import main
 from effnet_repro.runs.compare import curves, differing, read_story, scores
@@ -91,3 +95,14 @@ def test_a_run_that_diverged_is_compared(other, capsys):
     assert main(["compare", str(EARLIER), str(other)]) == 0
     assert main(["compare", str(EARLIER), str(other), "--json"]) == 0
     assert "Infinity" not in capsys.readouterr().out
+
+
+def test_names_of_any_bytes_are_printed_in_a_line(other, tmp_path):
+    place = os.fsencode(tmp_path) + b"/caf\xe9\n\x1b[31m"
+    shutil.copytree(os.fsencode(other), place)
+    for locale in ({}, {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}):
+        words = [sys.executable, "-m", "effnet_repro.cli", "compare", str(EARLIER), place]
+        done = subprocess.run(words, env={**PYTHON, **locale}, capture_output=True)
+        assert done.returncode == 0 and done.stdout.splitlines()[1].endswith(
+            b"caf\\xe9\\n\\x1b[31m"
+        )

@@ -80,6 +80,18 @@ LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
         (["--internal-exchange-optimisation-target", "x"], "balanced, memory, cycles"),
         (["--device", "ipu", "--ipus", "7000000"], "Use fewer replicas"),
     ],
+    "several processes, said by half": [
+        (["--distributed", "--processes", "2"], "--coordinator and --process missing"),
+        (
+            ["--distributed", "--processes", "2", "--process", "5", "--coordinator", "a:1"],
+            "process 5 of 2",
+        ),
+        (
+            ["--distributed", "--processes", "2", "--process", "0", "--coordinator", "a"],
+            "must be host:port",
+        ),
+        (["--processes", "2"], "--processes: for --distributed"),
+    ],
     "a flag that does not exist": [
         (["--list"], "Unknown flag '--list'. effnet-cases lists the cases."),
         (["--epoch", "3"], "Did you mean '--epochs'?"),

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from itertools import islice
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -200,6 +201,20 @@ def test_a_disk_that_fills_up_is_named(source, tmp_path, form, monkeypatch):
     with pytest.raises(OSError, match=f"Cannot write .*{name}: No space left.*Make room") as error:
         packed.pack(source, tmp_path, packing(form), 1, say=lambda line: None)
     assert error.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("name", ["pack.json", ".info.json"])
+def test_a_small_file_that_cannot_be_written_is_named(source, tmp_path, monkeypatch, name):
+    write_text = Path.write_text
+
+    def full(path, *text, **how):
+        if path.name == name:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
+        return write_text(path, *text, **how)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match=f"Cannot write .*{name.strip('.')}: File too large"):
+        packed.pack(source, tmp_path / "p", packing("jpeg"), 1, say=lambda line: None)
 
 
 def test_no_more_processes_than_parts(source, tmp_path, monkeypatch):

@@ -167,6 +167,13 @@ def test_a_table_and_what_is_wrong(run, network, mixed):
     assert "effnet-predict: 2 of 4 images could not be read; the others are above." in err
 
 
+def test_a_list_without_an_end_is_refused(run, network, monkeypatch):
+    monkeypatch.setattr("effnet_repro.cli.predict.MOST_LIST", 1000)
+    monkeypatch.setattr("sys.stdin", open("/dev/zero"))
+    status, out, err = run("predict", network, "-")
+    assert (status, out) == (2, "") and "is longer than 1,000 bytes" in err
+
+
 def test_json_and_csv_say_the_same(run, network, mixed, monkeypatch):
     listed = f"{mixed}/a.jpg\n\n{mixed}/b.jpg\n"
     monkeypatch.setattr("sys.stdin", io.StringIO(listed))

@@ -3,6 +3,7 @@
 import json
 
 from effnet_repro.cli.kit import format_table, program, user_path
+from effnet_repro.cli.streams import in_a_line
 from effnet_repro.runs.compare import curves, differing, read_story, scores
 
 
@@ -17,8 +18,8 @@ def _short(value):
     if isinstance(value, float):
         return f"{value:g}" if value == round(value) else f"{value:.4f}"
     if isinstance(value, (list, tuple)):
-        return " ".join(map(str, value))
-    return "-" if value is None else str(value)
+        return in_a_line(" ".join(map(str, value)))
+    return "-" if value is None else in_a_line(value)
 
 
 def _table(rows):
@@ -41,7 +42,7 @@ def compare_command(args):
     if args.json:
         print(json.dumps({"a": a.name, "b": b.name, **parts}, indent=1))
         return
-    print(f"a: {a.name}\nb: {b.name}")
+    print(f"a: {in_a_line(a.name)}\nb: {in_a_line(b.name)}")
     titles = {
         "fields": ("fields that differ", "no field differs"),
         "curves": ("curves", "neither has finished an epoch"),

@@ -28,7 +28,7 @@ from effnet_repro.cli.options import (
 )
 from effnet_repro.cli.resolve import open_data_of, plan_training, show_plan
 from effnet_repro.config import CHOICES, override
-from effnet_repro.runs import Options, check_run, notes_on
+from effnet_repro.runs import Options, check_run, notes_on, suppress_stderr
 
 
 def _installed():
@@ -199,7 +199,8 @@ def doctor_command(args):
     problems, report = [], {"versions": _installed(), "settings": _settings()}
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         starts = _starts(args, problems)
-        report["backends"] = _backends(problems)
+        with contextlib.nullcontext() if args.debug else suppress_stderr():
+            report["backends"] = _backends(problems)
         report["not installed"] = _missing()
         report["cache"] = _cache(problems)
         data, report["data"] = _data(args, plan, problems)

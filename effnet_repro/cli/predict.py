@@ -22,8 +22,11 @@ from effnet_repro.cli.options import (
     precision_of,
     start_keras,
 )
+from effnet_repro.cli.streams import in_a_line
 from effnet_repro.convert import format_of
 from effnet_repro.data.files import find_images
+
+MOST_LIST = 2**28  # Bytes of a list of paths: millions of them
 
 
 def _predict_arguments(parser):
@@ -60,7 +63,9 @@ def _listed(paths):
 def _from_stdin():
     "Paths on standard input: a line each, or with a zero byte after each, as `find -print0` writes them"
     file = getattr(sys.stdin, "buffer", sys.stdin)
-    data = file.read()
+    data = file.read(MOST_LIST + 1)
+    if len(data) > MOST_LIST:
+        raise UsageError(f"The list on standard input is longer than {MOST_LIST:,} bytes.")
     text = os.fsdecode(data) if isinstance(data, bytes) else data
     return [p for p in (text.split("\0") if "\0" in text else text.splitlines()) if p]
 
@@ -70,17 +75,11 @@ def _printable(text):
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
-def _in_a_line(text):
-    "Printable text of one line: a name may hold ends of lines, and what a terminal takes for an order"
-    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
-    return "".join(map(plain, _printable(text)))
-
-
 class _Table:
     "A row for each guess; the widths are known before the first image is"
 
     def __init__(self, images, names, top):
-        longest = lambda texts: max((len(_in_a_line(t)) for t in texts), default=0)
+        longest = lambda texts: max((len(in_a_line(t)) for t in texts), default=0)
         self.widths = max(5, longest(images)), max(5, longest(names))
 
     def begin(self):
@@ -88,8 +87,8 @@ class _Table:
 
     def row(self, p):
         for rank, guess in enumerate(p.guesses):
-            name = "" if rank else _in_a_line(p.image)
-            self._line(name, _in_a_line(guess.name), f"{guess.probability:.4f}")
+            name = "" if rank else in_a_line(p.image)
+            self._line(name, in_a_line(guess.name), f"{guess.probability:.4f}")
 
     def _line(self, image, name, probability):
         print(f"{image:<{self.widths[0]}}  {name:<{self.widths[1]}}  {probability:>11}")
@@ -221,7 +220,7 @@ def _print_all(table, predictions):
             sys.stdout.flush()
             if prediction.problem:
                 wrong += 1
-                name = _in_a_line(prediction.image)
+                name = in_a_line(prediction.image)
                 print(f"{name}: {prediction.problem}", file=sys.stderr, flush=True)
     except KeyboardInterrupt:
         table.end()  # what was printed stays readable

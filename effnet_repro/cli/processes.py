@@ -82,6 +82,8 @@ def check_distributed(args, on_ipus: bool = False) -> bool:
             "--distributed trains with JAX, which is not installed: pip install -e '.[keras,jax]'."
         )
     args.backend = "jax"
+    if args.dry_run:  # the run itself asks when it starts the process
+        ranks_of(args)
     return True
 
 

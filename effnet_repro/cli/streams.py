@@ -1,11 +1,32 @@
 """A command's standard streams: closed ones, those that cannot show a name, and warnings as single lines."""
 
+import codecs
 import contextlib
 import os
 import sys
 import warnings
 
 from effnet_repro.messages import shown
+
+
+def _escaped(error):
+    "What stands for letters that a stream lacks: of a name that is not UTF-8 its bytes, as in caf\\xe9"
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    wrong = error.object[error.start : error.end]
+    byte = lambda c: f"\\x{ord(c) - 0xDC00:02x}" if 0xDC80 <= ord(c) <= 0xDCFF else None
+    plain = lambda c: byte(c) or c.encode("ascii", "backslashreplace").decode()
+    return "".join(map(plain, wrong)), error.end
+
+
+_NAMES = "effnet_names"
+codecs.register_error(_NAMES, _escaped)
+
+
+def in_a_line(text) -> str:
+    """Return text of one line that can be printed: ends of lines and orders to a terminal, in names, as escapes."""
+    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
+    return "".join(map(plain, shown(text)))
 
 
 def settle_streams() -> None:
@@ -25,7 +46,7 @@ def settle_streams() -> None:
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             with contextlib.suppress(ValueError, OSError):
-                stream.reconfigure(errors="backslashreplace")
+                stream.reconfigure(errors=_NAMES)
 
 
 def flush() -> None:

@@ -11,6 +11,7 @@ Raw sets: `pixels-train-00000-of-00002.npy` is a flat array of 8-bit values, `in
 where each image begins and what it shows (`INDEX`).
 """
 
+import contextlib
 import io
 import json
 import os
@@ -79,6 +80,19 @@ def _smaller(pixels, short_side):
     return np.asarray(Image.fromarray(pixels).resize(size, Image.BICUBIC))
 
 
+@contextlib.contextmanager
+def _writing(path):
+    "Let an OSError say what could not be written; one of an image says it already"
+    try:
+        yield
+    except UnreadableImage:
+        raise
+    except OSError as error:
+        hint = "Make room, or choose another folder; what is packed already is used again."
+        text = f"Cannot write {path}: {error.strerror}. {hint}"
+        raise OSError(error.errno, text) from None
+
+
 @dataclass(frozen=True)
 class _Part:
     "The job of a process: writes one part of one split, or finds it whole"
@@ -106,14 +120,8 @@ class _Part:
     def _write(self, files, split, numbers):
         images = (self._image(split, int(number)) for number in numbers)
         write = {"jpeg": self._write_records, "raw": self._write_raw}[self.how.form]
-        try:
+        with _writing(files[0]):
             write(files, split, images)
-        except UnreadableImage:
-            raise
-        except OSError as error:
-            hint = "Make room, or choose another folder; what is packed already is used again."
-            text = f"Cannot write {files[0]}: {error.strerror}. {hint}"
-            raise OSError(error.errno, text) from None
 
     def parts(self, split):
         return -(-len(self.order[split]) // self.how.in_a_part)
@@ -246,7 +254,8 @@ def _agree(folder, plan):
     except FileNotFoundError:
         if any(folder.iterdir()):
             raise ValueError(f"{folder} is not empty. Pack into a folder of its own.") from None
-        path.write_text(json.dumps(plan, indent=1), encoding="utf-8")
+        with _writing(path):
+            path.write_text(json.dumps(plan, indent=1), encoding="utf-8")
         return
     if there != plan:
         differs = ", ".join(k for k in plan if there.get(k) != plan[k])
@@ -272,11 +281,8 @@ def pack(
     folder = local_path(folder, "folder")
     if dataset.format == "folder" and Path(dataset.root).resolve() in folder.resolve().parents:
         raise ValueError(f"{folder} is inside {dataset.root}, which is read. Pack somewhere else.")
-    try:
+    with _writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        text = f"Cannot write {folder}: {error.strerror}. Choose another folder."
-        raise OSError(error.errno, text) from None
     prints = {name: dataset.split_fingerprint(name) for name in dataset.splits}
     _agree(folder, {**asdict(how), "source": prints})
     job, done = _Part(dataset, str(folder), how, _orders(dataset)), {}
@@ -305,5 +311,6 @@ def _write_info(folder, dataset, done):
         "splits": {split: {"records": facts["images"]} for split, facts in done.items()},
     }
     made = folder / ".info.json"
-    made.write_text(json.dumps(info, indent=1), encoding="utf-8")
-    os.replace(str(made), str(folder / "info.json"))
+    with _writing(folder / "info.json"):
+        made.write_text(json.dumps(info, indent=1), encoding="utf-8")
+        os.replace(str(made), str(folder / "info.json"))

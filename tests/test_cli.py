@@ -377,7 +377,7 @@ def test_any_command_line_is_a_consistent_case_or_one_line(capsys, words):
 
 def test_data_that_is_not_there(run, refused, tmp_path):
     line = refused("train", CASE, "--budget", "smoke", "--data-dir", tmp_path / "none", status=1)
-    assert "`data_dir` must be a folder" in line
+    assert "--data-dir must be a folder" in line
     status, out, _ = run("doctor", "--data-dir", tmp_path / "none", "--json")
     report = json.loads(out)
     assert status == 1 and "must be a folder" in report["problems"]["1"]

@@ -155,3 +155,8 @@ def test_the_gpu_waits_and_it_is_said(sample, monkeypatch, capsys):
     monkeypatch.setattr("keras.backend.backend", lambda: "jax")
     decoding.settle_decoder(replace(sample, decoder="simplejpeg"))
     assert "Faster: pip install 'effnet_repro[cuda12]'" in capsys.readouterr().out
+    train = sample.splits["train"]
+    packed = train._replace(original=np.full((len(train.label), 2), 500))
+    sample = replace(sample, splits={**sample.splits, "train": packed}, decoder="simplejpeg")
+    decoding.settle_decoder(sample)
+    assert "Faster" not in capsys.readouterr().out  # the cores bring more small images than a GPU

@@ -59,7 +59,10 @@ def settle_decoder(data: DataSet, run_dir=None, lead: Callable = lambda work: wo
             "but not bit for bit"
         )
     waits = has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data)
-    if waits and has_jpegs(data):
+    small = len(
+        data.splits["train"].original
+    )  # packed images: measured, the cores bring more of them
+    if waits and has_jpegs(data) and not small:
         found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
         say(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
     data = replace(data, decoder=chosen)

@@ -7,9 +7,8 @@ __all__ = ['APPLY_TILES', 'APPLY_LAUNCH', 'SUM_TILES', 'SUM_LAUNCH', 'GRADIENT_T
 
 # %% ../../nbs/23_norm_product.ipynb #23e00004
 import functools
-from typing import NamedTuple
 
-from .norm import coefficients, finish, moments, pool
+from .norm import coefficients, finish, gate_gradients, moments, pool
 from effnet_repro.kernels.tiles import (
     activate,
     dot,
@@ -19,6 +18,7 @@ from effnet_repro.kernels.tiles import (
     kept,
     launch,
     pallas,
+    product_tiles,
     read_block,
     read_row,
     read_tile,
@@ -29,27 +29,6 @@ from effnet_repro.kernels.tiles import (
 from ..mbconv import excite
 from ..ops import get_ops
 
-# %% ../../nbs/23_norm_product.ipynb #23e00008
-class _Narrow(NamedTuple):
-    "How a kernel cuts x, (N, pixels, C), and its product with a matrix, (C, thin)"
-
-    rows: int
-    cols: int
-    subs: int  # Tiles of pixels that a program adds up
-    grid: tuple  # Images, chunks, blocks of channels
-    pixels: int
-    channels: int
-    thin: int
-    deep: int  # thin, as a power of two
-
-
-def _narrow_tiles(x, thin, rows, subs, cols):
-    pl, (n, pixels, c) = pallas()[2], sides(x)
-    cols = cols if c % cols == 0 else 32 if c % 32 == 0 else 16
-    subs = min(subs, pl.cdiv(pixels, rows))
-    grid = (n, pl.cdiv(pixels, rows * subs), pl.cdiv(c, cols))
-    return _Narrow(rows, cols, subs, grid, pixels, c, thin, max(16, pl.next_power_of_2(thin)))
-
 # %% ../../nbs/23_norm_product.ipynb #23e0000a
 APPLY_TILES, APPLY_LAUNCH = (128, 1, 32), {"stages": 2, "warps": 4}  # Ours: measured
 
@@ -57,7 +36,7 @@ APPLY_TILES, APPLY_LAUNCH = (128, 1, 32), {"stages": 2, "warps": 4}  # Ours: mea
 def _apply_product(x, w, table, mean, scale):
     "((swish(a (x - m) + b) - mean) scale) w: (N, pixels, thin), type of x"
     jax, jnp, pl, plt = pallas()
-    t = _narrow_tiles(x, w.shape[1], *APPLY_TILES)
+    t = product_tiles(x, *w.shape[::-1], *APPLY_TILES)
     n, chunks, blocks = t.grid
 
     def kernel(x_ref, w_ref, c_ref, p_ref, s_ref, o_ref):
@@ -90,7 +69,7 @@ SUM_TILES, SUM_LAUNCH = (32, 32, 32), {"stages": 2, "warps": 2}  # Ours: measure
 def _narrow_sums(x, d, table):
     "(N, 3, C, thin): swish, slope and slope (x - m) times d; (N, 2, C): sums of the last two; (N, thin): of d"
     jax, jnp, pl, plt = pallas()
-    t = _narrow_tiles(x, d.shape[-1], *SUM_TILES)
+    t = product_tiles(x, d.shape[-1], sides(x)[2], *SUM_TILES)
     n, chunks, blocks = t.grid
 
     def kernel(x_ref, d_ref, c_ref, y_ref, s_ref, d_sum_ref):
@@ -132,7 +111,7 @@ GRADIENT_TILES, GRADIENT_LAUNCH = (64, 1, 32), {"stages": 1, "warps": 2}  # Ours
 def _narrow_gradient(x, d, w, table, scale, ks, extra):
     "(d w' scale + extra) s' a + k0 + k1 (x - m), type and shape of x"
     jax, jnp, pl, plt = pallas()
-    t = _narrow_tiles(x, w.shape[1], *GRADIENT_TILES)
+    t = product_tiles(x, *w.shape[::-1], *GRADIENT_TILES)
 
     def kernel(x_ref, d_ref, w_ref, c_ref, s_ref, k_ref, e_ref, o_ref):
         i, rows, deep = pl.program_id(0), pl.program_id(1) * t.rows, jnp.arange(t.deep)
@@ -165,17 +144,15 @@ def _forward(x, w, vectors, groups):
 
 # %% ../../nbs/23_norm_product.ipynb #23e00017
 def _backward(groups, saved, g):
-    (x, w, table, q, scale, (gamma, beta, mean, inv_std, gate)), (jax, jnp, _, _) = saved, pallas()
+    (x, w, table, q, scale, (gamma, beta, mean, inv_std, gate)), jnp = saved, pallas()[1]
     (_, pixels, c), d, low = sides(x), flat(g), w.astype(x.dtype)
     p, s, full = filled(mean, c, 0.0), filled(inv_std, c, 1.0), low.astype("float32")
-    (y, slope, moved), sums, d_sum = (lambda v, *r: (v.swapaxes(0, 1), *r))(
-        *_narrow_sums(x, d, table)
-    )
+    products, sums, d_sum = _narrow_sums(x, d, table)
+    y, slope, moved = (products[:, k] for k in range(3))
     by_w = lambda v: (v * full).sum(-1)
     total = by_w(slope), by_w(moved), jnp.matmul(d_sum, full.T, precision="highest"), by_w(y)
     total = jnp.stack([*total, sums[:, 0], sums[:, 1]], 1)
-    _, back = jax.vjp(lambda q, gate, s: excite(get_ops("jax"), q, gate) * s, q, gate, s)
-    d_q, d_gate, d_s = back(total[:, 3] - p * total[:, 2])
+    d_q, d_gate, d_s = gate_gradients(total, p, q, gate, s)
     extra = d_q / pixels
     vectors = (filled(gamma, c, 1.0), p, scale, extra)
     ks, own = finish(total, table, vectors, pixels, groups, True)

@@ -7,7 +7,6 @@ __all__ = ['GRAM_TILES', 'GRAM_LAUNCH', 'WALK_TILES', 'WALK_LAUNCH', 'fused_matm
 
 # %% ../../nbs/16_product_norm.ipynb #9d1f00a4
 import functools
-from typing import NamedTuple
 
 from .norm import coefficients, finish
 from effnet_repro.kernels.tiles import (
@@ -20,6 +19,7 @@ from effnet_repro.kernels.tiles import (
     launch,
     pallas,
     place,
+    product_tiles,
     read_block,
     read_row,
     read_tile,
@@ -27,28 +27,6 @@ from effnet_repro.kernels.tiles import (
     thin_rows,
     tile_at,
 )
-
-# %% ../../nbs/16_product_norm.ipynb #34cde632
-class _Product(NamedTuple):
-    "How a kernel cuts x w, with x (N, pixels, thin) and w (thin, C)"
-
-    rows: int
-    cols: int
-    subs: int
-    grid: tuple  # Images, chunks, blocks of channels
-    pixels: int
-    channels: int
-    thin: int
-    deep: int  # thin, as a power of two
-
-
-def _product_tiles(x, c, rows, subs, cols):
-    pl = pallas()[2]
-    n, pixels, thin = sides(x)
-    cols = cols if c % cols == 0 else 32
-    subs = min(subs, pl.cdiv(pixels, rows))
-    grid = (n, pl.cdiv(pixels, rows * subs), pl.cdiv(c, cols))
-    return _Product(rows, cols, subs, grid, pixels, c, thin, max(16, pl.next_power_of_2(thin)))
 
 # %% ../../nbs/16_product_norm.ipynb #8f4234a6
 GRAM_TILES, GRAM_LAUNCH = (64, 16, 32), {"stages": 2, "warps": 1}  # Ours: measured
@@ -64,7 +42,7 @@ def _adder(t, kind):
 def _gram(x):
     "(N, T + 1, T) float32: x'x of each image, and the sum of x"
     jax, jnp, pl, plt = pallas()
-    t = _product_tiles(x, x.shape[-1], *GRAM_TILES)
+    t = product_tiles(x, x.shape[-1], x.shape[-1], *GRAM_TILES)
 
     def kernel(x_ref, o_ref):
         i, j, deep = pl.program_id(0), pl.program_id(1), jnp.arange(t.deep)
@@ -112,7 +90,7 @@ def _gram_moments(gram, w, pixels):
 def _product_apply(x, w, table, mean, scale, grouped):
     "As `_apply` to x w"
     jax, jnp, _, plt = pallas()
-    t = _product_tiles(x, w.shape[1], 128, 1, 64)
+    t = product_tiles(x, *w.shape, 128, 1, 64)
 
     def kernel(x_ref, w_ref, c_ref, p_ref, s_ref, o_ref):
         i, j, cols, inside = place(t)
@@ -169,7 +147,7 @@ WALK_LAUNCH = {"stages": 3, "warps": 2}, {"stages": 2, "warps": 4}  # Up to 64 c
 def _walk(x, w, g, table, scale, with_input, with_proxy):
     "(N, T, C): x'z; (N, 1 or 3, C): sums; z a W', if wanted, like x"
     jax, jnp, pl, plt = pallas()
-    t, many = _product_tiles(x, w.shape[1], *WALK_TILES), 3 if with_proxy else 1
+    t, many = product_tiles(x, *w.shape, *WALK_TILES), 3 if with_proxy else 1
     (n, chunks, blocks), how = t.grid, WALK_LAUNCH[t.channels > 64]
 
     def kernel(x_ref, w_ref, g_ref, c_ref, s_ref, xz_ref, sum_ref, *more):
@@ -204,7 +182,7 @@ def _walk(x, w, g, table, scale, with_input, with_proxy):
 def _add_thin(part, x, matrix, row):
     "part + x M + v, with M (N, T, T) and v (N, T) of each image; type and shape of x"
     jax, jnp, pl, plt = pallas()
-    t = _product_tiles(x, x.shape[-1], 128, 1, 32)
+    t = product_tiles(x, x.shape[-1], x.shape[-1], 128, 1, 32)
 
     def kernel(p_ref, x_ref, m_ref, v_ref, o_ref):
         i, rows, deep = pl.program_id(0), pl.program_id(1) * t.rows, jnp.arange(t.deep)

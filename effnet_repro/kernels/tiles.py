@@ -95,6 +95,28 @@ def tiles_for(x, how):
     return Tiles(rows, cols, subs, grid, pixels, c, whole)
 
 
+class ProductTiles(NamedTuple):
+    "How a kernel cuts a product between a thin activation, (N, pixels, thin), and a wide one, (N, pixels, channels)"
+
+    rows: int
+    cols: int
+    subs: int  # Tiles of pixels that a program adds up
+    grid: tuple  # Images, chunks, blocks of channels
+    pixels: int
+    channels: int
+    thin: int
+    deep: int  # thin, as a power of two
+
+
+def product_tiles(x, thin, channels, rows, subs, cols):
+    "Choose the tiles for a product of the images and pixels of `x`; `rows`, `subs` and `cols` are what is wished for."
+    pl, (n, pixels, _) = pallas()[2], sides(x)
+    cols, subs = cols if channels % cols == 0 else 32, min(subs, pl.cdiv(pixels, rows))
+    grid = (n, pl.cdiv(pixels, rows * subs), pl.cdiv(channels, cols))
+    deep = max(16, pl.next_power_of_2(thin))
+    return ProductTiles(rows, cols, subs, grid, pixels, channels, thin, deep)
+
+
 # ---------------------------------------------------------------- programs
 
 

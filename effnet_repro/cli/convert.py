@@ -110,7 +110,7 @@ def convert_command(args):
         to = args.to or target_format(Path(args.target), source_format)
     except ValueError as error:
         raise UsageError(str(error)) from None
-    check_name(Path(args.target), to)
+    check_name(Path(args.target), to, args.overwrite)
     if "keras" in (source_format, to):
         args.backend = None  # the environment's, or the first installed
         start_keras(args)

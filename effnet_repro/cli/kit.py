@@ -202,11 +202,15 @@ def _status_of(error, interrupts):
     return getattr(error, "exit_status", 2 if isinstance(error, UsageError) else 1)
 
 
-def _as_flags(text, parser):
-    "A message in which fields and parameters that are flags here are called so"
+#: Parameters that no file has a field of: a message that names one means the flag, whatever failed.
+_NO_FIELDS = {"data_dir", "data_format", "epochs", "overwrite", "to"}
+
+
+def _as_flags(text, parser, among=None):
+    "A message in which fields and parameters that are flags here (`among` these; None = all) are called so"
     spell = lambda found: "--" + found[1].replace("_", "-")
-    known = lambda found: spell(found) if parser.has(spell(found)) else found[0]
-    return re.sub(r"`(\w+)`", known, text)
+    known = lambda found: parser.has(spell(found)) and (among is None or found[1] in among)
+    return re.sub(r"`(\w+)`", lambda found: spell(found) if known(found) else found[0], text)
 
 
 def _do(command, argv, interrupts):
@@ -230,7 +234,7 @@ def _do(command, argv, interrupts):
         if getattr(e, "told", False) and here().index:  # another process says it
             return status
         line = "interrupted" if status == 130 else one_line(e)
-        line = _as_flags(line, parser)
+        line = _as_flags(line, parser, None if status == 2 else _NO_FIELDS)
         line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""
         tell(f"effnet-{command.name}: {line}{hint}")

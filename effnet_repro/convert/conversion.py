@@ -85,12 +85,8 @@ def convert(
     to = target_format(target, kind) if to is None else to
     if to not in FORMATS:
         raise unknown_name("format", to, FORMATS)
-    if target.is_dir():
-        raise IsADirectoryError(f"{target} is a folder. Name a file in it.")
+    check_name(target, to, overwrite)
     there = Path(f"{tf1_prefix(target)}.index") if to == "tf1" else target
-    if there.exists() and not overwrite:
-        raise FileExistsError(f"{there} exists. Pass `overwrite`, or choose another name.")
-    check_name(target, to)
     _refuse_lost(target, to, options)
     weights = read(source, kind, **options)
     remove_leftovers(there)

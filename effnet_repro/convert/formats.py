@@ -64,8 +64,13 @@ def target_format(path, source_format):
     )
 
 
-def check_name(path, to: str) -> None:
-    """Raise `ValueError` for a name that the format's own program would refuse, after all the work."""
+def check_name(path, to: str, overwrite: bool = False) -> None:
+    """Raise `ValueError` for a name that the format's own program would refuse, OSError for what is in the way."""
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder. Name a file in it.")
+    there = Path(f"{tf1_prefix(path)}.index") if to == "tf1" else path
+    if there.exists() and not overwrite:
+        raise FileExistsError(f"{there} exists. Pass `overwrite`, or choose another name.")
     if to == "keras" and path.suffix != ".keras" and not path.name.endswith(".weights.h5"):
         raise ValueError(
             f"Keras writes weights to *.weights.h5 and models to *.keras. Received: {path.name}."

@@ -185,7 +185,7 @@ def _in_one_order(content):
     header = json.loads(content[8:end])
     header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    return content[:8] + text.ljust(end - 8) + content[end:]
+    return b"".join((content[:8], text.ljust(end - 8), memoryview(content)[end:]))  # copied once
 
 # %% ../nbs/33_checkpoint.ipynb #52aef265
 class DamagedFile(ValueError):

@@ -5,12 +5,13 @@ import errno
 import fcntl
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 from test_recorder import COURSE, FACTS, scores
 
 from effnet_repro import checkpoint
-from effnet_repro.runs import Stopped, StopSignals, tables, write_scores
+from effnet_repro.runs import Stopped, StopSignals, tables, watch, write_scores
 from effnet_repro.runs.recorder import Recorder
 
 # ---------------------------------------------------------------- signals
@@ -142,3 +143,26 @@ def test_a_run_that_begins_leaves_a_validation_its_half_written_file(tmp_path, m
     monkeypatch.setattr(checkpoint, "remove_leftovers", remove)
     Recorder(tmp_path, COURSE, FACTS).find()
     assert held == [tmp_path.name, "nobody"]  # the folder of checkpoints is the run's own
+
+
+def test_a_figure_takes_at_most_a_twentieth_of_a_run(tmp_path, monkeypatch):
+    "Drawing takes 0.5 s here, an epoch 1 s: the figure is drawn at once, every 10 s, and at the end"
+    clock, drawn = [100.0], []
+
+    def draw(run_dir):
+        drawn.append(clock[0])
+        clock[0] += 0.5
+
+    monkeypatch.setattr(watch, "save_curves", draw)
+    monkeypatch.setattr(watch, "describe_epoch", lambda *_: "epoch")
+    monkeypatch.setattr(watch.Events, "write", lambda *_: None)
+    monkeypatch.setattr(watch.time, "monotonic", lambda: clock[0])
+    shown = watch.Watch(tmp_path)
+    for _ in range(25):
+        clock[0] += 1
+        shown.show_epoch(SimpleNamespace(course=None, newest=None), {})
+    assert drawn == [101.0, 111.5, 122.0]
+    shown.close()
+    assert drawn[3:] == [clock[0] - 0.5]
+    shown.close()
+    assert len(drawn) == 4

@@ -84,6 +84,8 @@ class _Loop:
         except Stopped:
             self._stop_here()
             finished = False
+        finally:
+            self.watch.close()
         average = recorder.folder / "average.safetensors"
         case = self.task.case
         return Run(

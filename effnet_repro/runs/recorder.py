@@ -198,6 +198,7 @@ class Recorder:
         self.newest, self.saved_step = None, 0  # The newest checkpoint, and its step
         self.meter = Meter(course.case.global_batch_size)
         self.average = WeightAverage(course.case.weight_average_decay)
+        self.copied: Optional[int] = None  # Step of the average in its file; None = not known
         self.rows: List[dict] = []
         self.passed_over = set()  # Damaged files whose headers are whole
         self.last_scores: Optional[Scores] = None  # Of the weights of this very step
@@ -277,11 +278,14 @@ class Recorder:
 
     def _copy_average(self):
         "Bring the copy of the average, for other readers, up to date"
-        path = self.folder / "average.safetensors"
-        if self.average.count:
-            content = self.average.encode()
-            if not path.is_file() or path.read_bytes() != content:
-                checkpoints.atomic_write(path, content)
+        path, newest = self.folder / "average.safetensors", self.average.last_update
+        if not self.average.count or (self.copied == newest and path.is_file()):
+            return
+        content = self.average.encode()
+        unknown = self.copied is None and path.is_file()  # what the process before has left
+        if not unknown or path.read_bytes() != content:
+            checkpoints.atomic_write(path, content)
+        self.copied = newest
 
     # ---------------------------------------------------------------- while it trains
 

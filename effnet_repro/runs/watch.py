@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -103,14 +104,36 @@ class Events:
 
 
 class Watch:
-    """What is shown of every epoch: the row's events, the figure drawn anew, and the row as a line."""
+    """What is shown of every epoch: the row's events, the figure drawn anew, and the row as a line.
+
+    A figure takes about half a second, which is as long as an epoch of a small set on a GPU. So it is drawn again only
+    once 20 times as long has passed as the last one took, and at the end of the run (`close`).
+    """
 
     def __init__(self, run_dir: Path):
         self.events, self.figure = Events(run_dir / "events"), BestEffort("figure", LOG, quiet=True)
+        self.run_dir, self.stale, self.due = (
+            run_dir,
+            False,
+            0.0,
+        )  # When the next figure may be drawn
 
     def show_epoch(self, recorder: Recorder, row: dict):
         """Show a row. Errors in here never end a run."""
         self.events.write(row)
-        with self.figure:
-            save_curves(recorder.run_dir)
+        self.stale = True
+        if time.monotonic() >= self.due:
+            self._draw()
         say(describe_epoch(row, recorder.course, recorder.newest))
+
+    def _draw(self):
+        begin, self.stale = time.monotonic(), False
+        with self.figure:
+            save_curves(self.run_dir)
+        now = time.monotonic()
+        self.due = now + 20 * (now - begin)
+
+    def close(self):
+        """Draw the epochs that the figure does not show yet."""
+        if self.stale:
+            self._draw()

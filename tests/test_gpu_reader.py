@@ -170,8 +170,6 @@ def test_who_is_free_takes_the_oldest_chunk_and_the_cores_come_first():
         gpu = pool.submit(chunks.take, 100, False)
         with pytest.raises(TimeoutError):
             gpu.result(0.05)
-        chunks.idle = 0
-        chunks.let_feed(True)
         assert chunks.take(4, True) == (two, slice(8, 10))
         chunks.close()
         assert gpu.result(5) is None

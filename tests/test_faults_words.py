@@ -36,6 +36,7 @@ def plain(text):
 
 # ---------------------------------------------------------------- command lines
 
+DISTRIBUTED = ["--distributed", "--backend", "jax"]  # whatever backend other tests have loaded
 LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
     "a flag with -- for a value": [
         (["--run-dir=--"], "--run-dir: a value is needed"),
@@ -81,13 +82,13 @@ LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
         (["--device", "ipu", "--ipus", "7000000"], "Use fewer replicas"),
     ],
     "several processes, said by half": [
-        (["--distributed", "--processes", "2"], "--coordinator and --process missing"),
+        ([*DISTRIBUTED, "--processes", "2"], "--coordinator and --process missing"),
         (
-            ["--distributed", "--processes", "2", "--process", "5", "--coordinator", "a:1"],
+            [*DISTRIBUTED, "--processes", "2", "--process", "5", "--coordinator", "a:1"],
             "process 5 of 2",
         ),
         (
-            ["--distributed", "--processes", "2", "--process", "0", "--coordinator", "a"],
+            [*DISTRIBUTED, "--processes", "2", "--process", "0", "--coordinator", "a"],
             "must be host:port",
         ),
         (["--processes", "2"], "--processes: for --distributed"),

@@ -9,7 +9,7 @@ __all__ = ['grouped_conv', 'widen_groups', 'patches', 'plain_ops', 'patch_produc
 import functools
 from typing import NamedTuple
 
-from .tiles import GROUP, launch, pallas, split_index
+from .tiles import GROUP, differentiable, launch, pallas, split_index
 from ..ops import JAXOps
 from ..scaling import same_padding
 
@@ -191,9 +191,7 @@ def _differentiable_grouped():
         d_x = _input_gradient(dy, kernel, strides, x.shape[2:4])
         return d_x, d_kernel.astype(kernel.dtype)
 
-    call = pallas()[0].custom_vjp(lambda *a: forward(*a)[0], nondiff_argnums=(2,))
-    call.defvjp(forward, backward)
-    return call
+    return differentiable(forward, backward, (2,))
 
 
 def grouped_conv(

@@ -6,7 +6,6 @@
 __all__ = ['moments', 'coefficients', 'pool', 'finish', 'NormOptions', 'gate_gradients', 'fused_norm', 'fused_proxy']
 
 # %% ../../nbs/15_fused_norm.ipynb #56e21e01
-import functools
 from typing import NamedTuple, Optional, Tuple
 
 from effnet_repro.kernels.tiles import (
@@ -15,6 +14,7 @@ from effnet_repro.kernels.tiles import (
     REDUCE,
     SUMS,
     activate,
+    differentiable,
     to_nchw16c,
     to_nhwc,
     filled,
@@ -323,13 +323,6 @@ def _backward(how, saved, g):
         only(keep, lambda: jnp.zeros_like(keep)),
     )
 
-
-@functools.lru_cache(maxsize=1)
-def _differentiable():
-    call = pallas()[0].custom_vjp(lambda *a: _forward(*a)[0], nondiff_argnums=(2,))
-    call.defvjp(_forward, _backward)
-    return call
-
 # %% ../../nbs/15_fused_norm.ipynb #aa83a471
 def fused_norm(
     x,  # Activations, (N, H, W, C) or by groups (N, C / 16, H, W, 16), any float type
@@ -351,7 +344,7 @@ def fused_norm(
             f"`norm_groups` must divide the channels. Received: norm_groups={how.norm_groups}, "
             f"channels={channels}."
         )
-    return _differentiable()(x, (gamma, beta, mean, inv_std, gate, *residual), how)
+    return differentiable(_forward, _backward, (2,))(x, (gamma, beta, mean, inv_std, gate, *residual), how)
 
 # %% ../../nbs/15_fused_norm.ipynb #1b8cf74f
 def _proxy_tile(refs, q_ref, cols, inside):
@@ -408,13 +401,6 @@ def _proxy_backward(vectors, d_out):
     return tuple(launch(kernel, (pl.cdiv(c, wide),), outs, *vectors, q, *d_out))
 
 # %% ../../nbs/15_fused_norm.ipynb #9d1f0110
-@functools.lru_cache(maxsize=1)
-def _differentiable_proxy():
-    call = pallas()[0].custom_vjp(lambda *a: _proxy(*a)[0])
-    call.defvjp(_proxy, _proxy_backward)
-    return call
-
-
 def fused_proxy(
     gamma,  # Scale of the norm, (C,) float32
     beta,  # Shift of the norm, (C,) float32
@@ -422,4 +408,4 @@ def fused_proxy(
     beta_prime,  # Proxy's mean, (C,) float32
 ):  # Mean and 1/std of the activated proxy, each (C,) float32
     "Compute what swish does to a Gaussian channel"
-    return _differentiable_proxy()(gamma, beta, gamma_prime, beta_prime)
+    return differentiable(_proxy, _proxy_backward)(gamma, beta, gamma_prime, beta_prime)

@@ -6,11 +6,10 @@
 __all__ = ['APPLY_TILES', 'APPLY_LAUNCH', 'SUM_TILES', 'SUM_LAUNCH', 'GRADIENT_TILES', 'GRADIENT_LAUNCH', 'fused_norm_matmul']
 
 # %% ../../nbs/23_norm_product.ipynb #23e00004
-import functools
-
 from .norm import coefficients, finish, gate_gradients, moments, pool
 from effnet_repro.kernels.tiles import (
     activate,
+    differentiable,
     dot,
     filled,
     flat,
@@ -162,13 +161,6 @@ def _backward(groups, saved, g):
     given = [None if v is None else d for v, d in zip((gamma, beta, mean, inv_std), given)]
     return d_x, d_w, (*given, d_gate)
 
-
-@functools.lru_cache(maxsize=1)
-def _differentiable():
-    call = pallas()[0].custom_vjp(lambda *a: _forward(*a)[0], nondiff_argnums=(3,))
-    call.defvjp(_forward, _backward)
-    return call
-
 # %% ../../nbs/23_norm_product.ipynb #23e00012
 def fused_norm_matmul(
     x,  # Activations by groups, (N, C / 16, H, W, 16), or (N, H, W, C), any float type
@@ -178,4 +170,4 @@ def fused_norm_matmul(
     norm_groups: int = 1,  # Groups; channel c belongs to group c mod norm_groups
 ):  # (N, H, W, T), type of x
     "Normalize, apply swish, the proxy and the gate, and multiply, without writing the factor"
-    return _differentiable()(x, w, (*vectors, gate), norm_groups)
+    return differentiable(_forward, _backward, (3,))(x, w, (*vectors, gate), norm_groups)

@@ -4,6 +4,7 @@ Kernels are written in Pallas and compiled through Triton. Without a GPU they ar
 exactly, so that tests anywhere check the same code. `nbs/15_fused_norm.ipynb` shows the orders and the tiles at work.
 """
 
+import functools
 import sys
 from types import ModuleType
 from typing import NamedTuple
@@ -22,6 +23,18 @@ def pallas():
     from jax.experimental.pallas import triton as plt
 
     return jax, jnp, pl, plt
+
+
+@functools.lru_cache(maxsize=None)
+def differentiable(
+    forward,  # Returns a result, and what `backward` is given of it
+    backward,  # From the fixed arguments, what was kept, and the result's gradient, to those of the others
+    fixed=(),  # Numbers of the arguments that are no arrays
+):
+    "Return a function with the result of `forward`, whose gradient `backward` computes."
+    call = pallas()[0].custom_vjp(lambda *a: forward(*a)[0], nondiff_argnums=fixed)
+    call.defvjp(forward, backward)
+    return call
 
 
 # ---------------------------------------------------------------- two orders in memory

@@ -49,6 +49,12 @@ def local_path(
     return Path(found)
 
 
+def no_folder(path: Path, name: str) -> str:
+    """Return the sentence about a path that is no folder; `name` is what the user calls it."""
+    what = "is a file" if path.exists() else "does not exist"
+    return f"`{name}` must be a folder. Received: {str(path)!r}, which {what}."
+
+
 def utf8_path(path) -> str:
     """Return a path as text for a library that encodes it in UTF-8 by itself, such as TensorFlow, in any locale.
 

@@ -21,7 +21,7 @@ from effnet_repro.data.split import split_off
 from effnet_repro.data.unread import hint_on
 from effnet_repro.messages import say
 from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
-from effnet_repro.paths import local_path
+from effnet_repro.paths import local_path, no_folder
 
 
 @dataclass(frozen=True)
@@ -222,10 +222,7 @@ def open_data(
     check_decoder(decoder)
     root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")
     if not root.is_dir():
-        raise FileNotFoundError(
-            f"`data_dir` must be a folder. Received: {str(root)!r}, which "
-            f"{'is a file' if root.exists() else 'does not exist'}. Leave it out for the built-in set."
-        )
+        raise FileNotFoundError(f"{no_folder(root, 'data_dir')} Leave it out for the built-in set.")
     kind, root = (data_format, root) if data_format else recognize(root)
     listing = Listing(root, cache_dir, say, on_corrupt == "skip")
     splits, names = OPENERS[kind](listing)

@@ -48,7 +48,7 @@ def folder_of_classes(folder: Path, names: Sequence[str], holds_images) -> Optio
 
 def hint_on(folder: Path) -> str:
     """Return what a folder may be that is no set of images here, and what to do; "" where nothing tells."""
-    there = [path for path in listed(folder)]
+    there = listed(folder)
     for path in _folders(folder)[:20]:
         there += listed(path)[:20]
     names = [path.name for path in there]

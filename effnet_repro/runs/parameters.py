@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, NamedTuple, Sequence, Tuple
 from effnet_repro.config import FIELDS, budget_overrides, get_case, unknown_name
 from effnet_repro.data.decoders import DECODERS
 from effnet_repro.finetuning import PROTOCOLS
-from effnet_repro.paths import local_path
+from effnet_repro.paths import local_path, no_folder
 from effnet_repro.recipe import is_trained
 
 
@@ -54,8 +54,7 @@ def _budget(name, value):
 def _folder(name, value):
     path = local_path(value, name)
     if not path.is_dir():
-        what = "is a file" if path.exists() else "does not exist"
-        raise ValueError(f"`{name}` must be a folder. Received: {str(path)!r}, which {what}.")
+        raise ValueError(no_folder(path, name))
     return str(path)
 
 

@@ -344,7 +344,9 @@ def fused_norm(
             f"`norm_groups` must divide the channels. Received: norm_groups={how.norm_groups}, "
             f"channels={channels}."
         )
-    return differentiable(_forward, _backward, (2,))(x, (gamma, beta, mean, inv_std, gate, *residual), how)
+    return differentiable(_forward, _backward, (2,))(
+        x, (gamma, beta, mean, inv_std, gate, *residual), how
+    )
 
 # %% ../../nbs/15_fused_norm.ipynb #1b8cf74f
 def _proxy_tile(refs, q_ref, cols, inside):

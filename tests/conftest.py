@@ -25,6 +25,10 @@ def run(capsys, monkeypatch):
 
     for name in ("DATA_DIR", "CONFIG_PATH"):
         monkeypatch.delenv(name, raising=False)
+    backend = os.environ.get("KERAS_BACKEND")
+    monkeypatch.setenv("KERAS_BACKEND", backend or "tensorflow")  # put back: a command sets it
+    if not backend:
+        monkeypatch.delenv("KERAS_BACKEND")
 
     def call(*words):
         capsys.readouterr()

@@ -103,8 +103,10 @@ def test_what_is_wrong_is_told_before_anything_is_computed(run, folder, words, s
 TRAININGS = [words for words, _, _ in EARLY if words[:1] == ("train",)]
 
 
+@pytest.mark.parametrize("backend", ["tensorflow", "jax"])
 @pytest.mark.parametrize("words", TRAININGS)
-def test_a_dry_run_answers_as_the_run_does(run, folder, words):
+def test_a_dry_run_answers_as_the_run_does(run, folder, words, backend):
+    words = (*words, "--backend", backend)
     status, _, err = run(*words)
     assert run(*words, "--dry-run")[::2] == (status, err)
 

@@ -133,8 +133,7 @@ def finetune_command(args):
             args.protocol = args.protocol or "published"
             return finetune_on_ipus(args, source, trained)
         plan = lead_plan(lambda: _plan_finetuning(args, source, trained))
-        if not args.dry_run:
-            plan = checked_early(args, plan, plan.resolved.init)
+        plan = checked_early(args, plan, plan.resolved.init)
     start_keras(args)
     plan = settled_on_device(plan, precision_of(args))
     init = None if args.new_head else plan.resolved.init

@@ -158,7 +158,7 @@ def checked_early(args, plan: CommandPlan, init=None) -> CommandPlan:
     `init` is what it begins from. Of several processes each checks for itself, later. The run says again what is said
     here, and finds damaged images when it reads them. ValueError or OSError, as the run would raise.
     """
-    if args.distributed:
+    if args.distributed and not args.dry_run:
         return plan
     data = plan.resolved.data or open_data_of(args, plan.resolved.run_dir, init)
     resolved = replace(plan.resolved, data=data)

@@ -81,8 +81,7 @@ def train_command(args):
             return launch(args, "train")
         start_keras(args)
     plan = lead_plan(lambda: plan_training(args, run_dir))
-    if not args.dry_run:
-        plan = checked_early(args, plan, args.init_path)
+    plan = checked_early(args, plan, args.init_path)
     if chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))

@@ -29,6 +29,12 @@ def shown(text) -> str:
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def in_a_line(text) -> str:
+    """Return text of one line that can be printed: ends of lines and orders to a terminal, in names, as escapes."""
+    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
+    return "".join(map(plain, shown(text)))
+
+
 def _print(text, file):
     try:
         print(text, file=file, flush=True)

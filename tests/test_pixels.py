@@ -12,7 +12,7 @@ from test_gpu_reader import maker
 
 from effnet_repro import data as d
 from effnet_repro.data import decode, gpu_reader, packed
-from effnet_repro.data.files import SquaresJob
+from effnet_repro.data.files import SquaresJob, timm_square
 from effnet_repro.data.request import TrainRequest, ValidationRequest, batch_order
 from effnet_repro.outside import MOST_IMAGE_BYTES, MOST_PIXELS
 
@@ -228,6 +228,22 @@ def test_chunks_that_are_no_pixels_do_not_damage_a_png(kind, damaged):
     for body in bodies[not damaged :]:
         data = plain[:33] + chunk(kind, body, damaged) + plain[33:]
         np.testing.assert_array_equal(decode.decode_image(data, upright=True), picture(8, 8))
+
+
+def test_pillow_is_not_asked_to_start_other_programs():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(ValueError, match="it is a PostScript file"):
+        decode.decode_image(script)
+
+
+@pytest.mark.parametrize("shape", [(1, 10**6), (10**6, 1), (2, 10**6 + 1)])
+def test_squares_of_very_long_images_take_no_more_memory(shape):
+    pixels = np.zeros((*shape, 3), np.uint8)
+    middle = tuple(slice((n - 1) // 2, n // 2 + 1) for n in shape)
+    pixels[middle] = 200
+    square = timm_square(pixels, 64, 0.875)
+    assert square.shape == (64, 64, 3) and square[32, 32].min() > 100
+    assert square.min((0, 1)).max() < 100
 
 
 def jpeg_of(height, width):

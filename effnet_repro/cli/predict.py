@@ -1,5 +1,6 @@
 """`effnet-predict`: name what images show."""
 
+import collections
 import contextlib
 import csv
 import json
@@ -22,9 +23,10 @@ from effnet_repro.cli.options import (
     precision_of,
     start_keras,
 )
-from effnet_repro.cli.streams import in_a_line
 from effnet_repro.convert import format_of
 from effnet_repro.data.files import find_images
+from effnet_repro.data.places import describe_left
+from effnet_repro.messages import in_a_line
 
 MOST_LIST = 2**28  # Bytes of a list of paths: millions of them
 
@@ -57,7 +59,11 @@ def _listed(paths):
     named = []
     for path in paths:
         named += _from_stdin() if path == "-" else [path]
-    return find_images(named)
+    left = collections.Counter()
+    images = find_images(named, left)
+    if left:
+        print(f"note: left out, {describe_left(left)}", file=sys.stderr)
+    return images
 
 
 def _from_stdin():

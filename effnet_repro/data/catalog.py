@@ -11,7 +11,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 
-from effnet_repro.config import unknown_name
+from effnet_repro.config import list_some, unknown_name
 from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decoders import check_decoder
 from effnet_repro.data.layouts import OPENERS, recognize
@@ -19,7 +19,7 @@ from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.data.unread import hint_on
-from effnet_repro.messages import say
+from effnet_repro.messages import in_a_line, say
 from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
 from effnet_repro.paths import local_path, no_folder
 
@@ -142,9 +142,9 @@ def _whole(value, most):
 
 
 def _read_info(path):
-    "Number and names of the classes in `info.json`: (None, {}) where there is none"
+    "Number and names of the classes in `info.json`, and images of each split: (None, {}, {}) where there is none"
     if not path.exists():
-        return None, {}
+        return None, {}, {}
     try:
         info = read_json(path)
         if not isinstance(info.get("classes", []), list):
@@ -158,6 +158,8 @@ def _read_info(path):
                 raise ValueError(f"the text of label {label} is none")
             if names.setdefault(label - 1, str(one["text"])) != str(one["text"]):
                 raise ValueError(f"label {label} has two names")
+        splits = info.get("splits") or {}
+        counts = {name: dict(splits[name]).get("records") for name in splits}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         what = what.replace(f"{path} ", "it ").rstrip(".")[:200]
@@ -165,14 +167,36 @@ def _read_info(path):
             f"{path} is not a description of classes ({what}). It needs "
             f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
         ) from None
-    return number, names
+    return number, names, counts
+
+
+def _one_name(label, texts, told):
+    "The name of a class: `told` by info.json, or what all records call it"
+    texts = [texts] if isinstance(texts, str) else texts
+    if told is not None or len(texts) == 1:
+        return texts[0] if told is None else told
+    calls = " and ".join(repr(text) for text in texts[:3])
+    raise ValueError(
+        f"Records of label {label + 1} call it {calls}: a label has one meaning in all files. Mend the records, or "
+        "name the classes in info.json."
+    )
 
 
 def _classes(listing, splits, names):
     "Splits whose labels are checked, and number and names of the classes, by `info.json` if there is one"
     root = listing.root
-    number, told = _read_info(root / "info.json")
-    names = {**names, **told}
+    number, told, counts = _read_info(root / "info.json")
+    for label, text in told.items():
+        texts = () if isinstance(names.get(label, ""), str) else names[label]
+        if set(texts) & (set(told.values()) - {text}):
+            listing.say(
+                f"data: info.json in {root} calls label {label + 1} {text!r}, and records call it {texts[0]!r}: "
+                "info.json counts"
+            )
+            break
+    names = {
+        label: _one_name(label, names.get(label), told.get(label)) for label in {*names, *told}
+    }
     most = number or _MOST_CLASSES
     limit = (
         f"the {number} classes of {root}"
@@ -197,6 +221,12 @@ def _classes(listing, splits, names):
             f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}. {hint_on(root)}".rstrip()
         )
     names = {label: name for label, name in names.items() if label < most}
+    for name, split in checked.items():
+        many, missing = counts.get(name), len(split.label) + len(listing.damaged)
+        if isinstance(many, int) and missing < many:
+            listing.say(
+                f"data: info.json in {root} speaks of {many:,} {name} images; {len(split.label):,} are there"
+            )
     return checked, number or max(highest, *names, 0) + 1, names
 
 
@@ -223,8 +253,12 @@ def open_data(
     root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise FileNotFoundError(f"{no_folder(root, 'data_dir')} Leave it out for the built-in set.")
+    if (root / "pack.json").exists() and not (root / "info.json").exists():
+        raise ValueError(
+            f"{root} holds a set that effnet-pack has not finished. Run the same command again: it goes on."
+        )
     kind, root = (data_format, root) if data_format else recognize(root)
-    listing = Listing(root, cache_dir, say, on_corrupt == "skip")
+    listing = Listing(root, cache_dir, lambda text: say(in_a_line(text)), on_corrupt == "skip")
     splits, names = OPENERS[kind](listing)
     splits, validation_split = split_off(splits, root, kind, validation_split)
     splits, num_classes, names = _classes(listing, splits, names)
@@ -255,6 +289,16 @@ def say_found(
     data: DataSet,  # From `open_data`
 ):
     "Print what was found, and the first images that were left out"
-    say(data.describe())
+    say(in_a_line(data.describe()))
     for place in data.damaged[:5]:
-        say(f"  left out: {place}")
+        say(in_a_line(f"  left out: {place}"))
+    shown = {name: set(split.label.tolist()) for name, split in data.splits.items()}
+    for name, other in (("training", "validation"), ("validation", "training")):
+        here, there = (shown[{"training": "train"}.get(n, n)] for n in (name, other))
+        alone = [data.class_names[label] for label in sorted(there - here)]
+        if here and alone:
+            say(
+                in_a_line(
+                    f"data: no {name} images of {list_some(alone)}, though there are {other} images"
+                )
+            )

@@ -3,6 +3,7 @@
 A row is kind -> what is added to or taken from a good set -> words of the line that says so, or of a refusal.
 """
 
+import errno
 import os
 import re
 import shutil
@@ -133,3 +134,42 @@ def test_packed_sets_that_are_not_whole_are_told_or_refused(packed_set, tmp_path
     else:
         assert d.open_data(root).train_count == train
         assert re.search(says, capsys.readouterr().out)
+
+
+# ---------------------------------------------------------------- what cannot be read
+
+UNREADABLE = {  # kind -> (what the system does not give, how many training images are left)
+    "a class": ("train/a", 2),
+    "a folder in a class": ("train/a/deep", 4),
+    "records": ("train-00001-of-00002", 1),
+    "CIFAR's rows": ("data_batch_2.bin", 1),
+}
+
+
+@pytest.mark.parametrize("kind", UNREADABLE)
+def test_what_the_system_does_not_give_is_named_or_left_out(tmp_path, monkeypatch, kind):
+    place, left = UNREADABLE[kind]
+    root = tmp_path / "r"
+    if place.startswith("train/"):
+        folders(root, {**FOLDERS, "train/a/deep/x.jpg": JPEG})
+    elif place.startswith("train"):
+        for i in range(2):
+            write(root, "train", [record()], f"{{}}-0000{i}-of-00002")
+    else:
+        folders(root, {f"data_batch_{i}.bin": bytes(3073) for i in (1, 2)})
+
+    def barred(given):
+        def call(path, *how, **named):
+            if str(path) == str(root / place):
+                raise PermissionError(errno.EACCES, "Permission denied", str(path))
+            return given(path, *how, **named)
+
+        return call
+
+    monkeypatch.setattr(os, "scandir", barred(os.scandir))
+    monkeypatch.setattr(np, "fromfile", barred(np.fromfile))
+    monkeypatch.setattr("builtins.open", barred(open))
+    with pytest.raises(ValueError, match=f"{place} cannot be read: Permission denied"):
+        d.open_data(root, verbose=False)
+    found = d.open_data(root, cache_dir=tmp_path, on_corrupt="skip", verbose=False)
+    assert found.train_count == left and found.damaged_kinds == ("file",)

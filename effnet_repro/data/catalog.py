@@ -253,7 +253,7 @@ def open_data(
     root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise FileNotFoundError(f"{no_folder(root, 'data_dir')} Leave it out for the built-in set.")
-    if (root / "pack.json").exists() and not (root / "info.json").exists():
+    if os.path.exists(root / "pack.json") and not os.path.exists(root / "info.json"):
         raise ValueError(
             f"{root} holds a set that effnet-pack has not finished. Run the same command again: it goes on."
         )

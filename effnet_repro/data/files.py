@@ -40,7 +40,12 @@ def first_image(folder) -> Optional[str]:
 
 def _images_below(folder, left=None):
     seen = set()
-    for inner, folders, files in os.walk(folder, followlinks=True):
+
+    def unread(error):
+        if left is not None:
+            left["folder that cannot be read"] += 1
+
+    for inner, folders, files in os.walk(folder, onerror=unread, followlinks=True):
         folders[:] = sorted(name for name in folders if not left_by_tools(name))
         if os.path.realpath(inner) in seen:  # a link that leads back
             folders[:] = []
@@ -48,7 +53,7 @@ def _images_below(folder, left=None):
         seen.add(os.path.realpath(inner))
         for name in sorted(name for name in files if not left_by_tools(name)):
             path = os.path.join(inner, name)
-            if is_image_name(name) or (os.path.isfile(path) and is_image_inside(path)):
+            if is_image_name(name) or is_image_inside(path):
                 yield path
             elif left is not None:
                 left[os.path.splitext(name)[1].lower() or "without a suffix"] += 1

@@ -121,18 +121,20 @@ def _images(folder, listing, seen=None, deep=True):
             return  # a link that leads back
         if depth > _DEEPEST:
             return listing.leave(inner, f"folder deeper than {_DEEPEST}")
-        with os.scandir(inner) as entries:
-            for entry in entries:
-                if left_by_tools(entry.name):
-                    continue
-                about, place = _about(entry, listing), (*above, entry.name)
-                if about is None:
-                    continue
-                if stat.S_ISDIR(about.st_mode):
-                    if deep:
-                        enter(entry.path, place, depth + 1)
-                elif _is_image(entry, about, listing):
-                    found.append((place, entry.path, about.st_size))
+        try:
+            with os.scandir(inner) as there:
+                entries = [entry for entry in there if not left_by_tools(entry.name)]
+        except OSError as error:
+            return listing.damage_file(inner, error)
+        for entry in entries:
+            about, place = _about(entry, listing), (*above, entry.name)
+            if about is None:
+                continue
+            if stat.S_ISDIR(about.st_mode):
+                if deep:
+                    enter(entry.path, place, depth + 1)
+            elif _is_image(entry, about, listing):
+                found.append((place, entry.path, about.st_size))
 
     enter(str(folder), (), 0)
     return [(path, size) for _, path, size in sorted(found)]
@@ -150,7 +152,7 @@ def _about(entry, listing):
         if entry.is_symlink():
             listing.damage_link(entry.path)
         else:
-            listing.damage("file", f"{entry.path} cannot be read: {error.strerror}.")
+            listing.damage_file(entry.path, error)
         return None
 
 
@@ -172,7 +174,10 @@ def _is_image(entry, about, listing):
 def is_image_inside(path: str) -> bool:
     """Return whether a file is an image by its first bytes, if its suffix is none that is known."""
     suffix = os.path.splitext(path)[1].lower()
-    kind = "" if suffix in _OTHERS else kind_of(head_of(path))
+    try:
+        kind = "" if suffix in _OTHERS else kind_of(head_of(path))
+    except OSError:  # nothing says that it is meant as one
+        return False
     # Raw files of cameras are TIFFs, too.
     return kind in _BY_CONTENT or (kind == "a TIFF" and not suffix)
 
@@ -197,7 +202,10 @@ def _class_folders(folder, listing):
 
 def _refuse_splits(folder):
     "Raise `ValueError` for a class folder that holds train/ and val/: splits come before classes here"
-    inside = [path.name for path in _named(folder, ("train", "val", "validation", "test"))]
+    try:
+        inside = [path.name for path in _named(folder, ("train", "val", "validation", "test"))]
+    except OSError:  # `_images` tells it
+        return
     if len(inside) > 1:
         raise ValueError(
             f"The class folder {folder} holds the folders {' and '.join(inside)}. Training and validation images "

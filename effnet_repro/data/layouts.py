@@ -119,6 +119,15 @@ def _original(facts):
 
 
 def _list_tfrecord(path, damage):
+    "Facts of each record of a file, none of one that cannot be read; see `_facts_of_records`"
+    try:
+        return _facts_of_records(path, damage)
+    except OSError as error:
+        damage("file", f"{path} cannot be read: {error.strerror or error}.")
+        return []
+
+
+def _facts_of_records(path, damage):
     "Facts of each record of a file; the image's place as offset in the file and length"
 
     def broken(text):
@@ -253,11 +262,14 @@ def _list_cifar(paths, total, head, classes, listing):
     row, labels, places, counts = 3072 + head, [np.zeros(0, np.uint8)], [np.zeros(0, int)], []
     for path in paths:
         data = np.zeros(0, np.uint8)
-        if path.is_file():
-            data = np.fromfile(path, np.uint8)
-        else:
-            listing.damage("special file", f"{path} is no file that can be read.")
-        if data.size % row or not data.size:
+        try:
+            if path.is_file():
+                data = np.fromfile(path, np.uint8)
+            else:
+                listing.damage("special file", f"{path} is no file that can be read.")
+        except OSError as error:
+            listing.damage_file(path, error)
+        if data.size % row or (path.is_file() and not os.path.getsize(path)):
             listing.damage(
                 "file",
                 f"Truncated file: {path} has {data.size} bytes, not a multiple of {row}. Copy it again.",

@@ -110,6 +110,10 @@ class Listing:
         """Leave out a link to nothing, or raise `ValueError`, as `damage` does."""
         self.damage("link", f"{path} is a link to {os.readlink(path)}, which is not there.")
 
+    def damage_file(self, path, error: OSError) -> None:
+        """Leave out a file or folder that the disk or its permissions do not give, or raise `ValueError`."""
+        self.damage("file", f"{path} cannot be read: {error.strerror or error}.")
+
     def leave(self, path, kind: str = "") -> None:
         """Count a file that is not meant as an image; its kind is its suffix unless `kind` says otherwise."""
         suffix = os.path.splitext(path)[1].lower()

@@ -78,6 +78,13 @@ def folder_of_classes(folder: Path, names: Sequence[str], holds_images) -> Optio
     return None
 
 
+def _is_records(path):
+    try:
+        return path.is_file() and is_tfrecord(path)
+    except OSError:
+        return False
+
+
 def hint_on(folder: Path) -> str:
     """Return what a folder may be that is no set of images here, and what to do; "" where nothing tells."""
     there = listed(folder)
@@ -86,7 +93,7 @@ def hint_on(folder: Path) -> str:
     names = [path.name for path in there]
     if any(_CIFAR_FOR_PYTHON.fullmatch(name) for name in names):
         return "CIFAR's files for Python are not read: take the binary version (cifar-10-binary.tar.gz)."
-    if any(path.is_file() and is_tfrecord(path) for path in there[:7]):
+    if any(_is_records(path) for path in there[:7]):
         return "TFRecords are read from files called train-* and validation-*: rename these, or link them."
     tables = {os.path.splitext(name)[1].lower() for name in names} & _TABLES
     if tables or any("-ubyte" in name for name in names):

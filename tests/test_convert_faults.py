@@ -194,6 +194,13 @@ def test_numbers_that_are_no_weights_are_refused(tmp_path, kind):
         convert.read(tmp_path / "tf_efficientnet_b0.safetensors")
 
 
+def test_quantized_weights_of_keras_are_refused(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as made:
+        made["conv/kernel"] = np.zeros((3, 3, 3, 8), "int8")
+    with pytest.raises(ValueError, match="numbers of type int8 in conv/kernel: quantized"):
+        convert.read(tmp_path / "w.h5")
+
+
 def test_weights_in_bfloat16_are_read(tmp_path):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     state = timm_vectors.state_dict(TIMM["shapes"]["tf_efficientnet_b0"])

@@ -72,6 +72,11 @@ READ = {  # kind: (files, training images, validation images, what is said)
     "a list of more than there is": (
         {**TRAIN, **FLAT, "LOC_val_solution.csv": CSV + "v9,a 1\n"}, 4, 2, "images that .* lists are not there",
     ),
+    "images of hidden names": (
+        {**FOLDERS, "train/a/@user.jpg": JPEG, "train/a/.x.jpg": JPEG, "train/a/._y.jpg": "\0\5\x16\7"},
+        4, 4, "2 whose name begins with a dot, @ or ~",
+    ),
+    "splits with a space": (moved(train="train "), 4, 4, ""),
     "HEIC among flat images": (
         {**TRAIN, **FLAT, "val/v3.HEIC": HEIC, "LOC_val_solution.csv": CSV}, 4, 2, "1 .heic.*convert them first",
     ),
@@ -168,6 +173,13 @@ REFUSED = {  # kind: (files, words)
     "images alone": ({"1.jpg": JPEG, "2.jpg": JPEG}, "lie in no class folders: sort them"),
     "seg_train and seg_test": (
         {f"seg_{s}/seg_{s}/{c}/1.bmp": bmp(1) for s in ("train", "test") for c in "ab"}, "look like parts of a set",
+    ),
+    "a class called train": (
+        {f"{c}/{i}.bmp": bmp(i) for c in ("train", "bus", "car") for i in (1, 2)}, "as bus, car may be, rename it",
+    ),
+    "info.json that swaps class folders": (
+        {**FOLDERS, "info.json": '{"classes": [{"label": 1, "text": "b"}, {"label": 2, "text": "a"}]}'},
+        "calls label 1 'b', which is the folder 'a'",
     ),
     "folds": ({f"fold{i}/{c}/1.bmp": bmp(1) for i in (1, 2) for c in "ab"}, "fold1 and fold2, which look like parts"),
     "a set that was not packed to its end": ({**FOLDERS, "pack.json": "{}"}, "effnet-pack has not finished"),

@@ -47,6 +47,18 @@ def test_what_is_odd_about_records_is_said(tmp_path, capsys, kind):
     assert re.search(said, capsys.readouterr().out)
 
 
+@pytest.mark.parametrize("splits", ["[1]", '{"train": 3}', '{"train": {"records": 1e400}}'])
+def test_counts_in_info_that_are_none_do_not_matter(tmp_path, splits):
+    root = folders(tmp_path, {**FOLDERS, "info.json": f'{{"splits": {splits}}}'.encode()})
+    assert d.open_data(root, verbose=False).train_count == 4
+
+
+@pytest.mark.parametrize("asked", ["tfrecord", "cifar", "raw"])
+def test_another_format_than_was_asked_for_is_named(tmp_path, asked):
+    with pytest.raises(FileNotFoundError, match="It looks like data_format='folder'"):
+        d.open_data(folders(tmp_path, FOLDERS), asked)
+
+
 @pytest.mark.parametrize("place", ["train", "validation"])
 def test_a_label_of_two_names_is_refused_unless_info_names_it(tmp_path, place):
     write(tmp_path, "train", [named(1, "cat"), named(2, "dog")])

@@ -6,7 +6,7 @@ import numpy as np
 
 from effnet_repro.config import for_one_device, list_some
 from effnet_repro.convert.recognize import case_for, network_of
-from effnet_repro.convert.weights import Weights, class_names_of
+from effnet_repro.convert.weights import Weights, class_names_of, quantized
 from effnet_repro.network import check_matches, initial_value, params, spec_of_arrays
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec
 
@@ -79,10 +79,7 @@ def _check_numbers(path, arrays):
     kinds = {n: a.dtype for n, a in arrays.items() if a.dtype.kind != "f"}
     if kinds:
         name = min(kinds)
-        raise ValueError(
-            f"{path} holds numbers of type {kinds[name]} in {name}: quantized weights are not read. Take those "
-            "before they were quantized."
-        )
+        raise ValueError(quantized(path, kinds[name], name))
     variances = [
         n
         for n, a in arrays.items()

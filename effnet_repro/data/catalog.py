@@ -1,5 +1,6 @@
 """What is in a folder: `open_data` lists images, classes and damage as a `DataSet`, which can sum itself up."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -158,8 +159,8 @@ def _read_info(path):
                 raise ValueError(f"the text of label {label} is none")
             if names.setdefault(label - 1, str(one["text"])) != str(one["text"]):
                 raise ValueError(f"label {label} has two names")
-        splits = info.get("splits") or {}
-        counts = {name: dict(splits[name]).get("records") for name in splits}
+        splits = info.get("splits") if isinstance(info.get("splits"), dict) else {}
+        counts = {name: one.get("records") for name, one in splits.items() if isinstance(one, dict)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         what = what.replace(f"{path} ", "it ").rstrip(".")[:200]
@@ -182,18 +183,26 @@ def _one_name(label, texts, told):
     )
 
 
+def _compare_names(listing, told, names):
+    "Refuse an info.json that gives a class folder the name of another; say it where records call a label otherwise"
+    for label, text in told.items():
+        texts = [names[label]] if isinstance(names.get(label), str) else names.get(label, [])
+        if not set(texts) & (set(told.values()) - {text}):
+            continue
+        path = listing.root / "info.json"
+        if isinstance(names[label], str):
+            raise ValueError(
+                f"{path} calls label {label + 1} {text!r}, which is the folder {texts[0]!r}. Mend it, or remove it."
+            )
+        calls = f"calls label {label + 1} {text!r}, and records call it {texts[0]!r}"
+        return listing.say(f"data: {path} {calls}: info.json counts")
+
+
 def _classes(listing, splits, names):
     "Splits whose labels are checked, and number and names of the classes, by `info.json` if there is one"
     root = listing.root
     number, told, counts = _read_info(root / "info.json")
-    for label, text in told.items():
-        texts = () if isinstance(names.get(label, ""), str) else names[label]
-        if set(texts) & (set(told.values()) - {text}):
-            listing.say(
-                f"data: info.json in {root} calls label {label + 1} {text!r}, and records call it {texts[0]!r}: "
-                "info.json counts"
-            )
-            break
+    _compare_names(listing, told, names)
     names = {
         label: _one_name(label, names.get(label), told.get(label)) for label in {*names, *told}
     }
@@ -230,6 +239,15 @@ def _classes(listing, splits, names):
     return checked, number or max(highest, *names, 0) + 1, names
 
 
+def _other_format(root, data_format):
+    "What a message says where the format that was asked for gave no images and another one fits"
+    with contextlib.suppress(OSError, ValueError):
+        kind = recognize(root)[0]
+        if data_format not in (None, kind):
+            return f" It looks like data_format={kind!r}."
+    return ""
+
+
 def _check_open(data_dir, data_format, on_corrupt):
     if data_format is not None and data_format not in OPENERS:
         raise unknown_name("data_format", data_format, OPENERS)
@@ -261,7 +279,10 @@ def open_data(
     listing = Listing(root, cache_dir, lambda text: say(in_a_line(text)), on_corrupt == "skip")
     splits, names = OPENERS[kind](listing)
     splits, validation_split = split_off(splits, root, kind, validation_split)
-    splits, num_classes, names = _classes(listing, splits, names)
+    try:
+        splits, num_classes, names = _classes(listing, splits, names)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_other_format(root, data_format)}") from None
     listing.tell_left()
     data = DataSet(
         format=kind,

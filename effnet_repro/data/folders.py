@@ -65,7 +65,7 @@ def _has_classes(folder):
 def _named(root, names):
     "The folders of these names, in the order of the names; upper case counts as lower case"
     there = [path for path in listed(root) if path.is_dir()]
-    return [path for name in names for path in there if path.name.lower() == name]
+    return [path for name in names for path in there if path.name.strip().lower() == name]
 
 
 def training_folder(root: Path) -> Optional[Path]:
@@ -123,10 +123,14 @@ def _images(folder, listing, seen=None, deep=True):
             return listing.leave(inner, f"folder deeper than {_DEEPEST}")
         try:
             with os.scandir(inner) as there:
-                entries = [entry for entry in there if not left_by_tools(entry.name)]
+                entries = list(there)
         except OSError as error:
             return listing.damage_file(inner, error)
         for entry in entries:
+            if left_by_tools(entry.name):
+                if is_image_name(entry.name) and _looks_like_image(entry.path):
+                    listing.leave(entry.path, "whose name begins with a dot, @ or ~")
+                continue
             about, place = _about(entry, listing), (*above, entry.name)
             if about is None:
                 continue
@@ -174,12 +178,16 @@ def _is_image(entry, about, listing):
 def is_image_inside(path: str) -> bool:
     """Return whether a file is an image by its first bytes, if its suffix is none that is known."""
     suffix = os.path.splitext(path)[1].lower()
+    return suffix not in _OTHERS and _looks_like_image(path, not suffix)
+
+
+def _looks_like_image(path, tiff=False):
+    "Whether the first bytes are those of an image; raw files of cameras are TIFFs, too"
     try:
-        kind = "" if suffix in _OTHERS else kind_of(head_of(path))
+        kind = kind_of(head_of(path))
     except OSError:  # nothing says that it is meant as one
         return False
-    # Raw files of cameras are TIFFs, too.
-    return kind in _BY_CONTENT or (kind == "a TIFF" and not suffix)
+    return kind in _BY_CONTENT or (tiff and kind == "a TIFF")
 
 
 def _class_folders(folder, listing):
@@ -308,6 +316,13 @@ def _choose_validation(root, listing):
     return (full or there or [None])[0]
 
 
+def _if_a_class(root, train):
+    "What is said of a folder of training images among folders that look like classes"
+    others = [p for p in listed(root) if p.is_dir() and p != train and _holds_images(p, False)]
+    names = [p.name for p in others if p.name.lower() not in {*VALIDATION, *_ASIDE}]
+    return f" If it is a class, as {list_some(names)} may be, rename it." if names else ""
+
+
 def open_folders(listing: Listing):
     """Open class folders: see `layouts`."""
     root = listing.root
@@ -330,7 +345,7 @@ def open_folders(listing: Listing):
     if train is not None and not classes and _flat(train):
         raise ValueError(
             f"{train} holds {len(_flat(train)):,} images, but no class folders: sort them into "
-            f"{train}/<class>/, a folder for each class."
+            f"{train}/<class>/, a folder for each class.{_if_a_class(root, train)}"
         )
     archives = _archives(train or validation)
     if not classes and archives:
@@ -351,8 +366,8 @@ def open_folders(listing: Listing):
             f"A class has the same name in both{_almost(extra, classes)}."
         )
     _tell_alike(classes, listing)
-    tell_same_folders(above, classes, _holds_images, listing)
     splits = {"train": _sorted_out(train, classes, listing)}
+    tell_same_folders(above, classes, _holds_images, listing)
     if validation is not None and not inside and _flat(validation):
         splits["validation"] = _list_flat(root, validation, classes, listing)
     else:

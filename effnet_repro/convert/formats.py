@@ -45,7 +45,8 @@ def format_of(
         return "ours" if "effnet_repro" in header else "torch"
     endings, kind = (".safetensors", ".keras", ".h5", *_TORCH_ENDINGS, ".index"), file_kind(path)
     ending = _ENDINGS.get(kind)
-    hint = f": if it holds weights, call it {path.stem}{ending}" if ending else ""
+    what = "if PyTorch wrote it" if ending == ".pth" else "if it holds weights"
+    hint = f": {what}, call it {path.stem}{ending}" if ending else ""
     raise ValueError(
         f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder. It is {kind}{hint}."
     )

@@ -49,7 +49,10 @@ def _h5_shapes(path):
             if name.startswith("optimizer"):
                 return
             shapes[name] = item.shape
-            if len(item.shape) in (2, 4) and item.dtype.kind != "f":
+            kinds = (
+                "f" if len(item.shape) in (2, 4) else "fiu"
+            )  # counters and states of chance are whole
+            if item.dtype.kind not in kinds:
                 raise ValueError(quantized(path, item.dtype, name))
 
     if path.suffix == ".keras" and kind_of(head_of(path)) == "a ZIP archive":

@@ -111,8 +111,8 @@ def names_in(said, what) -> Optional[Tuple[str, ...]]:
 def quantized(path, dtype, name) -> str:
     """Return what is said of an array of weights that are no floating point numbers."""
     return (
-        f"{path} holds numbers of type {dtype} in {name}: quantized weights are not read. Take those before they were "
-        "quantized."
+        f"{path} holds numbers of type {dtype} in {name}: quantized weights are not read. Take those from before "
+        "they were quantized."
     )
 
 

@@ -352,19 +352,26 @@ def load_cases(
 _DECIDE_ACCUMULATION = ("micro_batch_size", "num_replicas", "global_batch_size")
 
 
+def _read(case, values):
+    "Values of fields as their fields read them, without those that are None"
+    if not isinstance(case, Case):
+        raise ValueError(f"`case` must be a `Case`, see `get_case`. Received: case={case!r}.")
+    for key in values:
+        if key not in FIELDS:
+            raise unknown_name("field", key, FIELDS)
+    return {k: FIELDS[k].check(v, case.name) for k, v in values.items() if v is not None}
+
+
 def override(
     case: Case,  # The case to start from; it is not changed
     **values,  # New values of fields; None means what the case says
 ) -> Case:  # A new, validated case
     "Change fields of a `case`; accumulation and mixing groups follow the other batch fields"
-    for key in values:
-        if key not in FIELDS:
-            raise unknown_name("field", key, FIELDS)
-    values = {k: v for k, v in values.items() if v is not None}
+    values = _read(case, values)
     if "gradient_accumulation" not in values and any(f in values for f in _DECIDE_ACCUMULATION):
         micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _DECIDE_ACCUMULATION)
-        if micro < 1 or replicas < 1 or whole < 1 or whole % (micro * replicas):
-            share = whole // max(replicas, 1)
+        if whole % (micro * replicas):
+            share = whole // replicas
             hint = f"a micro_batch_size that divides {share}" if share else "fewer replicas"
             raise ValueError(
                 f"global_batch_size must be a multiple of micro_batch_size x num_replicas. Received: "
@@ -432,11 +439,11 @@ def resolve(
     "Work out what will run: `case`, then budget, then the user's `overrides`, on one device"
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path, images)
-    given = {k: v for k, v in overrides.items() if v is not None}
+    given = _read(case, overrides)
     merged = {**changes, **given}
     sizes = ("micro_batch_size", "global_batch_size", "mix_group_size")
     named = {k: v for k, v in merged.items() if k not in (*sizes, "num_replicas")}
-    override(case, **named)  # refuses unknown names
+    override(case, **named)  # refuses what contradicts the rest
     if name == "small":
         merged = {**small_run(images, merged), **merged}
     batch = {k: merged.pop(k, None) for k in sizes}

@@ -5,9 +5,10 @@ dict of timm or torchvision. An image is cut, resized and normalized as in the v
 to. Nothing heavy is imported before a `Predictor` is made.
 """
 
+import os
 import time
 from dataclasses import dataclass
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from effnet_repro.convert import Weights
 from effnet_repro.data.decode import has_fast_dct
 from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.data.files import SquaresJob, find_images, square_batches
+from effnet_repro.fields import check_whole
 from effnet_repro.scaling import count
 from effnet_repro.transfer import read_body
 
@@ -87,9 +89,7 @@ class Predictor:
         configure(backend)
         network = read_classifier(source, Reading(**reading))
         self.spec, self.case, self.notes = network.spec, network.case, network.notes
-        self.image_size = image_size or network.case.image_size
-        if self.image_size < 32:
-            raise ValueError(f"`image_size` must be at least 32. Received: {image_size}.")
+        self.image_size = check_whole(32, image_size=image_size or network.case.image_size)
         named = has_names(network.class_names)
         self.class_names = network.class_names if named else tuple(map(str, self._labels))
         if not named:
@@ -135,18 +135,17 @@ class Predictor:
         return p / p.sum(1, keepdims=True)
 
     def __call__(
-        self, images: Sequence, top: int = 5, batch: Optional[int] = None
+        self, images: Iterable, top: int = 5, batch: Optional[int] = None
     ) -> Iterator[Prediction]:
         """Yield a `Prediction` of each image, in order.
 
-        - `images`: paths, bytes of files, arrays (H, W, 3) uint8, or Pillow's; mixed if need be.
+        - `images`: paths, bytes of files, arrays (H, W, 3) uint8, or Pillow's; mixed if need be, or one of them.
         - `top`: how many guesses.
         - `batch`: images at a time; None is what suits the device.
         """
-        for name, value in (("top", top), ("batch", 1 if batch is None else batch)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
-        most = batch or suitable_batch(self.spec, self.image_size)
+        images, top = as_list(images), check_whole(1, top=top)
+        fits = suitable_batch(self.spec, self.image_size) if batch is None else batch
+        most = check_whole(1, batch=fits)
         batch = -(-len(images) // max(1, -(-len(images) // most)))  # the last one is no smaller
         return self._predicted(images, top, max(batch, 1))
 
@@ -176,6 +175,12 @@ class Predictor:
         )
 
 
+def as_list(images) -> list:
+    """Return images as a list. One path, file's bytes, Pillow's image or array (H, W, 3) is a list of one."""
+    one = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
+    return [images] if one or getattr(images, "ndim", 4) < 4 else list(images)
+
+
 def suitable_batch(spec, image_size: int) -> int:
     """Return how many images at a time suit the device: a power of two that its memory holds."""
     from effnet_repro.training.device import has_jax_gpu
@@ -191,17 +196,15 @@ def suitable_batch(spec, image_size: int) -> int:
 
 def predict(
     source,  # A run folder, a checkpoint, or a file of another program: see `convert.read`
-    images,  # A path of a file or folder, an array (H, W, 3) uint8, Pillow's image, or a list of such
+    images,  # A path of a file or folder, an array (H, W, 3) uint8, Pillow's image, or several of them
     *,
     top: int = 5,  # Guesses for each image
     batch: Optional[int] = None,  # Images at a time; None = what suits the device
     **options,  # Of `Predictor`: image_size, precision, backend, weights, class_names, arch
 ) -> List[Prediction]:  # One for each image, in order; of a folder, every image in it or below
     "Name what images show. For several lists keep a `Predictor`"
-    one = not isinstance(images, (list, tuple)) or hasattr(images, "dtype")
     listed = []
-    for image in [images] if one else images:
-        path = isinstance(image, (str, bytes)) or hasattr(image, "__fspath__")
-        is_path = path and not isinstance(image, bytes)
+    for image in as_list(images):
+        is_path = isinstance(image, (str, os.PathLike))
         listed += find_images([image]) if is_path else [image]
     return list(Predictor(source, **options)(listed, top, batch))

@@ -100,7 +100,7 @@ class Predictor:
         self.precision = choose_precision(precision)
         self._job = SquaresJob(self.image_size, self.case.image_resize, network.crop_pct)
         self._logits = predictor(self.spec, network.arrays, self.precision)
-        self.seconds, self._timed = 0.0, 0
+        self.seconds, self._timed, self._shapes = 0.0, 0, set()
         if self.case.image_resize == "published" and not has_fast_dct():
             self.notes += (
                 "JPEGs are decoded with the accurate DCT; training used the fast one. The same: "
@@ -146,13 +146,25 @@ class Predictor:
         images, top = as_list(images), check_whole(1, top=top)
         fits = suitable_batch(self.spec, self.image_size) if batch is None else batch
         most = check_whole(1, batch=fits)
-        batch = -(-len(images) // max(1, -(-len(images) // most)))  # the last one is no smaller
-        return self._predicted(images, top, max(batch, 1))
+        batch = max(1, -(-len(images) // max(1, -(-len(images) // most))))  # the last is no smaller
+        return self._predicted(images, top, batch, self._shape(batch, most))
 
-    def _predicted(self, images, top, batch):
+    def _shape(self, batch, most):
+        """Return how many images are computed at once where `batch` are shown, the others being black.
+
+        Each new number compiles the network, for seconds. So after the first few numbers are used, and one that was
+        used before unless it is more than four times too large.
+        """
+        known = [n for n in self._shapes if batch <= n <= min(4 * batch, most)]
+        rounded = 2 ** (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
+        shape = min(known, default=min(rounded, most) if self._shapes else batch)
+        self._shapes.add(shape)
+        return shape
+
+    def _predicted(self, images, top, batch, shape):
         first, since = True, time.perf_counter()
         for number, (squares, problems) in enumerate(square_batches(images, self._job, batch)):
-            missing = batch - len(squares)  # one shape, one compilation
+            missing = shape - len(squares)
             squares = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
             p = self.probabilities(squares)
             now = time.perf_counter()

@@ -122,6 +122,20 @@ def test_one_image_and_several_however_they_come(network, images, kind):
         assert [p.guesses for p in Predictor(network)(given)] == [p.guesses for p in found]
 
 
+def test_lists_of_all_lengths_compile_the_network_few_times(network, images, monkeypatch):
+    network, path = Predictor(network), sorted(images.rglob("*.png"))[0]
+    shown = []
+    monkeypatch.setattr(network, "_logits", lambda x: shown.append(len(x)) or np.zeros((len(x), 3)))
+    for n in (3, *range(1, 130)):
+        shown.clear()
+        assert len(list(network([path] * n))) == n
+        assert n <= sum(shown) <= 4 * n and len(set(shown)) == 1
+    assert network._shapes <= {1, 2, 3, 4, *range(8, 65, 8)}
+    shown.clear()
+    list(network([path] * 10, batch=3))
+    assert shown == [3] * 4  # never more than was asked for
+
+
 def test_what_cannot_be_predicted(network, images, tmp_path):
     for name, value in (("top", 0), ("top", "2"), ("batch", 0), ("batch", 1.5)):
         with pytest.raises(ValueError, match=f"`{name}` must be a whole number from 1"):

@@ -200,6 +200,8 @@ def test_whether_the_cores_help_is_tried(helped, helps):
         now += (helped if step < 40 else 1.0) + 30 * (step in (15, 60))  # epochs end
         said.append(trial.step(now))
     assert all(said[:39]) and not any(said[39:79]) and set(said[80:]) == {helps}
+    times = {"ms_with_cores": 1e3 * helped, "ms_without": 1e3}
+    assert trial.outcome == {"cores_help": helps, **{n: pytest.approx(t) for n, t in times.items()}}
 
 
 def test_a_batch_is_there_when_all_chunks_are():

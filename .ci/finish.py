@@ -80,7 +80,7 @@ def draw_in_place(text):
     return re.sub(rf"(?s){prolog}<svg\b.*?</svg>", one, text)
 
 
-def pictures_as_files(soup, folder, page):
+def figures_as_files(soup, folder, page):
     "Write images that are in the page as text to files, which a browser loads when it gets there."
     for number, img in enumerate(soup.find_all("img", src=DATA_URI), 1):
         kind, data = DATA_URI.fullmatch(img["src"]).groups()
@@ -445,7 +445,7 @@ def finish_page(path, card=None):
     soup = BeautifulSoup(draw_in_place(path.read_text()), "html.parser")
     for style in soup.select("div.cell-output style[scoped]"):
         style.decompose()
-    pictures_as_files(soup, path.parent / "figures", path.stem)
+    figures_as_files(soup, path.parent / "figures", path.stem)
     for table in soup.select("main table"):
         tidy_table(soup, table)
     sources(soup)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from pictures import bmp, encode, picture, record, write
+from images import bmp, encode, record, smooth_image, write
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
@@ -98,7 +98,7 @@ def test_tensorflow_trains_on_images_of_other_decoders(sample, decoder, capsys):
 
 
 def test_what_a_published_run_is_told(tmp_path, monkeypatch, capsys):
-    write(tmp_path, "train", [record(encode(picture(60, 60)))])
+    write(tmp_path, "train", [record(encode(smooth_image(60, 60)))])
     data = d.open_data(tmp_path, verbose=False)
     next(d.numpy_batches(replace(data, decoder="simplejpeg"), 32, 1))
     assert capsys.readouterr().out == ""

@@ -17,6 +17,7 @@ from effnet_repro.messages import say
 from effnet_repro.outside import read_json
 from effnet_repro.training.device import has_jax_gpu
 
+
 def decoder_here(data: DataSet) -> str:
     """Return the decoder that the running backend reads a data set with."""
     gpu = has_jax_gpu()

@@ -16,7 +16,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 from .case_files import read_sections
 from .case_rules import check_budgets, check_forms, check_keys, check_layout, named
 from .divisors import mixing_group
-from .fields import UNCHANGED, describe, list_some, option, unknown_name
+from .fields import UNCHANGED, describe, list_some, option, read_values, unknown_name
 from .small_sets import automatic_budget, small_run
 from .scaling import INPUT_NORMS, NORMS, SIZES, ModelSpec, size_name
 from .messages import say
@@ -352,22 +352,14 @@ def load_cases(
 _DECIDE_ACCUMULATION = ("micro_batch_size", "num_replicas", "global_batch_size")
 
 
-def _read(case, values):
-    "Values of fields as their fields read them, without those that are None"
-    if not isinstance(case, Case):
-        raise ValueError(f"`case` must be a `Case`, see `get_case`. Received: case={case!r}.")
-    for key in values:
-        if key not in FIELDS:
-            raise unknown_name("field", key, FIELDS)
-    return {k: FIELDS[k].check(v, case.name) for k, v in values.items() if v is not None}
-
-
 def override(
     case: Case,  # The case to start from; it is not changed
     **values,  # New values of fields; None means what the case says
 ) -> Case:  # A new, validated case
     "Change fields of a `case`; accumulation and mixing groups follow the other batch fields"
-    values = _read(case, values)
+    if not isinstance(case, Case):
+        raise ValueError(f"`case` must be a `Case`, see `get_case`. Received: case={case!r}.")
+    values = read_values(FIELDS, values, case.name)
     if "gradient_accumulation" not in values and any(f in values for f in _DECIDE_ACCUMULATION):
         micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _DECIDE_ACCUMULATION)
         if whole % (micro * replicas):
@@ -439,7 +431,7 @@ def resolve(
     "Work out what will run: `case`, then budget, then the user's `overrides`, on one device"
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path, images)
-    given = _read(case, overrides)
+    given = read_values(FIELDS, overrides, case.name)
     merged = {**changes, **given}
     sizes = ("micro_batch_size", "global_batch_size", "mix_group_size")
     named = {k: v for k, v in merged.items() if k not in (*sizes, "num_replicas")}

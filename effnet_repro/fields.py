@@ -241,3 +241,15 @@ def describe(
         group = (declared[f.name].__doc__ or "").splitlines()[0]
         found[f.name] = Field(f.name, kind, several, optional, f.default, group, **f.metadata)
     return found
+
+
+def read_values(
+    fields: Dict[str, Field],  # Name -> field
+    values: Dict[str, Any],  # Name -> value; None = not given
+    where: str = "",  # Whose values they are, for a message
+) -> Dict[str, Any]:  # Name -> value as its field reads it, of those that are given
+    "Read the values of some fields; ValueError for a name or a value that is not legal"
+    for name in values:
+        if name not in fields:
+            raise unknown_name("field", name, fields)
+    return {n: fields[n].check(v, where) for n, v in values.items() if v is not None}

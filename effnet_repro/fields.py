@@ -81,7 +81,7 @@ class Range(NamedTuple):
         return f"at least {self.low:g}" if below else self.words
 
 
-def plain_number(value):
+def _plain_number(value):
     "A number as one of Python's: those of NumPy are `numbers` like others, and sweeps over sizes make them"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return value
@@ -94,7 +94,7 @@ def check_whole(
 ) -> int:  # The value, as Python's number
     "Check a whole number; ValueError names it, the rule and what was received"
     ((name, value),) = named.items()
-    number = plain_number(value)
+    number = _plain_number(value)
     if isinstance(number, bool) or not isinstance(number, int) or number < least:
         raise ValueError(
             f"`{name}` must be a whole number from {least}. Received: {name}={_received(value)}."
@@ -174,7 +174,7 @@ class Field:
             if value not in self.choices:
                 raise unknown_name(self.name, value, self.choices, where)
             return value
-        value = tuple(value) if isinstance(value, list) else plain_number(value)
+        value = tuple(value) if isinstance(value, list) else _plain_number(value)
         if self.kind is float:
             value = tuple(map(_as_number, value)) if isinstance(value, tuple) else _as_number(value)
         rule = self._broken_rule(value)

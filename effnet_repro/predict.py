@@ -143,7 +143,7 @@ class Predictor:
         - `top`: how many guesses.
         - `batch`: images at a time; None is what suits the device.
         """
-        images, top = as_list(images), check_whole(1, top=top)
+        images, top = _as_list(images), check_whole(1, top=top)
         fits = suitable_batch(self.spec, self.image_size) if batch is None else batch
         most = check_whole(1, batch=fits)
         batch = max(1, -(-len(images) // max(1, -(-len(images) // most))))  # the last is no smaller
@@ -187,7 +187,7 @@ class Predictor:
         )
 
 
-def as_list(images) -> list:
+def _as_list(images) -> list:
     """Return images as a list. One path, file's bytes, Pillow's image or array (H, W, 3) is a list of one."""
     one = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
     return [images] if one or getattr(images, "ndim", 4) < 4 else list(images)
@@ -216,7 +216,7 @@ def predict(
 ) -> List[Prediction]:  # One for each image, in order; of a folder, every image in it or below
     "Name what images show. For several lists keep a `Predictor`"
     listed = []
-    for image in as_list(images):
+    for image in _as_list(images):
         is_path = isinstance(image, (str, os.PathLike))
         listed += find_images([image]) if is_path else [image]
     return list(Predictor(source, **options)(listed, top, batch))

@@ -306,7 +306,7 @@ _OWN_CASE = "Build it from the checkpoint's own case (`read_metadata(path)['case
 
 
 def _nearest(missing, unexpected):
-    "Where a missing name stands under one that looks like it, say so"
+    "Name a missing array and the unexpected one with the most similar name: a list of one sentence, or of none"
     for name in sorted(missing)[:5]:
         near = difflib.get_close_matches(name, sorted(unexpected), n=1, cutoff=0.7)
         if near:

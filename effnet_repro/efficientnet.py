@@ -53,16 +53,10 @@ def as_spec(
 
 # %% ../nbs/20_efficientnet.ipynb #43e0f590
 def build_model(
-    network: Union[
-        ModelSpec, Case, str
-    ],  # "B0-G1-BN", "B1-G16-LN_PN-Half_16IPU_4x4", a case, a specification
+    network: Union[ModelSpec, Case, str],  # A specification, a case, or the name of either
     image_size=None,  # Side of the images, (height, width) where None is open, or None = the network's
-    num_classes: Optional[
-        int
-    ] = None,  # Outputs of the classifier; None = the specification's, 1000
-    input_norm: Optional[
-        str
-    ] = None,  # "imagenet_mean", "keras", "none"; None = the specification's
+    num_classes: Optional[int] = None,  # Outputs of the classifier; None = the specification's
+    input_norm: Optional[str] = None,  # "imagenet_mean", "keras", "none"; None = specification's
     include_top: bool = True,  # False ends with the head's feature map
     outputs: Optional[Sequence[str]] = None,  # Names of segments to return instead, as a list
     dtype=None,  # Keras policy, e.g. "mixed_bfloat16"; None = Keras' global one

@@ -29,9 +29,7 @@ class Param(NamedTuple):
     name: str  # Published name; a proxy's four vectors stand apart: ".../proxy/gamma_prime"
     shape: Tuple[int, ...]
     init: str  # "fan_out", "fan_in", "glorot_uniform", "zeros", "ones"
-    decay: bool = (
-        False  # Whether weight decay applies: kernels, biases and the proxy's own two vectors
-    )
+    decay: bool = False  # Whether weight decay applies: to kernels, biases, the proxy's vectors
     trainable: bool = True  # False for moving averages, folded statistics and the input norm
 
 

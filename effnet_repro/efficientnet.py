@@ -300,7 +300,7 @@ def load_keras_applications(
     model: keras.Model,  # A batch-norm, group-size-1 model of B0 to B7, with input_norm="keras"
     source,  # A keras.applications EfficientNet, or the path of its weights file
 ):
-    "Load the weights of `keras.applications.EfficientNetB*`; keep our classifier if the source has none for as many classes"
+    "Load the weights of `keras.applications.EfficientNetB*`, with the classifier if it has as many classes"
     loaded = from_keras_applications(spec_of(model), source)
     set_weights(model, {**get_weights(model), **loaded})
 

@@ -203,7 +203,7 @@ def _status_of(error, interrupts):
 
 
 #: Parameters that no file has a field of: a message that names one means the flag, whatever failed.
-_NO_FIELDS = {"data_dir", "data_format", "epochs", "overwrite", "to"}
+_NO_FIELDS = {"data_dir", "data_format", "device", "epochs", "overwrite", "to"}
 
 
 def _as_flags(text, parser, among=None):

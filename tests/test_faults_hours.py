@@ -303,6 +303,45 @@ def test_a_second_signal_while_the_stop_is_written_down(
     assert checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001.safetensors"
 
 
+UNHEARD = """
+import hashlib, os, signal, sys, threading
+from test_loop import Toy, once, train
+from effnet_repro import cli
+from effnet_repro.cli.kit import run_program
+from effnet_repro.runs import signals, watch
+signals.PATIENCE = 0.3
+watch.save_curves = watch.Events.write = lambda *_: None
+
+def compile(name):  # what nothing interrupts, as a compiler
+    if name == sys.argv[2]:
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[3]))
+
+def command(args):
+    return 0 if train(sys.argv[1], Toy(at=compile)).finished else 130
+
+sys.exit(run_program(cli.COMMANDS["cases"]._replace(run=command), [], alone=True))
+"""
+LONG, SHORT = 2 * 10**9, 10**6  # rounds that nothing interrupts
+
+
+@pytest.mark.parametrize(
+    "event, rounds, newest, says",
+    [
+        ("step 1", LONG, None, "effnet-cases: interrupted"),
+        ("validate 3", LONG, "epoch-0001.safetensors", "effnet-cases: interrupted"),
+        ("step 5", SHORT, "epoch-0001-update-000005.safetensors", "stopping after this step"),
+    ],
+)
+def test_a_signal_while_a_compiler_has_the_thread(tmp_path, event, rounds, newest, says):
+    "It ends a run that loses nothing at once; else the step comes first, and is saved."
+    words = [sys.executable, "-c", UNHEARD, str(tmp_path), event, str(rounds)]
+    done = subprocess.run(words, env=PYTHON, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 130 and says in done.stderr, done.stderr
+    found = checkpoint.latest(tmp_path / "checkpoints")
+    assert (found and found.name) == newest
+
+
 @pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_that_was_ignored_stays_ignored(capsys, number):
     before = signal.signal(number, signal.SIG_IGN)

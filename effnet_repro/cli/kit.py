@@ -15,7 +15,7 @@ from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
 from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle_streams, tell
 from effnet_repro.config import list_some, unknown_name
-from effnet_repro.distributed import here
+from effnet_repro.distributed import here, is_child
 from effnet_repro.messages import shown
 from effnet_repro.outside import SAVE, file_kind, read_file
 from effnet_repro.paths import local_path
@@ -241,20 +241,25 @@ def _do(command, argv, interrupts):
         return status
 
 
-def run_program(command, argv):
+def run_program(command, argv, alone=False):
     """Run a command on `argv` (None: the process's own words) and return its exit status.
 
-    Every error becomes one line on stderr; `--debug` adds the traceback. So does a signal, at any moment.
+    Every error becomes one line on stderr; `--debug` adds the traceback. So does a signal, at any moment. `alone`: the
+    process does nothing else, as with its own words; then a signal may end it.
     """
-    alone = argv is None
-    argv = [str(word) for word in (sys.argv[1:] if alone else argv)]
+    alone = alone or argv is None
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     settle_streams()
-    with Interrupts() as interrupts, plain_warnings(f"effnet-{command.name}", "--debug" in argv):
+    name = f"effnet-{command.name}"
+    line = (
+        f"{name}: interrupted" if alone and not is_child() else ""
+    )  # its parent says how it ended
+    with Interrupts(line) as interrupts, plain_warnings(name, "--debug" in argv):
         try:
             status = _do(command, argv, interrupts)
         except (KeyboardInterrupt, OSError) as e:  # a second signal, or nowhere to print
             status = 130 if isinstance(e, KeyboardInterrupt) else 1
-            tell(f"effnet-{command.name}: {'interrupted' if status == 130 else one_line(e)}")
+            tell(f"{name}: {'interrupted' if status == 130 else one_line(e)}")
         interrupts.status = status if alone else None
     return status
 
@@ -282,7 +287,7 @@ def main(
     argv: Optional[Sequence[str]] = None,  # Command and its words; None = those of the process
 ) -> int:  # Exit status
     "Run any command by its name: `python -m effnet_repro.cli train B0-...`"
-    argv = list(sys.argv[1:] if argv is None else argv)
+    alone, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {c.name:<10} {c.sentence}" for c in COMMANDS.values()]
         print("usage: python -m effnet_repro.cli COMMAND ...\n\ncommands:\n" + "\n".join(rows))
@@ -290,7 +295,7 @@ def main(
     if argv[0] not in COMMANDS:
         print(f"effnet: {unknown_name('command', argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return run_program(COMMANDS[argv[0]], argv[1:])
+    return run_program(COMMANDS[argv[0]], argv[1:], alone)
 
 
 def choice(what, legal, aliases=None):

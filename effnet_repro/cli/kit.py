@@ -61,13 +61,19 @@ class _Parser(argparse.ArgumentParser):
             flag, _, value = word.partition("=")
             if word == "--":
                 break
+            if _LIKE_A_FLAG.match(word):
+                raise UsageError(unknown_flag(flag, self._option_string_actions))
             if not word.startswith("--"):
                 continue
             if flag not in self._option_string_actions:
                 raise UsageError(unknown_flag(flag, self._option_string_actions))
             if value == "--":  # argparse drops it
                 raise UsageError(f"{flag}: a value is needed. Received: '--'.")
+            if "=" in word and self._option_string_actions[flag].nargs == 0:
+                raise UsageError(f"{flag} takes no value. Received: {value!r}.")
         args, rest = self.parse_known_args(argv)
+        if rest and re.match(r"-[a-z]", rest[0], re.I):
+            raise UsageError(unknown_flag(rest[0], self._option_string_actions))
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}.")
         args.words = list(argv)
@@ -94,6 +100,11 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
+#: Dashes that web pages and word processors put in the place of --, and what they put before it.
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d"
+_BLANKS = "\u00a0\u200b\u2060\ufeff "
+_LIKE_A_FLAG = re.compile(f"[{_BLANKS}]*[{_DASHES}][-{_DASHES}]*[a-z]|[{_BLANKS}]+--[a-z]", re.I)
+
 #: What people call flags that have another name here, or none.
 _ALSO = {
     "list": "effnet-cases lists the cases.",
@@ -118,7 +129,9 @@ _ALSO = {
 def unknown_flag(flag, legal):
     """Return the message about a flag that does not exist: the one that was meant, if that can be told."""
     plain = lambda name: (
-        re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name.strip("-")).replace("_", "-").lower()
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name.strip(f"-{_DASHES}{_BLANKS}"))
+        .replace("_", "-")
+        .lower()
     )
     word, by_word = plain(flag), {plain(name): name for name in legal if name.startswith("--")}
     begins = f"Unknown flag {flag!r}."
@@ -345,10 +358,8 @@ def real_number(text):
 
     argparse reports other text as a UsageError.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.I | re.A)
+    value = float(text) if number else math.nan  # not 1_000, which may be meant as 1.000
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"a finite number is needed. Received: {text!r}.")
     return int(text) if re.fullmatch(r"-?[0-9]+", text) else value

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DECAY', 'LONG_RUN', 'WeightAverage', 'pack_average', 'unpack_average', 'average_files', 'average_weights',
-           'load_average', 'has_average', 'read_update', 'load_weights']
+           'has_average', 'check_average', 'load_average', 'read_update', 'load_weights']
 
 # %% ../nbs/26_averaging.ipynb #a7e00004
 import contextlib
@@ -153,6 +153,23 @@ def average_weights(
     shares[0] = decay ** (epochs - 1)
     return shares
 
+# %% ../nbs/26_averaging.ipynb #173a750f
+def has_average(
+    newest,  # A checkpoint
+) -> bool:  # False before the first epoch of its run was finished
+    "Tell whether there is an average to a checkpoint"
+    said = read_metadata(newest).get("average")
+    beside = Path(newest).parent / "average.safetensors"
+    return beside.exists() if said is None else said["count"] > 0
+
+
+def check_average(
+    newest,  # A checkpoint
+):  # None; raises FileNotFoundError
+    "Refuse a checkpoint that has no average yet; only its header is read"
+    if not has_average(newest):
+        raise FileNotFoundError(f"{newest} has no average yet: no epoch was finished.")
+
 # %% ../nbs/26_averaging.ipynb #d27d1981
 def load_average(
     source,  # A run folder, a checkpoint or an average file
@@ -164,25 +181,15 @@ def load_average(
     if said.get("kind") == "average" or "average" not in said:  # a run of an older version
         path = newest if said.get("kind") == "average" else beside
         return WeightAverage.load(path), path
+    check_average(newest)
     average = unpack_average(*load(newest, AVERAGE))
-    if not average.count:
-        raise FileNotFoundError(f"{newest} has no average yet: no epoch was finished.")
     with contextlib.suppress(ValueError, OSError, KeyError):
         copy = read_metadata(beside)
         if (copy["update"], copy["count"]) == (average.last_update, average.count):
             return average, beside
     return average, newest
 
-# %% ../nbs/26_averaging.ipynb #173a750f
-def has_average(
-    newest,  # A checkpoint
-) -> bool:  # False before the first epoch of its run was finished
-    "Tell whether there is an average to a checkpoint"
-    said = read_metadata(newest).get("average")
-    beside = Path(newest).parent / "average.safetensors"
-    return beside.exists() if said is None else said["count"] > 0
-
-
+# %% ../nbs/26_averaging.ipynb #26c00029
 def read_update(
     source,  # A run folder, a checkpoint or an average file
     weights: str = "last",  # or "average"

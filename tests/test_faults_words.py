@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pictures import encode, picture
+from images import encode, smooth_image
 from tiny import ROOT
 
 from effnet_repro import cli
@@ -231,7 +231,7 @@ def folders_of_images(tmp_path):
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(8):
-                data = encode(picture(40, 40, i))
+                data = encode(smooth_image(40, 40, i))
                 data = data[:99] if (split, name, i) == ("train", "a", 0) else data
                 (tmp_path / split / name / f"{i}.jpg").write_bytes(data)
     return tmp_path

@@ -97,8 +97,8 @@ def output_errors(nb):
         if output.get("name") == "stderr":
             wrong.append(f"cell {number}: standard error as output")
         data = output.get("data", {})
-        picture_only = any(k.startswith("image/") for k in data)
-        shown = "" if picture_only else json.dumps([output.get("text"), data])
+        image_only = any(k.startswith("image/") for k in data)
+        shown = "" if image_only else json.dumps([output.get("text"), data])
         for found in re.findall(r"/tmp/[\w.-]+| at 0x[0-9a-f]{6,}", shown):
             wrong.append(f"cell {number}: the output differs each time: {found}")
     return wrong

@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from pictures import ROOT, encode, folders, picture
+from images import ROOT, encode, folders, smooth_image
 from PIL import Image
 from tiny import PYTHON, TINY, small_network  # noqa: F401
 
@@ -45,7 +45,7 @@ def images(tmp_path_factory):
     kinds = ("JPEG", "RGB"), ("PNG", "RGB"), ("JPEG", "L"), ("JPEG", "CMYK")
     for i, name in enumerate(NAMES * 2):
         kind, mode = kinds[i % 4]
-        data = encode(picture(40 + i, 70 - 3 * i, i), kind, mode)
+        data = encode(smooth_image(40 + i, 70 - 3 * i, i), kind, mode)
         found[f"val/{name}/{i}.{kind.lower()}"] = data
     return folders(root, found)
 

@@ -241,7 +241,7 @@ def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("kind, ending", [("png", "png"), ("jpeg", "jpg")])
-def test_finish_writes_pictures_to_files(tmp_path, kind, ending):
+def test_finish_writes_images_to_files(tmp_path, kind, ending):
     file = io.BytesIO()
     Image.new("RGB", (640, 480)).save(file, kind)
     uri = f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
@@ -433,7 +433,7 @@ def test_readme_shows_code_and_outputs(project):
         "text/html": "<style scoped>x</style>\n<table>\n\n<tr></tr></table>",
         "text/plain": "t",
     }
-    readme, pictures, wrong = project(
+    readme, figures, wrong = project(
         code("#| hide\nimport numpy"),
         code("#| echo: false\n1 + 1", output_type="execute_result", data={"text/plain": ["2"]}),
         code("#| code-fold: true\nf()", output_type="execute_result", data=table),
@@ -444,7 +444,7 @@ def test_readme_shows_code_and_outputs(project):
         ),
         code("print(3)", output_type="stream", name="stdout", text="3\n"),
     )
-    assert wrong == [] and pictures == {"README_files/figure-1.png": b"\0\0\0"}
+    assert wrong == [] and figures == {"README_files/figure-1.png": b"\0\0\0"}
     for part in (
         "```text\n2\n```",
         "```python\nf()\n```\n\n<table>\n<tr>",

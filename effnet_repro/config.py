@@ -458,7 +458,7 @@ def case_to_dict(
 def earlier_fields(
     values: dict,  # A stored case, e.g. from a checkpoint's metadata
 ) -> dict:  # Field -> earlier value, of the fields that `values` lacks; empty for a new case
-    "Find the fields that a stored case is too old to have"
+    "Find the fields that a stored case lacks because it is older than they are"
     return {name: value for name, value in EARLIER.items() if name not in values}
 
 # %% ../nbs/00_config.ipynb #d4ce4653

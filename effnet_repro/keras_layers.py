@@ -236,7 +236,7 @@ class SqueezeExcite(ParamLayer):
 
 # %% ../nbs/19_keras_layers.ipynb #c812c79f
 def _block_of(spec, channels, filters, kernel_size, strides, drop_path_rate):
-    "The block that a layer is for an input of `channels`"
+    "Return the `Block` that a layer is for an input with `channels` channels"
     wide = channels * spec.expand_ratio
     per_group = wide // num_groups(wide, spec.group_size)
     sizes = (kernel_size, strides, channels, wide, filters, max(1, channels // 4), per_group)

@@ -246,12 +246,12 @@ class ModelSpec(_Network):
 
     @classmethod
     def from_case(cls, case, num_classes: int = 1000) -> "ModelSpec":
-        "Take the network of a `Case`, with so many classes"
+        "Make the specification of the network of a `Case`, with `num_classes` classes"
         return replace(case.network, num_classes=num_classes)
 
     @classmethod
     def from_name(cls, name: str, **fields) -> "ModelSpec":
-        "Read the network off a name, see `parse_name`; `fields` are further ones"
+        "Make the specification from a name, see `parse_name`; `fields` replaces further fields"
         return cls(**{**parse_name(name), **fields})
 
 # %% ../nbs/01_scaling.ipynb #dfe67464
@@ -311,7 +311,7 @@ class Conv(NamedTuple):
 
     segment: str  # Segment it belongs to
     part: str  # "conv", "a", "b", "SE/1", "SE/2", "c", "logits"
-    params: int  # Trainable parameters: kernel, bias, and the norm and proxy behind it
+    params: int  # Trainable parameters: kernel, bias, and the norm and proxy that follow
     macs: int  # Multiply-adds
     activations: int  # Elements of its output
 

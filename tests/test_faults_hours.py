@@ -126,6 +126,20 @@ def test_a_back_end_of_matplotlib_that_is_not_there(tmp_path, no_events, name):
     assert (tmp_path / "run" / "curves.png").exists()
 
 
+def test_settings_of_matplotlib_that_are_no_text(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"backend: \xff\n")
+    words = ["plan", "B0-G1-GN-Native_16IPU_2x8", "--figure", "x.png"]
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_repro.cli", *words],
+        env=PYTHON,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "A file matplotlibrc, here or in" in done.stderr.splitlines()[-1]
+
+
 def test_a_run_without_pandas_goes_on(tmp_path, monkeypatch, no_events):
     monkeypatch.setitem(sys.modules, "pandas", None)
     ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
@@ -330,6 +344,24 @@ SHELL = [  # what is done to the streams -> status, lines on stderr
     ("> /dev/full", 1, 1),
     ("| head -n 1", 0, 0),
 ]
+
+
+def test_a_full_disk_behind_standard_output_is_named():
+    line = f"{sys.executable} -m effnet_repro.cli cases --json > /dev/full"
+    done = subprocess.run(["bash", "-c", line], env=PYTHON, capture_output=True, text=True)
+    said = "effnet-cases: Cannot write to standard output: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_what_a_library_says_before_it_ends_the_process_is_heard():
+    words = ["doctor", "--no-trial", "--backend", "jax"]
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_repro.cli", *words],
+        env={**PYTHON, "XLA_FLAGS": "--no_such_flag", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Unknown flag in XLA_FLAGS: --no_such_flag" in done.stderr
 
 
 @pytest.mark.parametrize("redirect, status, lines", SHELL)

@@ -13,7 +13,13 @@ import textwrap
 import traceback
 from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
-from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle_streams, tell
+from effnet_repro.cli.streams import (
+    flush,
+    leave_stdout,
+    plain_warnings,
+    settle_streams,
+    tell,
+)
 from effnet_repro.config import list_some, unknown_name
 from effnet_repro.distributed import here, is_child
 from effnet_repro.messages import shown
@@ -226,6 +232,20 @@ def _as_flags(text, parser, among=None):
     return re.sub(r"`(\w+)`", lambda found: spell(found) if known(found) else found[0], text)
 
 
+def _of_stdout(error):
+    "The line about a bare error of the system that standard output gives again; else None"
+    if not isinstance(error, OSError) or error.strerror != os.strerror(error.errno or 0):
+        return None
+    try:
+        sys.stdout.write("\n")
+        flush()
+    except (OSError, ValueError) as e:
+        leave_stdout()
+        if getattr(e, "errno", None) == error.errno:
+            return f"Cannot write to standard output: {error.strerror}"
+    return None
+
+
 def _do(command, argv, interrupts):
     "Run a command; its errors become a line and a status"
     parser = command.parser()
@@ -247,6 +267,7 @@ def _do(command, argv, interrupts):
         if getattr(e, "told", False) and here().index:  # another process says it
             return status
         line = "interrupted" if status == 130 else one_line(e)
+        line = _of_stdout(e) or line
         line = _as_flags(line, parser, None if status == 2 else _NO_FIELDS)
         line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""

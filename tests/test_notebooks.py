@@ -267,3 +267,28 @@ def test_notebook_outputs_sees_mistakes(output, said):
 )
 def test_parameters_sees_mistakes(text, tags, said):
     assert any(said in w for w in parameter_errors({"cells": [cell(text, tags=tags)]}))
+
+
+TRAIN = str(ROOT / "nbs" / "40_train.ipynb")
+PAPERMILL = [  # (words, name of the exception, its words)
+    (["gone.ipynb", "o.ipynb"], "FileNotFoundError", "No such file or directory: 'gone.ipynb'"),
+    ([TRAIN, "gone/o.ipynb"], "FileNotFoundError", "output folder gone doesn't exist"),
+    ([TRAIN, "o.ipynb", "-f", "utf16.yml"], "UnicodeDecodeError", "can't decode byte"),
+    ([TRAIN, "o.ipynb", "-k", "gone"], "NoSuchKernel", "No such kernel named gone"),
+    ([TRAIN, "o.ipynb", "-p", "seed", "1", "-p", "seed", "2", "--prepare-only"], "NoneType", ""),
+]
+
+
+@pytest.mark.parametrize("words, kind, says", PAPERMILL)
+def test_what_papermill_answers_itself(tmp_path, monkeypatch, words, kind, says):
+    "The page on errors tells it, since nothing of ours runs before."
+    from click.testing import CliRunner
+    from papermill.cli import papermill
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "utf16.yml").write_bytes("seed: 3\n".encode("utf-16"))
+    done = CliRunner().invoke(papermill, words)
+    assert type(done.exception).__name__ == kind and says in str(done.exception or "")
+    if kind == "NoneType":  # the last one counts
+        (cell,) = [c for c in read(tmp_path / "o.ipynb")["cells"] if "# Parameters" in source(c)]
+        assert source(cell).split() == ["#", "Parameters", "seed", "=", "2"]

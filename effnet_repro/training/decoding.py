@@ -11,15 +11,11 @@ import keras
 from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
 from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decode import has_jpegs
-from effnet_repro.data.decoders import is_installed
+from effnet_repro.data.decoders import CORES_FOR_PACKED, is_installed
 from effnet_repro.data.threads import core_count
 from effnet_repro.messages import say
 from effnet_repro.outside import read_json
 from effnet_repro.training.device import has_jax_gpu
-
-# Ours: packed images are small, so as many cores for a GPU bring more of them than its own decoder. Measured with 16
-# on an H200 (results/gpu_use.csv, "packed, jpeg 256"), and less in proportion to the cores.
-CORES_FOR_PACKED = 14
 
 
 def decoder_here(data: DataSet) -> str:

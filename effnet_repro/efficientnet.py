@@ -15,6 +15,7 @@ import keras
 import numpy as np
 
 from .config import Case, unknown_name
+from .fields import check_whole
 from effnet_repro.keras_layers import (  # noqa: F401
     GroupConv2D,
     MBConv,
@@ -49,7 +50,25 @@ def as_spec(
         network = ModelSpec.from_name(network)
     elif isinstance(network, Case):
         network = ModelSpec.from_case(network)
+    elif not isinstance(network, ModelSpec):
+        raise ValueError(
+            f"`network` must be a name, a `Case` or a `ModelSpec`. Received: network={network!r}."
+        )
     return replace(network, **{k: v for k, v in fields.items() if v is not None})
+
+# %% ../nbs/20_efficientnet.ipynb #20a51de5
+def _sides(spec, image_size):
+    "A specification at an image size, and the sides of its input"
+    pair = isinstance(image_size, (tuple, list)) and len(image_size) == 2
+    if image_size is not None and not pair:
+        spec = replace(spec, image_size=image_size)
+    sides = image_size if pair else (spec.image_size,) * 2
+    sides = [s if s is None else check_whole(1, image_size=s) for s in sides]
+    if any(s is not None and s < 32 for s in sides):
+        raise ValueError(
+            f"`image_size` must be at least 32. Received: {image_size}. Five halvings leave nothing."
+        )
+    return spec, sides
 
 # %% ../nbs/20_efficientnet.ipynb #43e0f590
 def build_model(
@@ -61,29 +80,26 @@ def build_model(
     outputs: Optional[Sequence[str]] = None,  # Names of segments to return instead, as a list
     dtype=None,  # Keras policy, e.g. "mixed_bfloat16"; None = Keras' global one
     seed: int = 0,  # Of the initial weights
+    name: Optional[str] = None,  # Of the model; None = the network's. Two in one model need two
 ) -> keras.Model:  # (N, H, W, 3) images 0..255 -> (N, num_classes) float32 logits
     "Build a network as a Keras model; its layers are the published segments"
     spec = as_spec(network, num_classes=num_classes, input_norm=input_norm)
-    if isinstance(image_size, int):
-        spec = replace(spec, image_size=image_size)
     spec = spec if include_top else replace(spec, num_classes=0)
-    sides = image_size if isinstance(image_size, (tuple, list)) else (spec.image_size,) * 2
-    if any(s is not None and s < 32 for s in sides):
-        raise ValueError(
-            f"`image_size` must be at least 32. Received: {image_size}. Five halvings leave nothing."
-        )
+    spec, sides = _sides(spec, image_size)
     x = images = keras.Input((*sides, 3), name="images")
     ends, names = {}, [s.name for s in segments(spec)]
+    if isinstance(outputs, str):
+        raise ValueError(f"`outputs` must be a list. Received: {outputs!r}. Use [{outputs!r}].")
     for wanted in outputs or ():
         if wanted not in names:
             raise unknown_name("segment", wanted, names)
-    for i, name in enumerate(names):
+    for i, part in enumerate(names):
         policy = dtype or keras.config.dtype_policy()
-        layer = SegmentLayer(spec, name, seed * 1000 + i, name=name.replace("/", "."), dtype=policy)
-        x = ends[name] = layer(x)
+        layer = SegmentLayer(spec, part, seed * 1000 + i, name=part.replace("/", "."), dtype=policy)
+        x = ends[part] = layer(x)
         if outputs and set(outputs) <= set(ends):
             break
-    return keras.Model(images, [ends[n] for n in outputs] if outputs else x, name=spec.name)
+    return keras.Model(images, [ends[n] for n in outputs] if outputs else x, name=name or spec.name)
 
 # %% ../nbs/20_efficientnet.ipynb #c1f2425a
 def weights_by_name(

@@ -12,7 +12,7 @@ import tree
 
 NOTE = "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n"
 MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
-PICTURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
+FIGURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
 
 
 def text(value):
@@ -41,7 +41,7 @@ def for_repository(markdown, wrong):
     return "".join(p if i % 2 else MD_LINK.sub(one, p) for i, p in enumerate(parts))
 
 
-def output_text(output, pictures, wrong, alt=""):
+def output_text(output, figures, wrong, alt=""):
     "Markdown for one stored output; an image becomes a file in README_files/ and says `alt`."
     if output["output_type"] == "stream":
         return (
@@ -53,11 +53,11 @@ def output_text(output, pictures, wrong, alt=""):
     data = output["data"]
     if "text/markdown" in data:
         return for_repository(text(data["text/markdown"]), wrong).rstrip() + "\n"
-    for kind, ending in PICTURES.items():
+    for kind, ending in FIGURES.items():
         if kind in data:
-            name = f"README_files/figure-{len(pictures) + 1}.{ending}"
+            name = f"README_files/figure-{len(figures) + 1}.{ending}"
             value = text(data[kind])
-            pictures[name] = value.encode() if ending == "svg" else base64.b64decode(value)
+            figures[name] = value.encode() if ending == "svg" else base64.b64decode(value)
             return f"![{alt}]({name})\n"
     if "text/html" in data:
         table = re.sub(r"(?s)<style.*?</style>", "", text(data["text/html"]))
@@ -68,7 +68,7 @@ def output_text(output, pictures, wrong, alt=""):
 def build():
     "README.md's text, its images by name, and what is wrong."
     nb = json.loads((tree.ROOT / "nbs" / "index.ipynb").read_text())
-    parts, pictures, wrong = [NOTE], {}, []
+    parts, figures, wrong = [NOTE], {}, []
     for cell in nb["cells"]:
         source = text(cell["source"]).strip("\n")
         lines = source.split("\n")
@@ -86,17 +86,17 @@ def build():
             parts.append(f"```python\n{code}\n```\n")
         if not any(re.match(r"(hide_output|output:\s*false)\b", h) for h in head):
             alt = next((h[8:].strip() for h in head if h.startswith("fig-alt:")), "")
-            parts += [out for o in cell["outputs"] if (out := output_text(o, pictures, wrong, alt))]
-    return "\n".join(parts), pictures, wrong
+            parts += [out for o in cell["outputs"] if (out := output_text(o, figures, wrong, alt))]
+    return "\n".join(parts), figures, wrong
 
 
 def main():
     if not (tree.ROOT / "nbs" / "index.ipynb").exists():
         sys.exit("build_readme: nbs/index.ipynb does not exist")
-    readme, pictures, wrong = build()
+    readme, figures, wrong = build()
     if wrong:
         sys.exit("\n".join(wrong) + f"\nbuild_readme: {len(wrong)} problems")
-    made = {"README.md": readme.encode(), **pictures}
+    made = {"README.md": readme.encode(), **figures}
     stale = [
         n
         for n, data in made.items()

@@ -80,7 +80,7 @@ def draw_in_place(text):
     return re.sub(rf"(?s){prolog}<svg\b.*?</svg>", one, text)
 
 
-def pictures_as_files(soup, folder, page):
+def figures_as_files(soup, folder, page):
     "Write images that are in the page as text to files, which a browser loads when it gets there."
     for number, img in enumerate(soup.find_all("img", src=DATA_URI), 1):
         kind, data = DATA_URI.fullmatch(img["src"]).groups()
@@ -188,7 +188,8 @@ def fit(table, columns, names):
     sizes = [n for n, need in (("dense", (9.7, 20)), ("denser", (7.4, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
     wide, cards = width(8.6, 10, phone=True) > PHONE, len(columns) > 2 and sum(wordy) > 1
-    long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
+    rows = max(map(len, columns))  # a merged cell of the index stands for several
+    long = rows > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
     table["class"] = [*table.get("class", []), *sizes, *(["long"] if wide and long else [])]
     if (wide or cards) and not long:
         unmerge(table)
@@ -444,7 +445,7 @@ def finish_page(path, card=None):
     soup = BeautifulSoup(draw_in_place(path.read_text()), "html.parser")
     for style in soup.select("div.cell-output style[scoped]"):
         style.decompose()
-    pictures_as_files(soup, path.parent / "figures", path.stem)
+    figures_as_files(soup, path.parent / "figures", path.stem)
     for table in soup.select("main table"):
         tidy_table(soup, table)
     sources(soup)

@@ -35,6 +35,13 @@ def in_a_line(text) -> str:
     return "".join(map(plain, shown(text)))
 
 
+def byte_size(number) -> str:
+    """Return a number of bytes as text, such as 4.7 MiB or 137 GiB."""
+    unit, power = ("GiB", 30) if number >= 2**30 else ("MiB", 20)
+    value = number / 2**power
+    return f"{value:,.{0 if value >= 100 else 1}f} {unit}"
+
+
 def _print(text, file):
     try:
         print(text, file=file, flush=True)

@@ -385,7 +385,7 @@ def bench_sizes(a):
             (row,), cost = memory_rows([worker]), count(ModelSpec.from_case(case), side)
             row.update(macs=cost.macs, activations=cost.activations, params=cost.params)
             for k in ("wall_s", "cpu_s"):
-                row.update(spread([r[k] / batch for r in worker.rounds], f"{k}_per_picture"))
+                row.update(spread([r[k] / batch for r in worker.rounds], f"{k}_per_image"))
             row.update(rounds=len(worker.rounds), n=len(worker.rounds))
             write(a.results, "cpu_sizes.csv", [row], LABEL)
             worker.close()
@@ -412,9 +412,9 @@ def bench_reader(a):
                     next(stream)
                 took = time.process_time() - cpu
                 seconds.append((n * batch / (time.perf_counter() - wall), n * batch / took))
-            row = {"data": name, "image_size": size, "pictures": data.train_count}
-            row.update(spread([s[0] for s in seconds], "pictures_per_s"))
-            row.update(spread([s[1] for s in seconds], "pictures_per_cpu_s"))
+            row = {"data": name, "image_size": size, "images": data.train_count}
+            row.update(spread([s[0] for s in seconds], "images_per_s"))
+            row.update(spread([s[1] for s in seconds], "images_per_cpu_s"))
             row.update(rounds=len(seconds), **circumstances(len(seconds)))
             write(a.results, "reader_speed.csv", [row], ("data", "image_size"))
             seconds = []

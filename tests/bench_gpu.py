@@ -266,9 +266,9 @@ def bench_reader(a, about, log):
                     getattr(images, "block_until_ready", lambda: None)()
                     speeds.append(steps * batch / (time.perf_counter() - begin))
                 row = {"reader": name, "data": Path(data.root).name, "image_size": size}
-                speed = spread(speeds[1:], "pictures_per_s")
+                speed = spread(speeds[1:], "images_per_s")
                 table.add({**row, "batch": batch, **speed})
-                print(*row.values(), speed["pictures_per_s"], flush=True)
+                print(*row.values(), speed["images_per_s"], flush=True)
                 del stream
     device.fits_device = fits
 

@@ -24,7 +24,7 @@ from effnet_repro.kernels import conv, norm, norm_product, product_norm, tiles
 from effnet_repro.ops import get_ops
 from effnet_repro.results import origin, write_rows
 
-PICTURES, CALLS, REPEATS = 256, 5, 3
+IMAGES, CALLS, REPEATS = 256, 5, 3
 KEYS = {  # what tells the rows of a file apart
     "gpu_kernels.csv": ("kernel", "height", "channels", "place"),
     "gpu_convs.csv": ("product", "way", "channels", "image_size", "kernel_size", "strides"),
@@ -71,10 +71,10 @@ def size(*arrays):
 def norm_jobs():
     "(row, function, arguments, bytes)"
     for h, c in WIDE:
-        x, g = (draw(i, PICTURES, h, h, c, kind="bfloat16") for i in (0, 1))
+        x, g = (draw(i, IMAGES, h, h, c, kind="bfloat16") for i in (0, 1))
         xg, gg = tiles.to_nchw16c(x), tiles.to_nchw16c(g)
-        table, v, s = draw(2, PICTURES, 5, c), draw(3, c), draw(4, PICTURES, c)
-        ks, m, at = draw(5, PICTURES, 2, c), size(x), dict(height=h, channels=c)
+        table, v, s = draw(2, IMAGES, 5, c), draw(3, c), draw(4, IMAGES, c)
+        ks, m, at = draw(5, IMAGES, 2, c), size(x), dict(height=h, channels=c)
         before, after = dict(at, place="expansion"), dict(at, place="convolution")
         one = lambda *a: norm.moments(*a)[0]
         to_groups = lambda *a: norm._apply(*a, True, None, True)
@@ -91,17 +91,17 @@ def norm_jobs():
         yield dict(after, kernel="apply"), to_pixels, (xg, table, v, s), 2 * m
         yield dict(after, kernel="sums (gradient)"), gated, (xg, g, table), 2 * m
         yield dict(after, kernel="input gradient"), back_gated, (xg, g, table, s, ks, s), 3 * m
-    x = draw(0, PICTURES, 224, 224, 3, kind="bfloat16")
-    y = PICTURES * 112 * 112 * 32 * 2
+    x = draw(0, IMAGES, 224, 224, 3, kind="bfloat16")
+    y = IMAGES * 112 * 112 * 32 * 2
     about = dict(kernel="patches", height=224, channels=3, place="stem")
     yield about, lambda x: conv.patches(x, 3, 2), (x,), size(x) + y
 
 
 def product_jobs():
     for h, thin, c in THIN:
-        x, g = (draw(i, PICTURES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
+        x, g = (draw(i, IMAGES, h, h, w, kind="bfloat16") for i, w in ((0, thin), (1, c)))
         w, gg = draw(2, thin, c, kind="bfloat16"), tiles.to_nchw16c(g)
-        table, v = draw(3, PICTURES, 5, c), draw(4, c)
+        table, v = draw(3, IMAGES, 5, c), draw(4, c)
         at = dict(height=h, channels=c, place=f"product of {thin}")
         apply = lambda *a: product_norm._product_apply(*a, True)
         yield dict(at, kernel="moments"), product_norm._gram, (x,), size(x)
@@ -113,17 +113,17 @@ def product_jobs():
         walk = lambda *a, wanted=wanted: product_norm._walk(*a, wanted, True)
         yield dict(at, kernel="all sums"), walk, ins, size(g, *[x] * (1 + wanted))
         if wanted:
-            ins = (tiles.flat(x), x, draw(6, PICTURES, thin, thin), draw(7, PICTURES, thin))
+            ins = (tiles.flat(x), x, draw(6, IMAGES, thin, thin), draw(7, IMAGES, thin))
             yield dict(at, kernel="thin gradient"), product_norm._add_thin, ins, 3 * size(x)
 
 
 def narrow_jobs():
     "The product of a norm: wide activations after a convolution, and the narrow side of a projection"
     for h, c, thin in NARROW:
-        x = draw(0, PICTURES, c // tiles.GROUP, h, h, tiles.GROUP, kind="bfloat16")
-        d, w = draw(1, PICTURES, h * h, thin, kind="bfloat16"), draw(2, c, thin, kind="bfloat16")
-        table, v, s = draw(3, PICTURES, 5, c), draw(4, c), draw(5, PICTURES, c)
-        ks, at = draw(6, PICTURES, 2, c), dict(height=h, channels=c, place=f"projection to {thin}")
+        x = draw(0, IMAGES, c // tiles.GROUP, h, h, tiles.GROUP, kind="bfloat16")
+        d, w = draw(1, IMAGES, h * h, thin, kind="bfloat16"), draw(2, c, thin, kind="bfloat16")
+        table, v, s = draw(3, IMAGES, 5, c), draw(4, c), draw(5, IMAGES, c)
+        ks, at = draw(6, IMAGES, 2, c), dict(height=h, channels=c, place=f"projection to {thin}")
         apply, sums = norm_product._apply_product, norm_product._narrow_sums
         back = norm_product._narrow_gradient
         yield dict(at, kernel="apply and product"), apply, (x, w, table, v, s), size(x, d)
@@ -134,8 +134,8 @@ def narrow_jobs():
 def conv_jobs(shape, group_size, ways):
     "The three products of a group convolution's training step, each way"
     (c, h, k, strides), out = shape, -(-shape[1] // shape[3])
-    x, kernel = draw(0, PICTURES, h, h, c, kind="bfloat16"), draw(1, k, k, group_size, c) / 10
-    kernel, dy = kernel.astype("bfloat16"), draw(2, PICTURES, out, out, c, kind="bfloat16")
+    x, kernel = draw(0, IMAGES, h, h, c, kind="bfloat16"), draw(1, k, k, group_size, c) / 10
+    kernel, dy = kernel.astype("bfloat16"), draw(2, IMAGES, out, out, c, kind="bfloat16")
     about = dict(channels=c, image_size=h, kernel_size=k, strides=strides)
     about["macs"] = dy.size * group_size * k * k
     for way, (f, turn) in ways(strides).items():
@@ -173,7 +173,7 @@ def group_jobs():
 
 
 def peak_jobs():
-    x = draw(0, PICTURES, 112, 112, 64, kind="bfloat16")
+    x = draw(0, IMAGES, 112, 112, 64, kind="bfloat16")
     yield dict(kernel="copy", height=112, channels=64, place=""), lambda x: x * 2, (x,), 2 * size(x)
     a = draw(1, 8192, 8192, kind="bfloat16")
     yield dict(kernel="matrix product", height=8192, channels=8192, place=""), jnp.dot, (a, a), 0
@@ -230,7 +230,7 @@ def main(folder, *parts):
         ms = [t[f"jit_job{i}x"] for t in traces]
         times = dict(ms=median(ms), lowest=min(ms), highest=max(ms), runs=len(ms) * CALLS)
         times = {k: round(v, 5) for k, v in times.items()}
-        rows.append({**row, "batch": PICTURES, **times, "tb_per_s": moved / median(ms) / 1e9})
+        rows.append({**row, "batch": IMAGES, **times, "tb_per_s": moved / median(ms) / 1e9})
     copy, peak = rows[0]["tb_per_s"], 2 * 8192**3 / rows[1]["ms"] / 1e9  # TB/s, TFLOP/s
     for row, (_, _, _, moved) in zip(rows, jobs):
         floor = max(moved / copy / 1e9, 2 * row.get("macs", 0) / peak / 1e9)

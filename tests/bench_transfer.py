@@ -49,6 +49,7 @@ from effnet_repro.config import get_case, override, resolve  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.data.layouts import make_split  # noqa: E402
 from effnet_repro.finetuning import PROTOCOLS  # noqa: E402
+from effnet_repro.intervals import Difference  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
 from effnet_repro.small_sets import small_batch  # noqa: E402
 from effnet_repro.transfer import new_head_for, transfer_length  # noqa: E402
@@ -73,13 +74,13 @@ def grid(start):
 
 def mean_interval(values):
     "Mean and half of the 95 % interval of a few numbers"
-    from scipy.stats import t
+    from scipy.stats import sem
 
-    values = np.asarray(values, "float64")
+    mean = float(np.mean(values))
     if len(values) < 2:
-        return float(values.mean()), math.nan
-    half = t.ppf(0.975, len(values) - 1) * values.std(ddof=1) / math.sqrt(len(values))
-    return float(values.mean()), float(half)
+        return mean, math.nan
+    low, high = Difference(mean, sem(values), len(values) - 1).interval()
+    return mean, float(high - low) / 2
 
 
 def part_of(data, labels, train, validation):

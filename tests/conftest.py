@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import ROOT
+from images import ROOT
 
 from effnet_repro import data as d
 

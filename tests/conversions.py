@@ -21,10 +21,10 @@ TIMM = json.loads((ROOT / "tests/data/timm_vectors.json").read_text())
 SMALL = ModelSpec.from_name("CIFAR-G16-LN_PN", num_classes=10)
 
 
-def logits(weights, pictures, dtype="float32"):
+def logits(weights, images, dtype="float32"):
     arrays = {n: a.astype(dtype) for n, a in weights.arrays.items()}
     with np.errstate(over="ignore"):  # exp in a sigmoid far below zero
-        return run(get_ops("numpy"), weights.spec, arrays, pictures.astype(dtype))
+        return run(get_ops("numpy"), weights.spec, arrays, images.astype(dtype))
 
 
 def moved(spec, seed=0):
@@ -39,7 +39,7 @@ def moved(spec, seed=0):
     return convert.Weights(spec, arrays, convert.case_for(spec), ("x",) * spec.num_classes)
 
 
-def pictures(size, seed=0):
+def random_images(size, seed=0):
     return np.random.default_rng(seed).uniform(0, 255, (2, size, size, 3)).astype("float32")
 
 

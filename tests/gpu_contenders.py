@@ -305,9 +305,9 @@ def _largest(step, size, batch):
     import jax
 
     one, limit = step.memory_analysis(), jax.local_devices()[0].memory_stats()["bytes_limit"]
-    pictures = batch * size * size * 3
-    a_picture = (one.temp_size_in_bytes + pictures) / batch
-    return int((limit - one.argument_size_in_bytes + pictures) / a_picture) // 16 * 16
+    images = batch * size * size * 3
+    an_image = (one.temp_size_in_bytes + images) / batch
+    return int((limit - one.argument_size_in_bytes + images) / an_image) // 16 * 16
 
 
 def _peak_gib():

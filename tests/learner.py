@@ -12,6 +12,7 @@ Both backends; the images stay on a GPU under JAX.
 """
 
 import math
+import time
 from typing import Dict, NamedTuple, Optional, Sequence
 
 import numpy as np
@@ -77,9 +78,14 @@ class Learner:
         """Return fresh weights."""
         return initial_weights(self.spec, seed)
 
-    def learn(self, arrays: Dict[str, np.ndarray], data, steps: int, seed: int, **numbers):
-        """Train from these weights and return the new ones; `self.loss` is the last step's.
+    def learn(
+        self, arrays: Dict[str, np.ndarray], data, steps: int, seed: int, each=None, **numbers
+    ):
+        """Train from these weights and return the new ones.
 
+        `self.loss` is the last step's; `self.seconds` took all but the first, which compiles or waits for images.
+
+        - `each`: (steps, function): after every so many steps the function is called with the weights.
         - `numbers`: any field of `Case` that is not compiled in; `rate`, the highest learning rate, in place of its
           exponent; `warmup`, the share of the steps that the rate rises for, 0.05 where it is not given.
         """
@@ -90,9 +96,16 @@ class Learner:
         for variable, value in zip(self.model.optimizer.variables, self.slots):
             variable.assign(value)
         run = compiled_steps(self.model, self._stream(self._run(data, steps, numbers), data, seed))
-        for _ in range(steps):
+        every, call = each or (math.inf, None)
+        for step in range(1, steps + 1):
             logs = run.do()
-        self.loss = float(logs["loss"])
+            if step == 1:
+                float(logs["loss"])  # waits for it
+                began = time.perf_counter()
+            if step % every == 0:
+                run.sync()
+                call(get_weights(self.model.network))
+        self.loss, self.seconds = float(logs["loss"]), time.perf_counter() - began
         run.sync()
         return get_weights(self.model.network)
 

@@ -68,7 +68,7 @@ def weights_of(vector):
     return unpack(published_variables(vector))
 
 
-def pictures_of(vector):
+def images_of(vector):
     size = vector["image_size"]
     rng = np.random.default_rng(vector["image_seed"])
     return rng.standard_normal((vector["batch"], size, size, 3)).astype("float32")

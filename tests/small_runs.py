@@ -1,4 +1,4 @@
-"""Trainings of one small set in one process, our network or timm's: the step is compiled once for all of them.
+"""Trainings of one small set in one process, our network or timm's: a step is compiled once for many of them.
 
 `bench_small.py` starts this file once for each network. It trains every trial of the search on the training images but
 1,500, measures on those, and then trains with the best trial's numbers on all training images, with one seed after
@@ -21,11 +21,14 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from learner import FOUR_BLOCKS, Learner  # noqa: E402
+
+from effnet_repro.averaging import WeightAverage  # noqa: E402
 from effnet_repro.config import get_case, override, resolve  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.data.layouts import make_split  # noqa: E402
+from effnet_repro.small_sets import average_decay  # noqa: E402
 
-SMALL = ("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40")
 SMOOTHING = 0.1
 HELD_BACK = 5  # Every fifth training image measures the trials: 1,500 of 7,500
 
@@ -69,128 +72,52 @@ def without_held_back(data):
 
 
 class Ours:
-    "Our network, through the training step of `training.step`; the numbers of a trial are arguments of it"
+    "Our network; each stochastic depth has a program of its own, whose arguments are the other numbers of a trial"
 
     def __init__(self, args):
-        import jax
-
-        from effnet_repro.efficientnet import build_model, weights_by_name
-        from effnet_repro.scaling import ModelSpec
-        from effnet_repro.training import Program, TrainingModel, configure
-        from effnet_repro.training import step as steps
+        from effnet_repro.training import configure, device_name
         from effnet_repro.training.compiled import keep_compiled
-        from effnet_repro.training.evaluation import Evaluator
 
         configure()
         keep_compiled()
-        self.args, self.jax, self.compiled, self.kept = args, jax, None, {}
+        self.args, self.learners = args, {}
         case = override(get_case(args.case), image_size=args.image_size)
         if args.quick:
-            case = override(case, model_size="cifar", net_stages=SMALL, top_filters=128)
-        own = dict(global_batch_size=args.batch, micro_batch_size=args.batch, drop_path_rate=0.5)
-        self.case = resolve(case, "small", images=10_000, mixup_alpha=0.1, **own)[0]
-        spec = ModelSpec.from_case(self.case, num_classes=args.classes)
-        self.precision = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-        network = build_model(spec, image_size=args.image_size, dtype="float32", seed=0)
-        names = tuple(layer.segment.name for layer in network.layers[1:])
-        self.model = TrainingModel(network, Program(self.case, spec, names, self.precision, 0))
-        self.places = {id(v): n for n, v in weights_by_name(network).items()}
-        self.spec, self.steps = spec, steps
-        self.evaluator = Evaluator(spec, self.precision)
-        self.device = jax.devices()[0].device_kind
+            case = override(case, model_size="cifar", **FOUR_BLOCKS)
+        own = dict(global_batch_size=args.batch, micro_batch_size=args.batch, mixup_alpha=0.1)
+        self.case = resolve(case, "small", images=10_000, label_smoothing=SMOOTHING, **own)[0]
+        self.device = device_name()
 
     def prepare(self, data):
         "Compile everything"
-        thread = self.evaluator.prepare(self.args.image_size, data)
         self.train(data, TRIALS[0], 0, 1, steps=1)
-        thread.join() if thread else None
 
-    def _step(self, state, batch, numbers):
-        context = self.steps.TrainContext
-
-        class Scaled(context):
-            "Masks of the seed and the stochastic depth that are arguments"
-
-            def mask(self, segment, kind, rate, shape):
-                factor = numbers["drop_path"] / 0.5 if kind == "drop_path" else 1.0
-                return super().mask(segment, kind, rate * factor, shape)
-
-        self.steps.TrainContext = lambda ops, seed, *more, **how: Scaled(
-            ops, numbers["seed"], *more, **how
-        )
-        self.model.optimizer.weight_decay = numbers["weight_decay"]
-        try:
-            return self.model.train_step(state, (batch,))
-        finally:
-            self.steps.TrainContext = context
-
-    def _images(self, stream):
-        "Training steps with images; those of a resident set are cut by a program of their own, for any number of them"
-        from effnet_repro.data.device import cutter
-
-        for (batch,) in stream:
-            if "cuts" in batch:
-                pixels, cuts = batch.pop("pixels"), batch.pop("cuts")
-                batch["images"] = cutter("modern")(pixels, cuts, self.args.image_size)
-            yield batch
-
-    def _first(self, seed):
-        "State of a run before its first step"
-        from effnet_repro.network import initial_weights
-
-        put, drawn = self.jax.numpy.asarray, initial_weights(self.spec, seed)
-        of = lambda variables: [put(drawn[self.places[id(v)]]) for v in variables]
-        known = lambda v: id(v) in self.places
-        others = self.model.non_trainable_variables
-        rest = [put(drawn[self.places[id(v)]]) if known(v) else put(v.value) + 0 for v in others]
-        slots = [self.jax.numpy.zeros_like(v.value) for v in self.model.optimizer.variables]
-        return of(self.model.trainable_variables), rest, slots, []
+    def _learner(self, drop_path):
+        if drop_path not in self.learners:
+            case = override(self.case, drop_path_rate=drop_path)
+            self.learners[drop_path] = Learner(case, self.args.classes, self.args.batch)
+        return self.learners[drop_path]
 
     def train(self, data, trial, seed, epochs, steps=None):
         "Train and measure; returns top-1 of the last and the averaged weights, and seconds of the steps"
-        from effnet_repro.small_sets import average_decay
-        from effnet_repro.training import updates
-
-        args, jax = self.args, self.jax
-        exponent = math.log2(trial.learning_rate / args.batch)
-        own = dict(mixup_alpha=trial.mixup or 1e-3, crop_area_min=trial.crop_area_min)
-        own.update(epochs=epochs, warmup_epochs=epochs / 20, base_learning_rate_exponent=exponent)
-        case = override(self.case, label_smoothing=SMOOTHING, **own)
-        numbers = dict(seed=seed, weight_decay=trial.weight_decay, drop_path=trial.drop_path)
-        numbers = {n: np.float32(v) if n != "seed" else np.int32(v) for n, v in numbers.items()}
-        state, per_epoch = self._first(seed), data.train_count // args.batch
-        average, decay = None, average_decay(epochs)
-        mix = lambda a, w: jax.tree.map(lambda x, y: decay * x + (1 - decay) * y, a, w)
-        mix = jax.jit(mix)
-        if self.compiled is None:
-            self.compiled = jax.jit(self._step, donate_argnums=0)
-        per_epoch = min(per_epoch, 2) if args.quick else per_epoch
-        stream = self._images(updates(case, data, seed))
-        began = None
-        for i in range(steps or int(epochs) * per_epoch):
-            batch = next(stream)
-            logs, state = self.compiled(state, batch, numbers)
-            if began is None:  # the first step compiles, or waits for the decoded images
-                jax.block_until_ready(logs)
-                began = time.perf_counter()
-            if (i + 1) % per_epoch == 0:
-                copy = jax.tree.map(lambda w: w + 0.0, state[0])
-                average = copy if average is None else mix(average, copy)
-        jax.block_until_ready(state)
-        seconds = time.perf_counter() - began
-        found = {"seconds": seconds, "loss": float(logs["loss"])}
-        for name, weights in (("top1", state[0]), ("top1_average", average or state[0])):
-            found[name] = self._measure(data, weights, state[1])
-        return found
-
-    def _measure(self, data, trained, rest):
-        pairs = zip(
-            (*self.model.trainable_variables, *self.model.non_trainable_variables),
-            (*trained, *rest),
+        learner, average = self._learner(trial.drop_path), WeightAverage(average_decay(epochs))
+        per_epoch = data.train_count // self.args.batch
+        per_epoch = min(per_epoch, 2) if self.args.quick else per_epoch
+        recipe = dict(mixup_alpha=trial.mixup or 1e-3, crop_area_min=trial.crop_area_min)
+        recipe.update(rate=trial.learning_rate, weight_decay=trial.weight_decay)
+        last = learner.learn(
+            learner.begin(seed),
+            data,
+            steps or int(epochs) * per_epoch,
+            seed,
+            each=(per_epoch, average.update),
+            **recipe,
         )
-        arrays = {self.places[id(v)]: np.asarray(x) for v, x in pairs if id(v) in self.places}
-        how = dict(image_resize="modern")
-        return self.evaluator.evaluate(arrays, data, self.args.image_size, **how).top1
+        found = {"seconds": learner.seconds, "loss": learner.loss}
+        found["top1"] = learner.judge(last, data).top1
+        if average.count:
+            found["top1_average"] = learner.judge(average.arrays(), data).top1
+        return found
 
 
 class Peer:

@@ -40,8 +40,8 @@ def test_labels_share_what_pixels_share(m, size, keep, kept, centre):
     centre=st.tuples(share, share),
 )
 def test_the_box(size, kept, centre):
-    pictures = np.arange(3, dtype="float32")[:, None, None, None] * np.ones((1, *size, 1))
-    mixed, _ = mix(get_ops("numpy"), pictures, np.eye(3), cutmix_lambda=kept, cutmix_centre=centre)
+    images = np.arange(3, dtype="float32")[:, None, None, None] * np.ones((1, *size, 1))
+    mixed, _ = mix(get_ops("numpy"), images, np.eye(3), cutmix_lambda=kept, cutmix_centre=centre)
     inside = mixed[0, :, :, 0] != 0
     for axis, side in enumerate(size):
         line = np.flatnonzero(inside.any(1 - axis))
@@ -56,14 +56,14 @@ def test_the_box(size, kept, centre):
 
 @pytest.mark.parametrize("m, partner", [(2, 1), (3, 2), (5, 2)])
 def test_partners(m, partner):
-    pictures = np.arange(m, dtype="float32")[:, None, None, None] * np.ones((1, 4, 4, 1))
+    images = np.arange(m, dtype="float32")[:, None, None, None] * np.ones((1, 4, 4, 1))
     full = dict(cutmix_lambda=0.0, cutmix_centre=[0.5, 0.5])  # the box is the image
-    images, targets = mix(get_ops("numpy"), pictures, np.eye(m), **full)
-    np.testing.assert_array_equal(images[:, 0, 0, 0], np.roll(np.arange(m), partner))
+    mixed, targets = mix(get_ops("numpy"), images, np.eye(m), **full)
+    np.testing.assert_array_equal(mixed[:, 0, 0, 0], np.roll(np.arange(m), partner))
     np.testing.assert_array_equal(targets, np.roll(np.eye(m), partner, 0))
 
 
-def test_pasted_pictures_are_mixed_already():
+def test_pasted_images_are_mixed_already():
     one_hot = np.eye(4, dtype="float32")
     planes = np.broadcast_to(one_hot[:, None, None, :], (4, 10, 10, 4))
     draws = dict(mixup=np.float32([0.5] * 4), cutmix_lambda=0.75, cutmix_centre=[0.5, 0.5])
@@ -76,36 +76,36 @@ def test_pasted_pictures_are_mixed_already():
 @pytest.mark.parametrize("name", ["tensorflow", "jax"])
 @pytest.mark.parametrize("dtype", ["uint8", "float32"])
 def test_frameworks_agree(name, dtype):
-    pictures = np.random.default_rng(0).integers(0, 256, (6, 13, 17, 3)).astype(dtype)
+    images = np.random.default_rng(0).integers(0, 256, (6, 13, 17, 3)).astype(dtype)
     targets = np.eye(6, dtype="float32")
     many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, groups=20, group_size=6)
     draws = draw_mixing(**many, update=0)
     for i in range(20):
         one = {key: value[i] for key, value in draws.items()}
-        plain = mix(get_ops("numpy"), pictures, targets, **one)
-        for a, b in zip(mix(get_ops(name), pictures, targets, **one), plain):
+        plain = mix(get_ops("numpy"), images, targets, **one)
+        for a, b in zip(mix(get_ops(name), images, targets, **one), plain):
             check_close(a, b, rtol=1e-6, atol=1e-4)
 
 
 def test_in_a_while_loop():
-    pictures = tf.constant(np.random.default_rng(0).random((3, 4, 8, 8, 3)), tf.float32)
+    images = tf.constant(np.random.default_rng(0).random((3, 4, 8, 8, 3)), tf.float32)
     targets = tf.eye(4)
     many = dict(mixup_alpha=0.2, cutmix_lambda=0.8, seed=3, groups=3, group_size=4)
     draws = draw_mixing(**many, update=0)
 
     @tf.function
     def total():
-        def body(i, images, labels):
+        def body(i, mixed, labels):
             one = {key: tf.gather(value, i) for key, value in draws.items()}
-            x, y = mix(get_ops("tensorflow"), pictures[i], targets, **one)
-            return i + 1, images + x, labels + y
+            x, y = mix(get_ops("tensorflow"), images[i], targets, **one)
+            return i + 1, mixed + x, labels + y
 
         return tf.while_loop(
             lambda i, *_: i < 3, body, (0, tf.zeros((4, 8, 8, 3)), tf.zeros((4, 4)))
         )[1:]
 
     plain = [
-        mix(get_ops("numpy"), pictures[i].numpy(), np.eye(4), **{k: v[i] for k, v in draws.items()})
+        mix(get_ops("numpy"), images[i].numpy(), np.eye(4), **{k: v[i] for k, v in draws.items()})
         for i in range(3)
     ]
     for a, b in zip(total(), map(sum, zip(*plain))):

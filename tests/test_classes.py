@@ -6,7 +6,7 @@ import shutil
 
 import numpy as np
 import pytest
-from pictures import encode, picture, record, write
+from images import encode, record, smooth_image, write
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, training
@@ -23,7 +23,7 @@ def make_set(folder, names, validation=24):
         records = []
         for i in range(count):
             kind = i * i % 3  # uneven: two of three are of kind 1
-            image = encode(picture(40, 48, 100 * (split == "train") + i) // 2 + 60 * kind)
+            image = encode(smooth_image(40, 48, 100 * (split == "train") + i) // 2 + 60 * kind)
             label = 1 + list(names).index(order[kind])
             records.append(record(image, label=label))
         write(folder, split, records)

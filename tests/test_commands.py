@@ -33,9 +33,9 @@ def test_nothing_of_the_document_is_left_out():
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
+def image_folder(tmp_path_factory):
     "Two classes of colored squares: 32 images to train on, 8 to validate"
-    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    root, rng = tmp_path_factory.mktemp("images"), np.random.default_rng(0)
     for split, n in (("train", 16), ("val", 4)):
         for label in ("dark", "light"):
             folder = root / split / label
@@ -47,7 +47,7 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def translated(pictures, tmp_path_factory):
+def translated(image_folder, tmp_path_factory):
     "Run every translated command in the order of the document: title -> (status, stdout, stderr)"
     variables = {
         "CASE": CASE,
@@ -56,7 +56,7 @@ def translated(pictures, tmp_path_factory):
         "BATCH_SIZE": "2",
         "GRAD_ACC": "1",
         "IMAGE_SIZE": "64",
-        "DATA_DIR": str(pictures),
+        "DATA_DIR": str(image_folder),
     }
     done = {"": variables}
     with pytest.MonkeyPatch.context() as patch:
@@ -111,16 +111,16 @@ def test_the_published_fine_tuning_is_the_short_one(translated):
     assert config["init"].endswith("average.safetensors")
 
 
-def test_validation_is_done_once_and_for_the_right_case(run, refused, translated, pictures):
+def test_validation_is_done_once_and_for_the_right_case(run, refused, translated, image_folder):
     run_dir = translated[""]["RESTORE_PATH"]
     rows = validation_rows(run_dir)
     assert [r["weights"] for r in rows] == ["last", "average"]
-    status, out, _ = run("validate", run_dir, "--data-dir", pictures, "--json")
+    status, out, _ = run("validate", run_dir, "--data-dir", image_folder, "--json")
     assert status == 0 and json.loads(out) == validation_rows(run_dir)
     other = refused("validate", run_dir, "--config", "B0-G1-GN-Native_16IPU_2x8")
     assert "norm: LN_PN there, GN here" in other and "group_size: 16 there, 1 here" in other
     file = next(Path(run_dir, "checkpoints").glob("epoch-*"))
-    status, out, _ = run("validate", file, "--data-dir", pictures, "--csv")
+    status, out, _ = run("validate", file, "--data-dir", image_folder, "--csv")
     assert status == 0 and out.splitlines()[1].startswith(f"{file.name},")
 
 

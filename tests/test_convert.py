@@ -9,7 +9,17 @@ import keras
 import keras_models
 import numpy as np
 import pytest
-from conversions import ROOT, SMALL, TIMM, logits, moved, pictures, same, timm_vectors, write_timm
+from conversions import (
+    ROOT,
+    SMALL,
+    TIMM,
+    logits,
+    moved,
+    random_images,
+    same,
+    timm_vectors,
+    write_timm,
+)
 from safetensors.numpy import load_file, save_file
 
 from effnet_repro import averaging, checkpoint, convert
@@ -47,7 +57,7 @@ def test_keras_files_in(theirs, tmp_path):
     assert all(w.spec.num_classes == 7 and w.spec.input_norm == "keras" for w in found)
     for other in found[1:]:
         same(other.arrays, found[0].arrays)
-    x = pictures(64)
+    x = random_images(64)
     expected = keras.ops.convert_to_numpy(theirs(x))
     assert relative_error(softmax(logits(found[0], x)), expected) < 1e-4
 
@@ -58,7 +68,7 @@ def test_keras_files_out(tmp_path):
     said = convert.convert(tmp_path / "ours.safetensors", tmp_path / "b0.keras").notes
     assert "softmax" in said[-1]
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "b0.weights.h5")
-    x = pictures(64)
+    x = random_images(64)
     model = keras.models.load_model(str(tmp_path / "b0.keras"))
     expected = softmax(logits(weights, x))
     assert relative_error(keras.ops.convert_to_numpy(model(x)), expected) < 1e-4
@@ -138,7 +148,7 @@ def test_a_file_without_a_classifier(tmp_path):
         convert.read(path)
     weights = convert.read(path, num_classes=5, class_names=list("abcde"))
     assert weights.class_names == tuple("abcde") and "untrained" in weights.notes[-1]
-    assert logits(weights, pictures(32)).shape == (2, 5)
+    assert logits(weights, random_images(32)).shape == (2, 5)
     with pytest.raises(ValueError, match="2 class names for 5 classes"):
         convert.read(path, num_classes=5, class_names=["a", "b"])
     save_file(state, str(path))

@@ -85,7 +85,7 @@ def test_logits_are_timm_s(names, package, arch, size, tmp_path):
     weights = convert.read(tmp_path / "model.safetensors")
     assert f"Names of {package}." in weights.notes
     assert any("symmetrically" in note for note in weights.notes) == (package == "torchvision")
-    found = logits(weights, timm_vectors.pictures(size), "float64")
+    found = logits(weights, timm_vectors.images(size), "float64")
     assert relative_error(found, expected(arch, size)) < 1e-4
     with pytest.raises(ValueError, match="Leave it out"):
         convert.read(tmp_path / "model.safetensors", arch="efficientnet_b0")

@@ -60,12 +60,12 @@ def test_published_checkpoint_in_and_out(tmp_path):
         weights = convert.read(source, case=case)
         left_out = f"Left out 2 variables that are not weights: {slot}, global_step."
         assert weights.notes == (left_out,)
-    assert relative_error(logits(weights, parity_vectors.pictures_of(vector)), expected) < 1e-4
+    assert relative_error(logits(weights, parity_vectors.images_of(vector)), expected) < 1e-4
     convert.write_ours(tmp_path / "ours.safetensors", weights)
     convert.convert(tmp_path / "ours.safetensors", tmp_path / "out.ckpt")
     with v1.Session(graph=graph) as session:  # nothing is initialized here but by the file
         saver.restore(session, str(tmp_path / "out.ckpt"))
-        found = session.run(y, {x: parity_vectors.pictures_of(vector)})
+        found = session.run(y, {x: parity_vectors.images_of(vector)})
     assert relative_error(found, expected) < 1e-4
 
 
@@ -80,7 +80,7 @@ def test_published_networks_are_recognised(name, tmp_path):
     assert weights.spec == replace(
         parity_vectors.spec_of(vector), image_size=weights.spec.native_size
     )
-    assert relative_error(logits(weights, parity_vectors.pictures_of(vector)), expected) < 2e-4
+    assert relative_error(logits(weights, parity_vectors.images_of(vector)), expected) < 2e-4
 
 
 def save_variables(prefix, variables):

@@ -8,7 +8,7 @@ import zlib
 import numpy as np
 import parity_vectors
 import pytest
-from conversions import SMALL, TIMM, logits, moved, pictures, same, timm_vectors, write_timm
+from conversions import SMALL, TIMM, logits, moved, random_images, same, timm_vectors, write_timm
 from safetensors.numpy import load_file, save_file
 
 from effnet_repro import convert
@@ -25,7 +25,7 @@ def test_timm_logits(row, tmp_path):
     """Against numbers that timm itself computed (tests/data/make_timm_vectors.py)."""
     weights = convert.read(write_timm(tmp_path / f"{row['arch']}.safetensors", row["arch"]))
     assert weights.spec.num_classes == 10 and weights.spec.input_norm == "keras"
-    found = logits(weights, timm_vectors.pictures(row["size"]), "float64")
+    found = logits(weights, timm_vectors.images(row["size"]), "float64")
     error = relative_error(found, row["values"])
     plain = not row["arch"].startswith("tf_")
     said = " ".join(weights.notes)
@@ -74,7 +74,7 @@ def test_to_timm_and_back(tmp_path, input_norm):
     )
     how = dict(arch="tf_efficientnet_b0", input_mean=mean, input_std=std)
     again = convert.read(tmp_path / "plain.safetensors", **how)
-    x = pictures(64)
+    x = random_images(64)
     assert relative_error(logits(again, x), logits(weights, x)) < 2e-3  # four digits in the note
     check_close(logits(back, x), logits(weights, x), rtol=1e-5, atol=1e-5)
 
@@ -243,7 +243,7 @@ def test_our_networks_in_pytorch_form(name, tmp_path):
     notes = convert.convert(tmp_path / "ours.safetensors", path, to="torch").notes
     assert any("timm has no such network" in n for n in notes)
     state = load_file(str(path))
-    x = parity_vectors.pictures_of(vector).transpose(0, 3, 1, 2).astype("float64")
+    x = parity_vectors.images_of(vector).transpose(0, 3, 1, 2).astype("float64")
     y = Reference(state, spec.norm_groups)(x, {0: 2, 1: 1, 2: 2, 3: 2, 4: 2, 5: 1, 6: 2, 7: 1})
     assert relative_error(y, expected) < 1e-4
     back = convert.read(path)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from pictures import encode, picture, quick, record, write
+from images import encode, quick, record, smooth_image, write
 from PIL import Image
 from test_faults import one_line
 from tiny import SMOKE, TINY, small_network  # noqa: F401
@@ -28,12 +28,14 @@ SHAPES = {"1x1": (1, 1), "1x10000": (1, 10_000), "10000x1": (10_000, 1), "small"
 @pytest.fixture(scope="module")
 def odd_shapes(tmp_path_factory):
     folder = tmp_path_factory.mktemp("odd")
-    records = [record(encode(picture(*s), k)) for s in SHAPES.values() for k in ("JPEG", "PNG")]
+    records = [
+        record(encode(smooth_image(*s), k)) for s in SHAPES.values() for k in ("JPEG", "PNG")
+    ]
     write(folder, "train", records)
     return d.open_data(write(folder, "validation", records), verbose=False)
 
 
-def test_pictures_of_every_shape_are_read(odd_shapes):
+def test_images_of_every_shape_are_read(odd_shapes):
     n, how = odd_shapes.train_count, "published" if decode.has_fast_dct() else "modern"
     (theirs,) = d.validation_batches(odd_shapes, 64, n, image_resize=how)
     (ours,) = d.validation_arrays(odd_shapes, 64, n, image_resize=how)
@@ -51,7 +53,7 @@ def test_sixteen_bits_become_the_upper_eight():
 
 
 def broken_jpegs():
-    whole = encode(picture(60, 80))
+    whole = encode(smooth_image(60, 80))
     zeros = bytearray(whole)
     zeros[100:400] = bytes(300)
     return {"cut": whole[: len(whole) // 2], "zeros": bytes(zeros), "no end": whole[:-2]}
@@ -61,14 +63,14 @@ def broken_jpegs():
 def broken_set(tmp_path_factory):
     "Fifteen good images and three broken ones, in both splits."
     folder = tmp_path_factory.mktemp("broken")
-    good = [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(15)]
+    good = [record(encode(smooth_image(40, 50, i)), label=i % 2 + 1) for i in range(15)]
     bad = [record(b) for b in broken_jpegs().values()]
     records = good[:4] + bad[:1] + good[4:9] + bad[1:] + good[9:]
     write(folder, "train", records)
     return write(folder, "validation", records)
 
 
-def test_damaged_pictures_are_left_out_and_named(broken_set, tmp_path, capsys):
+def test_damaged_images_are_left_out_and_named(broken_set, tmp_path, capsys):
     data = d.open_data(broken_set, cache_dir=tmp_path, on_corrupt="skip")
     said = capsys.readouterr().out
     assert (data.train_count, data.validation_count, len(data.damaged)) == (15, 15, 6)
@@ -102,7 +104,7 @@ def test_images_that_a_disk_does_not_give_are_named_or_left_out(broken_set, tmp_
     assert "Cannot read image 0 of the train" in data.damaged[0] and "Errno" not in data.damaged[0]
 
 
-def test_damaged_pictures_are_refused_by_name(broken_set):
+def test_damaged_images_are_refused_by_name(broken_set):
     data = d.open_data(broken_set, verbose=False)
     with pytest.raises(ValueError, match="It is image .* at byte .*on_corrupt='skip'") as error:
         next(d.numpy_batches(data, 16, 18))
@@ -114,7 +116,7 @@ def test_damaged_pictures_are_refused_by_name(broken_set):
         d.open_data(broken_set, on_corrupt="ignore")
 
 
-def test_a_run_names_the_damaged_picture_or_leaves_it_out(broken_set, tmp_path):
+def test_a_run_names_the_damaged_image_or_leaves_it_out(broken_set, tmp_path):
     options = {**SMOKE, "global_batch_size": 6, "micro_batch_size": 3, "max_steps": 3}
     options.update(epochs=2, validate_every=None)
     with pytest.raises(ValueError, match="image .* of the train split, at byte") as error:
@@ -159,7 +161,7 @@ def test_tensorflow_feeds_a_gpu_of_jax(broken_set, tmp_path, monkeypatch, capsys
 def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
     import tensorflow as tf
 
-    data = bytearray(encode(picture(24, 32)))
+    data = bytearray(encode(smooth_image(24, 32)))
     data[place % len(data)] ^= 1 << bit
     try:
         ours = decode.decode_image(bytes(data))
@@ -177,7 +179,7 @@ def test_a_flipped_bit_of_a_jpeg_decodes_alike_or_is_refused(place, bit):
 
 
 def test_a_wrong_checksum_is_found_before_the_run(tmp_path):
-    write(tmp_path, "train", [record(encode(picture(40, 50, i))) for i in range(3)])
+    write(tmp_path, "train", [record(encode(smooth_image(40, 50, i))) for i in range(3)])
     path, split = tmp_path / "train-00000-of-00001", d.open_data(tmp_path).splits["train"]
     raw = bytearray(path.read_bytes())
     raw[split.offset[1] + split.length[1] - 40] ^= 1  # still a JPEG
@@ -201,7 +203,7 @@ def test_a_broken_info_file_is_named(tmp_path, text):
 def test_a_jpeg_that_libjpeg_steps_over_is_read_by_tensorflow_as_by_the_others(tmp_path):
     import tensorflow as tf
 
-    whole, found = encode(picture(24, 32)), []
+    whole, found = encode(smooth_image(24, 32)), []
     for place in range(600, len(whole) - 4):
         data = whole[:place] + b"\xff" + whole[place + 1 :]
         try:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import FOLDERS, ROOT, bmp, encode, folders, picture, record, write
+from images import FOLDERS, ROOT, bmp, encode, folders, record, smooth_image, write
 
 from effnet_repro import data as d
 from effnet_repro.data import catalog, decode, layouts, request
@@ -31,7 +31,7 @@ def test_folders(tmp_path, validation):
     for split, names in [("train", "ab"), (validation, "b")]:
         for name in names:
             (tmp_path / split / name).mkdir(parents=True)
-            (tmp_path / split / name / "x.JPEG").write_bytes(encode(picture()))
+            (tmp_path / split / name / "x.JPEG").write_bytes(encode(smooth_image()))
             (tmp_path / split / name / "notes.txt").write_text("not an image")
     found = d.open_data(tmp_path, verbose=False)
     assert found.format == "folder" and found.class_names == ("a", "b")
@@ -46,7 +46,7 @@ def test_folders(tmp_path, validation):
 
 @pytest.mark.parametrize("hundred", [False, True])
 def test_cifar(tmp_path, hundred):
-    pixels = np.stack([picture(32, 32, i) for i in range(6)])
+    pixels = np.stack([smooth_image(32, 32, i) for i in range(6)])
     labels = np.array([9, 0, 3, 1, 2, 4], np.uint8)[:, None]
     heads = [np.full_like(labels, 7), labels] if hundred else [labels]  # coarse, fine
     rows = np.concatenate([*heads, pixels.transpose(0, 3, 1, 2).reshape(6, -1)], 1)
@@ -178,11 +178,11 @@ def test_large_sets_keep_their_list_and_read_in_runs(sample, tmp_path, monkeypat
     assert capsys.readouterr().out.count("once (kept in") == 2
 
 
-def test_boxes_travel_with_their_picture(tmp_path):
+def test_boxes_travel_with_their_image(tmp_path):
     sides = dict(ymin=[0.1, 0.9], xmin=[0.2, 0.9], ymax=[0.5, 1.5], xmax=[0.6, 0.95])
     sides = {f"image/object/bbox/{k}": v for k, v in sides.items()}
-    boxed = record(encode(picture(120, 160)), **sides)
-    plain = record(encode(picture(120, 160)), **dict.fromkeys(sides, []))
+    boxed = record(encode(smooth_image(120, 160)), **sides)
+    plain = record(encode(smooth_image(120, 160)), **dict.fromkeys(sides, []))
     write(tmp_path, "train", [plain, boxed, plain])
     split = d.open_data(tmp_path, verbose=False).splits["train"]
     assert list(split.box_begin) == [0, 0, 2, 2]
@@ -221,17 +221,17 @@ def test_a_changed_split_has_another_fingerprint(tmp_path, monkeypatch, split, c
 
 
 def test_fingerprints_of_other_layouts(tmp_path, cache_dir, sample):
-    records = [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(4)]
+    records = [record(encode(smooth_image(40, 50, i)), label=i % 2 + 1) for i in range(4)]
     marks = []
     for name, these in [
         ("a", records),
         ("order", records[::-1]),
-        ("label", records[:3] + [record(encode(picture(40, 50, 3)), label=1)]),
+        ("label", records[:3] + [record(encode(smooth_image(40, 50, 3)), label=1)]),
         (
             "name",
             [
                 record(
-                    encode(picture(40, 50, i)),
+                    encode(smooth_image(40, 50, i)),
                     label=i % 2 + 1,
                     **{"image/class/text": str(i % 2 + 5)},
                 )
@@ -264,7 +264,7 @@ LEFT_FILES = "._x.jpg .x.jpg .hidden.png @x.jpg ~x.jpg".split()
 def test_folders_that_tools_leave_are_no_classes(tmp_path, capsys, name):
     name, clean = name.replace("_V", " V").replace("_I", " I"), folders(tmp_path / "clean", FOLDERS)
     litter = {
-        f"{at}{name}/x-checkpoint.jpg": encode(picture())
+        f"{at}{name}/x-checkpoint.jpg": encode(smooth_image())
         for at in ("", "train/", "val/", "train/a/")
     }
     places = [folders(tmp_path / "littered", {**FOLDERS, **litter}), clean]
@@ -300,7 +300,7 @@ def test_files_that_tools_leave_are_no_images(tmp_path, name):
 @pytest.mark.parametrize("split", ["validation", "train"])
 def test_a_split_of_nothing_but_what_tools_leave_is_not_there(tmp_path, split):
     files = {k: v for k, v in FOLDERS.items() if not k.startswith(split)}
-    files[f"{split}/.ipynb_checkpoints/x.jpg"] = encode(picture())
+    files[f"{split}/.ipynb_checkpoints/x.jpg"] = encode(smooth_image())
     files[f"{split}/.DS_Store"] = b"x"
     found = d.open_data(folders(tmp_path, files), verbose=False)
     assert (found.train_count, found.validation_count) == (

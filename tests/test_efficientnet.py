@@ -33,7 +33,7 @@ def test_published_weights_through_keras(name):
     model = build_model(parity_vectors.spec_of(vector), image_size=vector["image_size"])
     variables = parity_vectors.published_variables(vector)
     load_published(model, variables)
-    images = parity_vectors.pictures_of(vector)
+    images = parity_vectors.images_of(vector)
     assert relative_error(model.predict(images, verbose=0), logits) < 1e-4
     back = to_published(model)
     assert list(back) == list(variables)

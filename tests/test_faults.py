@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pictures import encode, picture, quick, record, write
+from images import encode, quick, record, smooth_image, write
 from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
@@ -313,9 +313,11 @@ def test_killed_between_checkpoint_and_row(tmp_path, monkeypatch):
     assert read_metrics(tmp_path)["update"].tolist() == [2]
 
 
-def test_a_set_without_validation_pictures_trains(tmp_path, capsys):
+def test_a_set_without_validation_images_trains(tmp_path, capsys):
     data = tmp_path / "data"
-    write(data, "train", [record(encode(picture(40, 50, i)), label=i % 2 + 1) for i in range(12)])
+    write(
+        data, "train", [record(encode(smooth_image(40, 50, i)), label=i % 2 + 1) for i in range(12)]
+    )
     options = {**SMOKE, "global_batch_size": 6, "micro_batch_size": 6, "validate_every": 1}
     run = train(TINY, data, tmp_path / "run", **options)
     assert run.finished and run.scores == {}

@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import pytest
-from pictures import encode, folders, picture
+from images import encode, folders, smooth_image
 from test_faults_words import CASE, plain
 
 RUN = Path(__file__).with_name("data") / "earlier_run"
 PLACES = [f"{s}/{c}/{i}.jpg" for s in ("train", "val") for c in "ab" for i in range(4)]
-IMAGES = {place: encode(picture(40, 40, i)) for i, place in enumerate(PLACES)}
+IMAGES = {place: encode(smooth_image(40, 40, i)) for i, place in enumerate(PLACES)}
 ONE = {k: v for k, v in IMAGES.items() if k.startswith("train")}
 FILES = {
     "damaged.jpg": IMAGES["train/a/0.jpg"][:99],

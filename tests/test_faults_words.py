@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from pictures import encode, picture
+from images import encode, smooth_image
 from tiny import ROOT
 
 from effnet_repro import cli
@@ -71,6 +71,35 @@ LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
         (["--crop-area-min", "1.00009"], "--crop-area-min must be in [1e-4, 1]"),
         (["--image-size", str(10**400)], "image"),
     ],
+    "a value where none is due": [
+        (["--no-progress="], "--no-progress takes no value. Received: ''"),
+        (["--no-validation=yes"], "--no-validation takes no value. Received: 'yes'"),
+    ],
+    "what web pages make of a line": [
+        (["\u2014epochs", "3"], "Unknown flag '\u2014epochs'. Did you mean '--epochs'?"),
+        (["\u2013-epochs=3"], "Did you mean '--epochs'?"),
+        (["\u2212\u2212epochs", "3"], "Did you mean '--epochs'?"),
+        (["\u00a0--epochs", "3"], "Did you mean '--epochs'?"),
+        (["--epochs\u200b", "3"], "Did you mean '--epochs'?"),
+        (["--epochs", "\u201c3\u201d"], "--epochs: a finite number is needed"),
+        (["-epochs", "3"], "Unknown flag '-epochs'. Did you mean '--epochs'?"),
+    ],
+    "a number with a unit, or in other digits": [
+        (["--epochs", "3 epochs"], "--epochs: a finite number is needed. Received: '3 epochs'"),
+        (["--epochs", "1_000"], "--epochs: a finite number is needed"),
+        (["--epochs", "\u0663"], "--epochs: a finite number is needed"),
+        (["--epochs", "1,5"], "--epochs: a finite number is needed"),
+        (["--image-size", "160px"], "--image-size: a whole number is needed. Received: '160px'"),
+        (["--image-size", "\uff11\uff16\uff10"], "--image-size: a whole number is needed"),
+        (["--checkpoint-every", "5m"], "--checkpoint-every: a finite number is needed"),
+        (["--validation-split", "20%"], "--validation-split: a finite number is needed"),
+    ],
+    "a name that is almost one": [
+        (["--device", "IPU"], "Unknown device 'IPU'. Did you mean 'ipu'?"),
+        (["--device", "gpu"], "Unknown device 'gpu'. Legal names: auto, ipu, keras."),
+        (["--norm", "ln_pn"], "Unknown norm 'ln_pn'. Did you mean 'LN_PN'?"),
+        (["--budget", "Demo"], "Unknown budget 'Demo'. Did you mean 'demo'?"),
+    ],
     "a value that is needed in a certain form": [
         (["--available-memory-proportion", "-1"], "must be in [0, 1]"),
         (["--available-memory-proportion", "0.1", "7"], "must be in [0, 1]"),
@@ -91,6 +120,12 @@ LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
             [*DISTRIBUTED, "--processes", "2", "--process", "0", "--coordinator", "a"],
             "must be host:port",
         ),
+        (
+            [*DISTRIBUTED, "--processes", "2", "--process", "0", "--coordinator", "http://a:1"],
+            "must be host:port",
+        ),
+        ([*DISTRIBUTED, "--join-timeout", str(10**12)], "--join-timeout from 1"),
+        ([*DISTRIBUTED, "--restarts", str(10**12)], "--restarts must be from 0 to 2**31 - 1"),
         (["--processes", "2"], "--processes: for --distributed"),
     ],
     "a flag that does not exist": [
@@ -138,6 +173,8 @@ def test_no_flag_of_ipus_is_suggested_for_a_list(dry):
         (["--data-dir", "/nowhere/at/all"], "must be a folder. Received: '/nowhere/at/all'"),
         (["--run-dir", "/dev/null/x"], "Cannot write /dev/null/x: /dev/null is no folder"),
         (["--run-dir", "x/" * 2100], "File name too long"),
+        (["--run-dir", "/proc/x"], "Cannot write /proc/x: /proc takes no file"),
+        (["--init", "/dev/null"], "/dev/null is no regular file"),
         (["--init", "nowhere"], "There is no file or folder nowhere"),
         (["--restore-path", "nowhere"], "There is no file or folder nowhere"),
         (["--data-format", "raw"], "No images in"),
@@ -194,7 +231,7 @@ def folders_of_images(tmp_path):
         for name in "ab":
             (tmp_path / split / name).mkdir(parents=True)
             for i in range(8):
-                data = encode(picture(40, 40, i))
+                data = encode(smooth_image(40, 40, i))
                 data = data[:99] if (split, name, i) == ("train", "a", 0) else data
                 (tmp_path / split / name / f"{i}.jpg").write_bytes(data)
     return tmp_path
@@ -234,7 +271,8 @@ OTHERS = [  # (words, words of the answer, status)
     (("plan", CASE, "--ipus", 10**30), "No plan fits", 2),
     (("plan", CASE, "--global-batch-size", 10**30), "--global-batch-size must be from 0", 2),
     (("plan", CASE, "--figure", "x.abc"), "a figure is a .png, .svg or .pdf file", 2),
-    (("cases", "--config-path", "."), "which is a folder", 2),
+    (("plan", CASE, "--figure", ".png"), "a figure is a .png, .svg or .pdf file", 2),
+    (("cases", "--config-path", "."), "which is a folder. Leave it out for the published cases", 2),
     (("cases", "--config-path", "/dev/null"), "which is a device", 2),
     (("cases", "--config-path", "n" * 300), "File name too long", 2),
     (("pack", "x", "--images-in-a-file", "0"), "--images-in-a-file must lie between", 2),

@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from pictures import bmp, encode, picture, record, write
+from images import bmp, encode, record, smooth_image, write
 
 from effnet_repro import data as d
 from effnet_repro.data import decode, gpu_decode, gpu_reader, numpy_reader, readers, request
@@ -105,8 +105,11 @@ def requested(data, size, batch, how="published", random=True, first=3, gpus=(0,
 def mixed(tmp_path_factory):
     "JPEGs of several shapes, gray ones, a PNG and a BMP"
     folder = tmp_path_factory.mktemp("mixed")
-    made = [record(encode(picture(40 + 7 * i, 90 - 5 * i, i)), 1 + i % 3) for i in range(9)]
-    made += [record(encode(picture(50, 60, 9), mode="L")), record(encode(picture(), "PNG"))]
+    made = [record(encode(smooth_image(40 + 7 * i, 90 - 5 * i, i)), 1 + i % 3) for i in range(9)]
+    made += [
+        record(encode(smooth_image(50, 60, 9), mode="L")),
+        record(encode(smooth_image(), "PNG")),
+    ]
     made += [record(bmp(3))]
     write(folder, "train", made)
     data = d.open_data(write(folder, "validation", made), verbose=False)
@@ -197,6 +200,8 @@ def test_whether_the_cores_help_is_tried(helped, helps):
         now += (helped if step < 40 else 1.0) + 30 * (step in (15, 60))  # epochs end
         said.append(trial.step(now))
     assert all(said[:39]) and not any(said[39:79]) and set(said[80:]) == {helps}
+    times = {"ms_with_cores": 1e3 * helped, "ms_without": 1e3}
+    assert trial.outcome == {"cores_help": helps, **{n: pytest.approx(t) for n, t in times.items()}}
 
 
 def test_a_batch_is_there_when_all_chunks_are():
@@ -249,7 +254,7 @@ def test_the_same_validation_batches(mixed, how, batch, shard, monkeypatch):
 
 @pytest.mark.parametrize("damage", [lambda e: e[:200], lambda e: b"GIF89a but no more"])
 def test_damage_is_named(tmp_path, damage):
-    good = encode(picture())
+    good = encode(smooth_image())
     write(tmp_path, "train", [record(good), record(damage(good)), record(good)])
     data = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*image 1 of the train split, at byte"):
@@ -257,7 +262,7 @@ def test_damage_is_named(tmp_path, damage):
 
 
 def test_what_a_decoder_refuses_and_the_host_cannot_read_is_named(tmp_path):
-    good = encode(picture())
+    good = encode(smooth_image())
     bad = good[:3] + b"\0" * 40 + good[43:]  # an end, but no beginning
     write(tmp_path, "train", [record(good), record(good), record(bad)])
     data = d.open_data(tmp_path, verbose=False)

@@ -12,12 +12,12 @@ import socket
 
 import numpy as np
 import pytest
-from pictures import FOLDERS, bmp, encode, folders, picture, record, write
+from images import FOLDERS, bmp, encode, folders, record, smooth_image, write
 
 from effnet_repro import data as d
 from effnet_repro.data.folders import IMAGE_SUFFIXES
 
-JPEG = encode(picture(8, 9))
+JPEG = encode(smooth_image(8, 9))
 HEIC = b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(64)
 TRAIN = {k: v for k, v in FOLDERS.items() if k.startswith("train")}
 CSV = "ImageId,PredictionString\nv1,a 1 2 3 4 \nv2,b 1 2 3 4 b 5 6 7 8\n"
@@ -99,7 +99,7 @@ READ = {  # kind: (files, training images, validation images, what is said)
         5, 3, "a and b in .* are the classes, though each holds left, right",
     ),
     "AVIF and TIFF without a suffix": (
-        {**FOLDERS, "train/a/x": encode(picture(8, 9), "TIFF"), "train/a/y.avifs": encode(picture(8, 9), "AVIF")},
+        {**FOLDERS, **{f"train/a/x{s}": encode(smooth_image(8, 9), k) for s, k in (("", "TIFF"), (".avifs", "AVIF"))}},
         6, 4, "",
     ),
     "orders to a terminal in a name": (
@@ -244,7 +244,7 @@ def test_every_suffix_names_what_can_be_read(tmp_path):
         ".pcx": "PCX",
         ".tga": "TGA",
     }
-    files = {f"train/a/x{s}": encode(picture(9, 8), kinds[s]) for s in kinds}
+    files = {f"train/a/x{s}": encode(smooth_image(9, 8), kinds[s]) for s in kinds}
     found = d.open_data(make(tmp_path, files), verbose=False)
     assert set(kinds) < set(IMAGE_SUFFIXES) and found.train_count == len(kinds)
     assert d.load_arrays(found, "train", 8, "modern")[0].std((1, 2, 3)).min() > 0
@@ -413,7 +413,7 @@ BAD = {  # kind of damage: records
         record(**{"image/object/bbox/ymin": [0.1]}),
         record(**{**BOX, "image/object/bbox/ymax": [20.0]}),  # in pixels
     ],
-    "image": [record(b"no image"), record(encode(picture())[:-2])],
+    "image": [record(b"no image"), record(encode(smooth_image())[:-2])],
 }
 
 
@@ -442,7 +442,7 @@ def test_a_large_label_is_named_as_it_is(tmp_path):
     "damage", ["length", "checksum of the length", "cut", "in between", "checksum"]
 )
 def test_damaged_files_of_records_lose_only_what_is_damaged(tmp_path, damage):
-    records = [record(encode(picture(20, 20, i)), label=i + 1) for i in range(4)]
+    records = [record(encode(smooth_image(20, 20, i)), label=i + 1) for i in range(4)]
     write(tmp_path, "train", records)
     path = tmp_path / "train-00000-of-00001"
     raw, places = bytearray(path.read_bytes()), d.scan_tfrecord(path)

@@ -10,12 +10,12 @@ import shutil
 
 import numpy as np
 import pytest
-from pictures import FOLDERS, bmp, encode, folders, picture, record, write
+from images import FOLDERS, bmp, encode, folders, record, smooth_image, write
 
 from effnet_repro import data as d
 from effnet_repro.data import packed
 
-JPEG = encode(picture(8, 9))
+JPEG = encode(smooth_image(8, 9))
 TRAIN = {k: v for k, v in FOLDERS.items() if k.startswith("train")}
 
 

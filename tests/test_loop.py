@@ -294,6 +294,19 @@ def test_epochs_are_shown(tmp_path, capsys, monkeypatch):
     assert [r["update"] for r in rows] == [3, 6, 9, 12] and "validation_top1" in rows[0]
 
 
+def test_what_training_shows_is_written_down(tmp_path):
+    class Finder(Toy):
+        environment = lambda self: {"device": "toy"}
+        findings = lambda self: {"fast": self.step > 5} if self.step > 3 else {}
+
+    told = lambda: json.loads((tmp_path / "environment.json").read_text())
+    train(tmp_path, Finder(), override(CASE, max_steps=3))
+    assert told() == {"device": "toy"}
+    (tmp_path / "environment.json").unlink()
+    train(tmp_path, Finder(), override(CASE, max_steps=9))
+    assert told() == {"device": "toy", "fast": True}
+
+
 def test_no_bar_where_tqdm_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(__import__("sys").modules, "tqdm", None)
     assert train(tmp_path, progress=True).finished

@@ -60,7 +60,7 @@ def test_equals_the_published_network(name):
     assert all(weights[p.name].shape == p.shape for p in params(spec))
     assert [s.name for s in segments(spec)] == list(vector["stage_outputs"])
     ours, loss, gradients, outputs = _with_gradients(
-        "tensorflow", spec, weights, parity_vectors.pictures_of(vector), vector["labels"]
+        "tensorflow", spec, weights, parity_vectors.images_of(vector), vector["labels"]
     )
     assert relative_error(ours, logits) < 1e-4
     assert abs(loss - vector["loss"]) < 1e-4 * vector["loss"]

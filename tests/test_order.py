@@ -3,7 +3,7 @@
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import quick
+from images import quick
 
 from effnet_repro import data as d
 from effnet_repro.data import order
@@ -42,8 +42,8 @@ def test_processes_share_each_batch(count, batch, shards, run):
         for index in range(shards):
             local = batch // shards
             plan = order.BatchOrder(count, 3, batch, (index, shards), run)
-            pictures, places = plan.take(update, 0, local)
-            parts.append(pictures)
+            images, places = plan.take(update, 0, local)
+            parts.append(images)
             assert (places // count == update // (count // batch)).all()
         whole = order.BatchOrder(count, 3, batch, run=run).take(update, 0, batch)[0]
         np.testing.assert_array_equal(np.concatenate(parts), whole)
@@ -52,7 +52,7 @@ def test_processes_share_each_batch(count, batch, shards, run):
 
 @quick
 @given(count=st.integers(0, 50), batch=st.integers(1, 16), shards=st.integers(1, 5))
-def test_every_validation_picture_counts_once(count, batch, shards):
+def test_every_validation_image_counts_once(count, batch, shards):
     ids = [order.validation_ids(count, batch, (index, shards)) for index in range(shards)]
     assert len({part.shape for part in ids}) == 1  # all processes take as many steps
     real = np.concatenate([part[part >= 0] for part in ids])

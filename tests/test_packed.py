@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from pictures import encode, folders, picture, record, write
+from images import encode, folders, record, smooth_image, write
 
 from effnet_repro import cli
 from effnet_repro import data as d
@@ -28,7 +28,7 @@ def source(tmp_path_factory):
         kind = dict(kind="PNG") if i == 4 else dict(mode="L") if i == 5 else {}
         size = (30, 40) if i == 2 else (90 + 3 * i, 160 - 5 * i)
         more = BOX if i % 3 == 0 else {}
-        records.append(record(encode(picture(*size, i), **kind), 1 + i % 2, **more))
+        records.append(record(encode(smooth_image(*size, i), **kind), 1 + i % 2, **more))
     write(folder, "train", records)
     write(folder, "validation", records[:5])
     names = [{"label": 1, "text": "cat"}, {"label": 2, "text": "dog"}]
@@ -184,7 +184,7 @@ def test_what_is_refused(source, tmp_path):
 
 
 def test_a_damaged_image_is_named(tmp_path):
-    good = encode(picture())
+    good = encode(smooth_image())
     write(tmp_path / "s", "train", [record(good), record(good[:200] + b"\xff\xd9")])
     data = d.open_data(tmp_path / "s", verbose=False)
     with pytest.raises(ValueError, match="image 1 of the train split, at byte"):
@@ -231,8 +231,8 @@ def test_no_more_processes_than_parts(source, tmp_path, monkeypatch):
 
 
 def test_class_folders_are_shuffled(tmp_path):
-    pictures = {f"train/{c}/{i}.jpg": encode(picture(40, 40, i)) for c in "ab" for i in range(8)}
-    data = d.open_data(folders(tmp_path / "s", pictures), verbose=False)
+    images = {f"train/{c}/{i}.jpg": encode(smooth_image(40, 40, i)) for c in "ab" for i in range(8)}
+    data = d.open_data(folders(tmp_path / "s", images), verbose=False)
     packed.pack(data, tmp_path / "p", packing("jpeg"), 1, say=lambda line: None)
     label = d.open_data(tmp_path / "p", verbose=False).splits["train"].label
     assert sorted(label) == [0] * 8 + [1] * 8 and list(label) != sorted(label)
@@ -254,7 +254,7 @@ def test_the_command(source, tmp_path, capsys):
     "field, value", [("size", 2**30), ("offset", 10**15), ("offset", -1), ("label", -1)]
 )
 def test_an_index_with_impossible_numbers_is_refused(tmp_path, field, value):
-    write(tmp_path / "a", "train", [record(encode(picture(40, 50, i))) for i in range(2)])
+    write(tmp_path / "a", "train", [record(encode(smooth_image(40, 50, i))) for i in range(2)])
     packed.pack(
         d.open_data(tmp_path / "a", verbose=False), tmp_path / "b", packed.Packing("raw"), 1
     )

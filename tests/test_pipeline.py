@@ -168,7 +168,7 @@ def test_a_schedule_can_be_drawn():
 
 # ---------------------------------------------------------------- the staged step
 
-PICTURES = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("float32")
+IMAGES = np.random.default_rng(0).uniform(0, 255, (8, 32, 32, 3)).astype("float32")
 TARGETS = np.eye(10, dtype="float32")[np.arange(8) % 10]
 CASE = CASES["B0-G16-LN_PN-Half_16IPU_2x8"]
 RATE = CASE.learning_rate
@@ -201,8 +201,8 @@ def network(norm, drop_path_rate=0.0):
 
 def parts(ops, size):
     "The images in micro-batches"
-    pair = lambda i: (ops.asarray(PICTURES[i : i + size]), ops.asarray(TARGETS[i : i + size]))
-    return [pair(i) for i in range(0, len(PICTURES), size)]
+    pair = lambda i: (ops.asarray(IMAGES[i : i + size]), ops.asarray(TARGETS[i : i + size]))
+    return [pair(i) for i in range(0, len(IMAGES), size)]
 
 
 def make(backend, spec, splits, begin="block0", end=None):

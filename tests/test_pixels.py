@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from pictures import encode, folders, picture, record, write
+from images import encode, folders, record, smooth_image, write
 from PIL import Image
 from test_gpu_reader import maker
 
@@ -27,7 +27,7 @@ def exif(orientation):
 
 
 def stored(orientation, kind="JPEG", seed=0, mode="RGB"):
-    return encode(picture(24, 40, seed), kind, mode, exif=exif(orientation))
+    return encode(smooth_image(24, 40, seed), kind, mode, exif=exif(orientation))
 
 
 # ---------------------------------------------------------------- orientation
@@ -35,7 +35,7 @@ def stored(orientation, kind="JPEG", seed=0, mode="RGB"):
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS)
 def test_an_image_is_turned_as_pillow_turns_it(orientation):
-    pixels = picture(24, 40)
+    pixels = smooth_image(24, 40)
     image = Image.fromarray(pixels)
     turn = PILLOWS.get(orientation)
     wanted = np.asarray(image if turn is None else image.transpose(turn))
@@ -58,8 +58,8 @@ def test_an_image_is_turned_as_pillow_turns_it(orientation):
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8])
 def test_every_kind_of_file_is_turned_or_left(kind, orientation):
     lossless = dict(lossless=True) if kind == "WEBP" else {}
-    data = encode(picture(24, 40), kind, exif=exif(orientation), **lossless)
-    plain = decode.decode_image(encode(picture(24, 40), kind, **lossless))
+    data = encode(smooth_image(24, 40), kind, exif=exif(orientation), **lossless)
+    plain = decode.decode_image(encode(smooth_image(24, 40), kind, **lossless))
     np.testing.assert_array_equal(decode.decode_image(data), plain)
     upright = decode.decode_image(data, upright=True)
     np.testing.assert_array_equal(upright, decode.turned(plain, orientation))
@@ -73,7 +73,7 @@ def test_every_kind_of_file_is_turned_or_left(kind, orientation):
 @pytest.mark.parametrize("order", [b"II*\0", b"MM\0*", b"XX*\0"])
 def test_damaged_exif_data_do_not_damage_an_image(order, tail):
     block = b"Exif\0\0" + order + struct.pack("<I", 8) + tail
-    plain = encode(picture(8, 9))
+    plain = encode(smooth_image(8, 9))
     data = plain[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + plain[2:]
     assert decode.image_facts(data) == (8, 9, 3, 1)
     np.testing.assert_array_equal(
@@ -191,8 +191,8 @@ def test_other_ways_to_be_transparent():
         assert pixels.max() == 255 and pixels.min() < 10
     half = decode.over_background(with_alpha(0, np.full((8, 8), 51, np.uint8)))
     assert (half[0, 0] == 204).all()
-    opaque = np.dstack([picture(8, 8), np.full((8, 8), 255, np.uint8)])
-    np.testing.assert_array_equal(decode.over_background(opaque), picture(8, 8))
+    opaque = np.dstack([smooth_image(8, 8), np.full((8, 8), 255, np.uint8)])
+    np.testing.assert_array_equal(decode.over_background(opaque), smooth_image(8, 8))
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF", "PPM"])
@@ -223,11 +223,11 @@ def chunk(kind, body, damaged=False):
 @pytest.mark.parametrize("damaged", [False, True])
 @pytest.mark.parametrize("kind", [b"tEXt", b"zTXt", b"iTXt", b"iCCP", b"eXIf", b"tIME", b"pHYs"])
 def test_chunks_that_are_no_pixels_do_not_damage_a_png(kind, damaged):
-    plain = encode(picture(8, 8), "PNG")
+    plain = encode(smooth_image(8, 8), "PNG")
     bodies = [b"k\0\0" + zlib.compress(bytes(3 * 10**6)), b"\0" * 7, b"k" * 2000, b""]
     for body in bodies[not damaged :]:
         data = plain[:33] + chunk(kind, body, damaged) + plain[33:]
-        np.testing.assert_array_equal(decode.decode_image(data, upright=True), picture(8, 8))
+        np.testing.assert_array_equal(decode.decode_image(data, upright=True), smooth_image(8, 8))
 
 
 def test_pillow_is_not_asked_to_start_other_programs():
@@ -238,7 +238,7 @@ def test_pillow_is_not_asked_to_start_other_programs():
 
 @pytest.mark.parametrize("shape", [(1, 501), (500, 1), (3, 606)])
 def test_squares_of_very_long_images_are_those_of_the_whole(shape, monkeypatch):
-    pixels = picture(*shape)
+    pixels = smooth_image(*shape)
     middle = timm_square(pixels, 64, 0.875)
     monkeypatch.setattr("effnet_repro.data.files._LONGEST", 10**9)
     np.testing.assert_allclose(middle, timm_square(pixels, 64, 0.875), atol=1)
@@ -249,14 +249,14 @@ def test_a_square_takes_no_memory_for_what_is_not_seen():
 
 
 def jpeg_of(height, width):
-    data = bytearray(encode(picture(8, 8)))
+    data = bytearray(encode(smooth_image(8, 8)))
     at = data.index(b"\xff\xc0")
     data[at + 5 : at + 9] = struct.pack(">HH", height, width)
     return bytes(data)
 
 
 def png_of(height, width):
-    data = encode(picture(8, 8), "PNG")
+    data = encode(smooth_image(8, 8), "PNG")
     return data[:8] + chunk(b"IHDR", struct.pack(">II", width, height) + data[24:29]) + data[33:]
 
 
@@ -277,7 +277,7 @@ def test_one_limit_on_the_size_of_an_image_for_all_readers(tmp_path, data):
 
 
 def test_a_file_larger_than_any_image_is_not_read(tmp_path):
-    root = folders(tmp_path, {"train/a/x.jpg": b"x", "train/a/y.jpg": encode(picture())})
+    root = folders(tmp_path, {"train/a/x.jpg": b"x", "train/a/y.jpg": encode(smooth_image())})
     with open(root / "train/a/x.jpg", "r+b") as file:
         file.truncate(MOST_IMAGE_BYTES + 1)  # of holes
     with pytest.raises(ValueError, match="at most .* are read.*x.jpg"):

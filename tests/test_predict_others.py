@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from conversions import SMALL, logits, moved, write_timm
-from pictures import picture
+from images import smooth_image
 from PIL import Image
 from safetensors.numpy import save_file
 
@@ -55,7 +55,7 @@ def test_a_network_knows_how_its_images_are_made(timm, keras_file):
 
 def test_a_square_is_that_of_timm():
     "By hand: the short side of 40 becomes floor(64 / 0.875) = 73, the long one floor(73 x 60 / 40) = 109."
-    image = picture(60, 40)
+    image = smooth_image(60, 40)
     square = timm_square(image, 64, 0.875)
     larger = Image.fromarray(image).resize((73, 109), Image.Resampling.BICUBIC)
     assert np.array_equal(square, np.asarray(larger)[22 : 22 + 64, 4 : 4 + 64])
@@ -85,7 +85,7 @@ def test_without_a_classifier_it_says_what_to_do(tmp_path):
 def test_its_answers_are_the_network_s(name, request):
     source = request.getfixturevalue(name)
     more = {"arch": "tf_efficientnet_b0"} if name == "timm" else {}
-    image = picture(64 * 256 // 224 + 1, 90)
+    image = smooth_image(64 * 256 // 224 + 1, 90)
     network = Predictor(source, image_size=64, precision="float32", **more)
     (found,) = network([image], top=1000)
     weights = convert.read(source, **more)

@@ -14,7 +14,7 @@ import time
 
 import numpy as np
 import pytest
-from pictures import encode, folders, picture
+from images import encode, folders, smooth_image
 from process_runs import AS_ON_GPU, Runs, alone, ask, checkpoint, free_port, worst
 
 pytest.importorskip("jax")
@@ -179,7 +179,7 @@ def test_a_missing_process_ends_the_others_after_the_stated_time(tmp_path, whom)
 @pytest.mark.long
 def test_other_data_are_refused_in_every_process(tmp_path):
     for at, name in enumerate("ab"):
-        image = lambda i, at=at: encode(picture(seed=100 * at + i))
+        image = lambda i, at=at: encode(smooth_image(seed=100 * at + i))
         places = [(f"{s}/{c}/{i}.jpg", i) for s in ("train", "val") for c in "xy" for i in range(9)]
         folders(tmp_path / name, {place: image(i) for place, i in places})
     where = lambda index: ("--data-dir", tmp_path / "ab"[index], "--decoder", "pillow")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from pictures import encode, folders, picture
+from images import encode, folders, smooth_image
 from process_runs import Runs, checkpoint, environment, worst
 
 pytest.importorskip("jax")
@@ -62,7 +62,7 @@ def test_the_script_for_slurm_starts_two_tasks(tmp_path):
     places = [
         (f"{split}/{c}/{i}.jpg", i) for split in ("train", "val") for c in "xy" for i in range(9)
     ]
-    data = folders(tmp_path / "data", {place: encode(picture(seed=i)) for place, i in places})
+    data = folders(tmp_path / "data", {place: encode(smooth_image(seed=i)) for place, i in places})
     case = dict(CASE="Tiny", DATA_DIR=str(data), RUN_DIR=str(runs.run_dir()))
     case["PATH"] = f"{command.parent}{os.pathsep}{os.environ['PATH']}"
     words = ["--config-path", runs.case, "--budget", "case", "--seed", 3, "--decoder", "pillow"]

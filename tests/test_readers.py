@@ -8,13 +8,13 @@ from itertools import islice
 import numpy as np
 import pytest
 import tensorflow as tf
-from pictures import (
+from images import (
     FOLDERS,
     ROOT,
     encode,
     folders,
-    picture,
     record,
+    smooth_image,
     write,
 )
 
@@ -46,7 +46,7 @@ def zoo(tmp_path_factory):
     "A record of each kind of file, in sizes that are no multiples of eight"
     records = []
     for i, options in enumerate(KINDS.values()):
-        records.append(record(encode(picture(61 + i, 83 - i, i), **options)))
+        records.append(record(encode(smooth_image(61 + i, 83 - i, i), **options)))
     folder = tmp_path_factory.mktemp("zoo")
     write(folder, "train", records)
     return d.open_data(write(folder, "validation", records), verbose=False)
@@ -70,8 +70,8 @@ def test_every_kind_of_file(zoo, image_size, image_resize):
         assert b.std() > 10, name
 
 
-def test_a_picture_that_cannot_be_decoded(tmp_path):
-    write(tmp_path, "train", [record(b"GIF89a but no more"), record(encode(picture())[:200])])
+def test_an_image_that_cannot_be_decoded(tmp_path):
+    write(tmp_path, "train", [record(b"GIF89a but no more"), record(encode(smooth_image())[:200])])
     found = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*at byte .*train-"):
         next(d.numpy_batches(found, 16, 2))
@@ -103,7 +103,7 @@ def test_fine_tuning_sees_the_validation_crop(sample, image_resize):
 
 
 @pytest.mark.parametrize("image_resize", RESIZES)
-def test_real_pictures_decode_alike(real, image_resize):
+def test_real_images_decode_alike(real, image_resize):
     batch = 64 if real.num_classes == 10 else 12
     for image_size in (64, 224) if batch == 12 else (64,):
         readers = d.validation_batches, d.validation_arrays
@@ -113,7 +113,7 @@ def test_real_pictures_decode_alike(real, image_resize):
                 check_close(a, b, rtol=0, atol=1)  # 0 on x86
 
 
-def test_real_pictures_of_every_shape(real):
+def test_real_images_of_every_shape(real):
     if real.num_classes == 10:
         pytest.skip("one shape only")
     for i in range(real.train_count):
@@ -196,7 +196,7 @@ def test_an_abandoned_stream_stops(sample):
 def test_decoded_images_stay_with_their_data_set(tmp_path, capsys):
     "Two data sets beside each other are decoded once each, and a DCT at a time is kept"
     for name in "ab":
-        write(tmp_path / name, "train", [record(encode(picture(20, 24, i))) for i in range(4)])
+        write(tmp_path / name, "train", [record(encode(smooth_image(20, 24, i))) for i in range(4)])
     a, b = (d.open_data(tmp_path / name, verbose=False) for name in "ab")
     for data in (a, b, a, b):
         next(d.device_batches(data, 16, 4))

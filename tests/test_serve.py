@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from pictures import ROOT, encode, picture
+from images import ROOT, encode, smooth_image
 from tiny import PYTHON
 
 from effnet_repro.data.files import SquaresJob
@@ -67,7 +67,7 @@ def huge_png(side):
 
 
 def test_an_image_is_named_as_the_file_names_it(ask):
-    data = encode(picture(50, 70, 1), "PNG")
+    data = encode(smooth_image(50, 70, 1), "PNG")
     status, found = ask(data)
     assert status == 200 and len(found) == 5
     shares = [one["probability"] for one in found]
@@ -83,8 +83,8 @@ def test_an_image_is_named_as_the_file_names_it(ask):
     [
         (b"", 400, "no image"),
         (b"no image", 400, "no image.*--data-binary"),
-        (encode(picture(50, 70, 1), "PNG")[:600], 400, "decoded|cut|Truncated|truncated"),
-        (encode(picture(50, 70, 1), "JPEG")[:300], 400, "."),
+        (encode(smooth_image(50, 70, 1), "PNG")[:600], 400, "decoded|cut|Truncated|truncated"),
+        (encode(smooth_image(50, 70, 1), "JPEG")[:300], 400, "."),
         (huge_png(60_000), 413, "too many"),
         (huge_png(6_000), 400, "decoded"),
         (b"x" * 30_000_000, 413, "larger than"),
@@ -94,11 +94,11 @@ def test_an_image_is_named_as_the_file_names_it(ask):
 def test_what_is_no_image_gets_an_answer(ask, data, expected, said):
     status, found = ask(data)
     assert status == expected and re.search(said, found["error"]), found
-    assert ask(encode(picture(40, 40, 2), "PNG"))[0] == 200  # it is still there
+    assert ask(encode(smooth_image(40, 40, 2), "PNG"))[0] == 200  # it is still there
 
 
 def test_several_at_once_get_their_own_answers(ask):
-    images = [encode(picture(40 + i, 60, i), "PNG") for i in range(8)]
+    images = [encode(smooth_image(40 + i, 60, i), "PNG") for i in range(8)]
     one_by_one = [ask(data) for data in images]
     with ThreadPoolExecutor(8) as threads:
         assert list(threads.map(ask, images * 3)) == one_by_one * 3
@@ -117,7 +117,7 @@ def test_clients_that_go_or_send_without_end_leave_no_trace(ask):
                 link.sendall(piece)
         with contextlib.suppress(OSError):
             assert b" 413 " in link.recv(100)
-    assert ask(encode(picture(40, 40, 2), "PNG"))[0] == 200
+    assert ask(encode(smooth_image(40, 40, 2), "PNG"))[0] == 200
     assert not [line for line in ask.said if "Traceback" in line or "Exception" in line], ask.said
 
 

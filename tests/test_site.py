@@ -241,7 +241,7 @@ def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
 
 
 @pytest.mark.parametrize("kind, ending", [("png", "png"), ("jpeg", "jpg")])
-def test_finish_writes_pictures_to_files(tmp_path, kind, ending):
+def test_finish_writes_images_to_files(tmp_path, kind, ending):
     file = io.BytesIO()
     Image.new("RGB", (640, 480)).save(file, kind)
     uri = f"data:image/{kind};base64," + base64.b64encode(file.getvalue()).decode()
@@ -328,6 +328,26 @@ def test_files_of_modules_are_links(mentioned):
     assert (
         mentioned.link("`training.py` `figures.py`") == "`training.py` `figures.py`"
     )  # there are two
+
+
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("`norms.py` of the published code", "`norms.py` of the published code"),
+        ("`loop.py` and `norms.py` of the published", "`loop.py` and `norms.py` of the published"),
+        (
+            "[`mix`](augment.html#mix)\nof the published CNN code",
+            "`mix`\nof the published CNN code",
+        ),
+        (
+            "`norms.py`, and one of the published",
+            "[`norms.py`](11_norms.ipynb), and one of the published",
+        ),
+        ("`norms.py`. Of the published", "[`norms.py`](11_norms.ipynb). Of the published"),
+    ],
+)
+def test_names_of_the_published_code_are_no_links(mentioned, text, plain):
+    assert mentioned.link(text) == plain
 
 
 def test_ambiguous_names_stay_plain_but_on_their_own_page(mentioned):
@@ -433,7 +453,7 @@ def test_readme_shows_code_and_outputs(project):
         "text/html": "<style scoped>x</style>\n<table>\n\n<tr></tr></table>",
         "text/plain": "t",
     }
-    readme, pictures, wrong = project(
+    readme, figures, wrong = project(
         code("#| hide\nimport numpy"),
         code("#| echo: false\n1 + 1", output_type="execute_result", data={"text/plain": ["2"]}),
         code("#| code-fold: true\nf()", output_type="execute_result", data=table),
@@ -444,7 +464,7 @@ def test_readme_shows_code_and_outputs(project):
         ),
         code("print(3)", output_type="stream", name="stdout", text="3\n"),
     )
-    assert wrong == [] and pictures == {"README_files/figure-1.png": b"\0\0\0"}
+    assert wrong == [] and figures == {"README_files/figure-1.png": b"\0\0\0"}
     for part in (
         "```text\n2\n```",
         "```python\nf()\n```\n\n<table>\n<tr>",

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from pictures import bmp, folders
+from images import bmp, folders
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint

@@ -6,7 +6,7 @@ import shlex
 
 import pytest
 from conversions import convert, write_timm
-from pictures import ROOT, encode, folders, picture
+from images import ROOT, encode, folders, smooth_image
 from tiny import STAGES, TINY, small_network  # noqa: F401
 
 from effnet_repro import cli
@@ -69,7 +69,7 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
     "On a folder of two classes, with a network that knows three others."
     monkeypatch.chdir(tmp_path)
     kinds = {"cat": 0, "dog": 100}
-    image = lambda i, light: encode(picture(40, 40, i) // 2 + light)
+    image = lambda i, light: encode(smooth_image(40, 40, i) // 2 + light)
     places = {f"{k}/{i}.jpg": image(i, v) for k, v in kinds.items() for i in range(12)}
     folders(tmp_path / "photographs", places)
     case = override(TINY, image_resize="modern")
@@ -92,7 +92,7 @@ def test_the_commands_for_other_classes_run(run, tmp_path, monkeypatch):
         assert run(name.partition("-")[2], *words)[0] == 0
     write_timm(tmp_path / "tf_efficientnet_b0.safetensors", "tf_efficientnet_b0")
     (tmp_path / "imagenet.txt").write_text("\n".join(f"kind {i}" for i in range(10)))
-    (tmp_path / "photo.jpg").write_bytes(encode(picture(40, 40)))
+    (tmp_path / "photo.jpg").write_bytes(encode(smooth_image(40, 40)))
     status, out, err = run("predict", *theirs[1:], "--image-size", 32)  # a network of ten classes
     assert status == 0 and "kind " in out, err
     status, out, err = run("pack", "packed", "--data-dir", "photographs")
@@ -109,7 +109,7 @@ def test_the_program_on_home_runs(tmp_path, monkeypatch):
     cells = ["".join(cell["source"]) for cell in json.loads(text)["cells"]]
     (program,) = [p for c in cells for p in re.findall(r"(?ms)^```python\n(.*?)^```", c)]
     monkeypatch.chdir(tmp_path)
-    image = lambda i, light: encode(picture(40, 40, i) // 2 + light)
+    image = lambda i, light: encode(smooth_image(40, 40, i) // 2 + light)
     kinds = {"cat": 0, "dog": 100}
     places = {f"{k}/{i}.jpg": image(i, v) for k, v in kinds.items() for i in range(100)}
     folders(tmp_path / "images", places)

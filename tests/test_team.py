@@ -9,7 +9,7 @@ from itertools import islice
 
 import numpy as np
 import pytest
-from pictures import encode, picture, record, write
+from images import encode, record, smooth_image, write
 from team_job import Numbers
 
 from effnet_repro import data as d
@@ -153,7 +153,7 @@ def test_rectangles_are_those_of_the_crops(sample, processes, monkeypatch, way):
 
 
 def test_a_damaged_image_is_named_by_processes(tmp_path, processes):
-    write(tmp_path, "train", [record(encode(picture())), record(encode(picture())[:200])])
+    write(tmp_path, "train", [record(encode(smooth_image())), record(encode(smooth_image())[:200])])
     found = d.open_data(tmp_path, verbose=False)
     with pytest.raises(ValueError, match="can be decoded.*image 1 of the train split, at byte"):
         next(d.numpy_batches(found, 16, 2))

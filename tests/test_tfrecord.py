@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import quick
+from images import quick
 
 from effnet_repro import data as d
 from effnet_repro.data import tfrecord

@@ -337,7 +337,7 @@ def test_auto_is_bfloat16_on_a_gpu_under_jax(monkeypatch, backend, device, chose
     assert choose_precision("float32") == "float32"
 
 
-def test_measuring_counts_every_picture_once(whole):
+def test_measuring_counts_every_image_once(whole):
     arrays, metadata, _ = load_weights(whole.run_dir, "last")
     data = open_data(verbose=False)
     from effnet_repro.scaling import ModelSpec

@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 from conversions import SMALL, moved
-from pictures import encode, folders, picture
+from images import encode, folders, smooth_image
 from safetensors.numpy import save_file
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
@@ -43,7 +43,7 @@ def data_dir(tmp_path_factory):
     for split, n in (("train", 20), ("val", 4)):
         for kind, name in enumerate(NEW):
             for i in range(n):
-                image = encode(picture(40, 40, i) // 2 + np.uint8(100 * kind))
+                image = encode(smooth_image(40, 40, i) // 2 + np.uint8(100 * kind))
                 found[f"{split}/{name}/{i}.jpg"] = image
     return folders(root, found)
 

@@ -9,7 +9,7 @@ import pytest
 import tensorflow as tf
 from hypothesis import given
 from hypothesis import strategies as st
-from pictures import ROOT, encode, picture, quick, record, write
+from images import ROOT, encode, quick, record, smooth_image, write
 
 from effnet_repro import data as d
 from effnet_repro.data import device, readers, request, tf_reader, transforms
@@ -232,7 +232,7 @@ def test_published_window_is_computed_in_float32(height, width, image_size):
 @pytest.mark.parametrize("image_size", [1, 6, 64])
 def test_extreme_shapes_agree(tmp_path, image_size, image_resize):
     shapes = [(1, 1), (1, 10_000), (10_000, 1), (2, 3), (41, 41), (5, 300), (600, 7)]
-    records = [record(encode(picture(*shape, i), "PNG")) for i, shape in enumerate(shapes)]
+    records = [record(encode(smooth_image(*shape, i), "PNG")) for i, shape in enumerate(shapes)]
     write(tmp_path, "train", records), write(tmp_path, "validation", records)
     data, n = d.open_data(tmp_path, verbose=False), len(shapes)
     how = dict(image_resize=image_resize)
@@ -253,7 +253,7 @@ def test_modern_resize_is_todays():
     for i, (old, new) in enumerate(
         [((30, 40), (17, 23)), ((9, 7), (50, 60)), ((200, 5), (64, 64))]
     ):
-        image = picture(*old, i)
+        image = smooth_image(*old, i)
         theirs = np.rint(tf.image.resize(image, new).numpy()).astype(np.uint8)
         np.testing.assert_array_equal(d.resize(image, new, image_resize="modern"), theirs)
     assert d.center_crop_box(332, 500, 224, "modern") == ((256, 386), (16, 81))

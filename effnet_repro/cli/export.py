@@ -3,7 +3,6 @@
 import contextlib
 from pathlib import Path
 
-from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.kit import UsageError, choice, program, read_lines, user_path, whole_number
 from effnet_repro.cli.options import BACKENDS, classifier_arguments, set_backend
 
@@ -58,22 +57,19 @@ def _export_arguments(parser):
 )
 def export_command(args):
     "Write a trained network as a file of another program, which opens and checks it."
-    check_given(image_size=args.image_size)
-    if args.batch_size is not None and not 1 <= args.batch_size <= 4096:
-        raise UsageError(f"--batch-size must be from 1 to 4,096. Received: {args.batch_size}.")
     options = {"image_size": args.image_size, "batch": args.batch_size, "arch": args.arch}
     if args.class_names:
         options["class_names"] = read_lines(args.class_names)
     set_backend(args)
-    from effnet_repro.export import export, export_format
+    from effnet_repro.export import check_sizes, export, export_format
     from effnet_repro.runs.environment import suppress_stderr
 
     try:
-        kind = export_format(Path(args.target), args.format)
+        check_sizes(args.image_size, args.batch_size)
+        export_format(Path(args.target), args.format, bool(args.int8))
     except ValueError as error:
-        raise UsageError(str(error).replace("pass the format", "give --format")) from None
-    if args.int8 and kind != "onnx":
-        raise UsageError(f"--int8 is for ONNX files. Received: {kind}, {args.target}.")
+        text = str(error).replace("pass the format", "give --format")
+        raise UsageError(text.replace("`batch`", "--batch-size")) from None
     with contextlib.nullcontext() if args.debug else suppress_stderr():
         done = export(
             args.source,

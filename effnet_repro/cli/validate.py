@@ -5,8 +5,8 @@ import io
 import sys
 from pathlib import Path
 
-from effnet_repro.averaging import load_weights
-from effnet_repro.checkpoint import load_metadata
+from effnet_repro.averaging import check_average
+from effnet_repro.checkpoint import load_metadata, newest_file
 from effnet_repro.classes import match_classes
 from effnet_repro.cli.fields import check_given
 from effnet_repro.cli.ipus import ipu_arguments, print_poprun, runs_on_ipus
@@ -68,8 +68,8 @@ def _checked_data(args, source):
     "The data that a command line names, for these weights; what does not fit is refused before Keras is imported"
     data, metadata = open_data_of(args, source), load_metadata(source)
     refuse_unmeasurable(metadata["num_classes"], data)
-    if args.weights == "average":
-        load_weights(source, "average")  # or it raises: there is none yet
+    if args.weights == "average" and Path(source).is_dir():
+        check_average(newest_file(source))
     with contextlib.redirect_stdout(io.StringIO()):  # the validation itself says it
         match_classes(source, metadata, data)
     return data

@@ -7,7 +7,7 @@ layers, `onnx_file`, `tensorflow_files`, `stablehlo_file` and `keras_file` know 
 
 from effnet_repro.export.agreement import TOLERANCE, Agreement, Disagreement
 from effnet_repro.export.exporting import FORMATS, Exported, export, export_format, read_metadata
-from effnet_repro.export.subject import Subject, read_subject
+from effnet_repro.export.subject import Subject, check_sizes, read_subject
 
 __all__ = [
     "FORMATS",
@@ -16,6 +16,7 @@ __all__ = [
     "Disagreement",
     "Exported",
     "Subject",
+    "check_sizes",
     "export",
     "export_format",
     "read_metadata",

@@ -46,8 +46,11 @@ class Exported(NamedTuple):
     kept: Optional[Kept] = None  # Of int8: how near it is to the float32 file
 
 
-def export_format(target: Path, to: Optional[str] = None) -> str:
-    """Return the format of a file by its name, or `to` where that is given. Raises `ValueError` for other names."""
+def export_format(target: Path, to: Optional[str] = None, int8: bool = False) -> str:
+    """Return the format of a file by its name, or `to` where that is given.
+
+    Raises `ValueError` for other names, and for a format that has no `int8` where that is asked for.
+    """
     if to is not None and to not in WRITERS:
         raise unknown_name("format", to, FORMATS)
     if target.name and target.name.lower() in SUFFIXES:
@@ -61,7 +64,10 @@ def export_format(target: Path, to: Optional[str] = None) -> str:
         )
     if to == "keras" and target.suffix != ".keras":
         raise ValueError(f"Keras reads its models from *.keras only. Received: {target.name}.")
-    return to or by_name
+    kind = to or by_name
+    if int8 and kind != "onnx":
+        raise ValueError(f"`int8` is for ONNX files. Received: {kind}, {target.name}.")
+    return kind
 
 
 def written(
@@ -101,12 +107,10 @@ def export(
 ) -> Exported:
     "Write a trained network as a file of another program, and a model card beside it"
     target = local_path(target, "target")
-    kind = export_format(target, to)
+    kind = export_format(target, to, int8 is not None)
     check_target(target, kind == "saved_model", overwrite)
     if kind == "saved_model":
         utf8_path(target)  # or it raises, before anything is computed
-    if int8 is not None and kind != "onnx":
-        raise ValueError(f"int8 is for ONNX files. Received: {kind}, {target.name}.")
     if int8 is not None and not hasattr(int8, "splits"):
         int8 = open_data(int8, verbose=False)  # or it raises, before anything is computed
     subject = read_subject(source, image_size=image_size, batch=batch, **reading)

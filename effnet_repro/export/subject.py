@@ -9,7 +9,7 @@ from typing import Dict, Optional, Tuple
 import numpy as np
 
 from effnet_repro import __version__
-from effnet_repro.config import Case
+from effnet_repro.config import FIELDS, Case
 from effnet_repro.network import fold_proxies, run
 from effnet_repro.ops import JAXOps, NumpyOps, TFOps
 from effnet_repro.predict import Reading, read_classifier
@@ -114,6 +114,14 @@ def computing_ops():
     return next(make() for package, make in _COMPUTING if package is None or find_spec(package))
 
 
+def check_sizes(image_size: Optional[int], batch: Optional[int]) -> None:
+    """Raise `ValueError` for a side of an image, in pixels, or a number of images that no file is written for."""
+    if image_size is not None:
+        FIELDS["image_size"].check(image_size)
+    if batch is not None and not 1 <= batch <= MOST_AT_A_TIME:
+        raise ValueError(f"`batch` must be from 1 to {MOST_AT_A_TIME:,}. Received: {batch}.")
+
+
 def read_subject(
     source,  # A run folder, a checkpoint, or a file of another program: see `convert.read`
     *,
@@ -122,12 +130,7 @@ def read_subject(
     **reading,  # `predict.Reading`: weights, class_names, arch
 ) -> Subject:
     "Read what is to be exported"
-    for name, value, least, most in (
-        ("image_size", image_size, 32, 4096),
-        ("batch", batch, 1, MOST_AT_A_TIME),
-    ):
-        if value is not None and not least <= value <= most:
-            raise ValueError(f"`{name}` must be from {least} to {most:,}. Received: {value}.")
+    check_sizes(image_size, batch)
     read = read_classifier(source, Reading(**reading))
     broken = [name for name, value in read.arrays.items() if not np.isfinite(value).all()]
     if broken:

@@ -59,7 +59,8 @@ def execute(task: Task, runtime: Runtime) -> Run:
         leave = (
             (signal.SIGTERM,) if runtime.shares else ()
         )  # which a runtime of several processes sees
-        stop = stack.enter_context(StopSignals(leave=leave))
+        unsaved = lambda: recorder.step != recorder.saved_step
+        stop = stack.enter_context(StopSignals(leave=leave, unsaved=unsaved))
         stack.callback(runtime.close)
         return _Loop(task, runtime, recorder, stop).run()
 
@@ -73,6 +74,7 @@ class _Loop:
         self.unread = deque()  # (the step before, result of `advance`), the oldest first
         self.bar: Optional[ProgressBar] = None
         self.saved_at = time.monotonic()
+        self.environment: Optional[dict] = None  # What environment.json holds
 
     def run(self) -> Run:
         """Run from the beginning to the end."""
@@ -116,7 +118,15 @@ class _Loop:
         "Write down what is trained, and on what"
         config = self.task.config(self.runtime.precision, self.runtime.backend)
         write_json(self.recorder.run_dir / "config.json", config)
-        write_json(self.recorder.run_dir / "environment.json", self.runtime.environment())
+        self.environment = None  # it may have vanished, too
+        self._write_environment(self.runtime.environment())
+
+    def _write_environment(self, environment):
+        "Write environment.json, with what training showed so far, unless it says all of this already"
+        environment = {**environment, **self.runtime.findings()}
+        if environment != self.environment:
+            write_json(self.recorder.run_dir / "environment.json", environment)
+            self.environment = environment
 
     def _mend(self):
         "Write again what somebody removed from the run folder while it trained"
@@ -219,6 +229,7 @@ class _Loop:
         self._share_sums()
         if recorder.writes:
             self._mend()
+            self._write_environment(self.environment)
         row = self._led(lambda: recorder.end_epoch(self.runtime.state(), self._measure))
         self.saved_at = time.monotonic()
         if not recorder.writes:

@@ -79,6 +79,10 @@ class Runtime:
         """Return what environment.json holds; see `environment.describe_machine`."""
         return {}
 
+    def findings(self) -> dict:
+        """Return what training showed about the machine so far; environment.json takes it up after each epoch."""
+        return {}
+
     def say_cost(self):
         """Print what the steps that are left will cost, where that can be told."""
 

@@ -9,6 +9,7 @@ import numpy as np
 from effnet_repro import __version__
 from effnet_repro.config import Case
 from effnet_repro.data import DataSet, step_images
+from effnet_repro.data.gpu_reader import TRIALS
 from effnet_repro.distributed import ALONE, Processes, explain_loss
 from effnet_repro.efficientnet import build_model, get_weights, set_weights
 from effnet_repro.network import segments
@@ -160,6 +161,10 @@ class KerasRuntime(Runtime):
         """Describe the machine."""
         several = {"processes": self.processes.count} if self.shares else {}
         return {**environment(), **several}
+
+    def findings(self) -> dict:
+        """Return which of GPU and cores decode, where that was tried: see `data.gpu_reader`."""
+        return {name: self.data.kept[name] for name in (TRIALS,) if name in self.data.kept}
 
     def say_cost(self):
         """Print how long the run will take, and how much memory."""

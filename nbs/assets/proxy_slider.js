@@ -45,9 +45,9 @@
   const gamma = slider("scale \u03b3", 0.05, 3), beta = slider("bias \u03b2", -3, 3);
   const presets = [["as training begins", 1, 0], ["a channel mostly off", 0.7, -1.5], ["nearly linear", 0.8, 3], ["almost no signal", 0.05, 0]];
   const chips = make("div", { class: "play-controls", role: "group", "aria-label": "Channels to look at" });
-  const picture = make("div"), facts = make("dl", { class: "play-facts" });
+  const drawing = make("div"), facts = make("dl", { class: "play-facts" });
   const said = make("p", { "aria-live": "polite", class: "play-note" });
-  box.append(make("div", { class: "play-controls" }, gamma.label, beta.label), chips, picture, facts, said);
+  box.append(make("div", { class: "play-controls" }, gamma.label, beta.label), chips, drawing, facts, said);
   box.hidden = false;
 
   const channel = gaussian(6000), LOW = -3, HIGH = 5, BIN = 0.1, ROW = 96, LEFT = 8;
@@ -80,7 +80,7 @@
     row(svg, 0, "what the norm gives", channel, "var(--quiet)", width);
     const before = row(svg, 1, "after scale, bias and swish", activated, "var(--figure-sky)", width);
     const after = row(svg, 2, "after Proxy Norm", activated.map((v) => (v - mean) * inv_std), "var(--figure-orange)", width);
-    picture.replaceChildren(svg);
+    drawing.replaceChildren(svg);
     const rows = { "mean before": before.mean, "standard deviation before": before.std, "mean after": after.mean, "standard deviation after": after.std };
     facts.replaceChildren(...Object.entries(rows).map(([k, v]) => make("div", {}, make("dt", {}, k), make("dd", {}, number(v)))));
     const words = `The proxy subtracts ${number(mean)} and divides by ${number(1 / inv_std)}.`;

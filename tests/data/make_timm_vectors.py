@@ -38,7 +38,7 @@ def state_dict(shapes):
     return {n: zero if counter(n) else draw(n, tuple(s)) for n, s in shapes}
 
 
-def pictures(size):
+def images(size):
     """(2, size, size, 3) float32, whole numbers of 0..255."""
     return np.random.default_rng(size).integers(0, 256, (2, size, size, 3)).astype("float32")
 
@@ -59,7 +59,7 @@ def main():
         model = timm.create_model(arch, num_classes=10).eval().double()  # so that rounding is ours
         state = {n: torch.from_numpy(v) for n, v in state_dict(found["shapes"][arch]).items()}
         model.load_state_dict(state, strict=True)
-        x = (pictures(size).astype("float64") / 255 - MEAN) / STD
+        x = (images(size).astype("float64") / 255 - MEAN) / STD
         with torch.no_grad():
             y = model(torch.from_numpy(x.transpose(0, 3, 1, 2).copy()))
         row = {"arch": arch, "size": size, "values": [[float(v) for v in r] for r in y.numpy()]}

@@ -16,7 +16,7 @@ quick = settings(
 )
 
 
-def picture(height=30, width=40, seed=0):
+def smooth_image(height=30, width=40, seed=0):
     "A smooth color image with some noise"
     y, x = np.mgrid[:height, :width]
     base = np.stack([255 * y / height, 255 * x / width, 128 + 0 * x], -1)
@@ -35,7 +35,7 @@ def encode(pixels, kind="JPEG", mode="RGB", **options):
 
 
 def record(encoded=None, label=1, **more):
-    encoded = encode(picture()) if encoded is None else encoded
+    encoded = encode(smooth_image()) if encoded is None else encoded
     return d.make_example({"image/encoded": encoded, "image/class/label": label, **more})
 
 
@@ -54,7 +54,7 @@ def folders(root, contents):
 
 
 def bmp(seed):
-    return decode.encode_bmp(picture(8, 8, seed))  # all of one length
+    return decode.encode_bmp(smooth_image(8, 8, seed))  # all of one length
 
 
 FOLDERS = {

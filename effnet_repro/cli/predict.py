@@ -55,15 +55,12 @@ def _predict_arguments(parser):
 
 
 def _listed(paths):
-    "The images that the command line names; `-` stands for the paths on standard input"
+    "The images that the command line names, and what is none in their folders; `-` is the paths on standard input"
     named = []
     for path in paths:
         named += _from_stdin() if path == "-" else [path]
     left = collections.Counter()
-    images = find_images(named, left)
-    if left:
-        print(f"note: left out, {describe_left(left)}", file=sys.stderr)
-    return images
+    return find_images(named, left), left
 
 
 def _from_stdin():
@@ -191,11 +188,13 @@ def predict_command(args):
     reading = {"weights": args.weights, "arch": args.arch}
     if args.class_names:
         reading["class_names"] = read_lines(args.class_names)
-    images = _listed(args.paths)
+    images, left = _listed(args.paths)
     if not images:
         raise UsageError("No image is named.")
     # What is no network, and what is no image, is told before Keras takes its seconds.
     weights, network, names = _read_network(args, reading), None, ()
+    if left:
+        print(f"note: left out, {describe_left(left)}", file=sys.stderr)
     problems = _all_unreadable(images, weights.case)
     if problems is None:
         start_keras(args)

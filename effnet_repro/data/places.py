@@ -28,6 +28,9 @@ class Split(NamedTuple):
     original: np.ndarray = np.zeros((0, 2), np.int32)
     stored: np.ndarray = np.zeros((0, 2), np.int32)
 
+    def __repr__(self):
+        return f"<Split: {len(self.label):,} images in {len(self.files):,} files>"
+
 
 def make_split(paths, file, offset, length, label, boxes=(), **sizes) -> Split:
     """Return a `Split` of these columns, an entry for each image.

@@ -49,14 +49,7 @@ def validate(
     """
     configure(backend)
     keep_compiled()
-    for name, value, lowest in (
-        ("batch", 1 if batch is None else batch, 1),
-        ("image_size", image_size or 32, 32),
-    ):
-        if not isinstance(value, int) or value < lowest:
-            raise ValueError(
-                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
-            )
+    _check_whole(batch=(1 if batch is None else batch, 1), image_size=(image_size or 32, 32))
     source, scores, evaluator = local_path(source, "source"), {}, None
     reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
     data = data_dir if isinstance(data_dir, DataSet) else reading.open(source)
@@ -85,6 +78,15 @@ def validate(
             with table:  # what was measured is not lost for a folder that is read-only
                 write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
     return scores
+
+
+def _check_whole(**numbers):
+    "Raise `ValueError` unless each number, given with the least that is allowed, is a whole one"
+    for name, (value, lowest) in numbers.items():
+        if not isinstance(value, int) or value < lowest:
+            raise ValueError(
+                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
+            )
 
 
 def _weight_files(source, weights):

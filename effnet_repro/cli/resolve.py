@@ -108,7 +108,7 @@ def named_start(args) -> Case:
 
 
 def open_data_of(args, *places) -> DataSet:
-    """Return the data that a command line names, for a run in the first of these places. What `open_data` raises."""
+    """Return the data that a command line names. Of the runs in `places`, the first decides which images validate."""
     return reading_of(args).open(*places)
 
 

@@ -27,7 +27,6 @@ import yaml
 
 KATEX_URL = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
-MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
 LINK_IN_LINK = re.compile(r"\[\[(`[^`]+`)\]\([^()\s]+\)\]\(")
 CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
 ANY_ARGUMENTS = re.compile(r"def (\w+)\(\s*\*args, \*\*kwargs\s*\):")
@@ -99,7 +98,7 @@ def plain_links(text, linked):
         return match[1] + PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", href) + match[3]
 
     # In what a cell puts out, nbdev links names in backticks that are links already.
-    return MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
+    return tree.MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
 
 
 def one_stream(outputs):

@@ -193,7 +193,8 @@ def fit(table, columns, names):
     sizes = [n for n, need in (("dense", (9.7, 20)), ("denser", (7.4, 11))) if width(*need) > DESK]
     wordy = [any(len(c.get_text()) > 30 and " " in c.get_text() for c in n) for n in columns]
     wide, cards = width(8.6, 10, phone=True) > PHONE, len(columns) > 2 and sum(wordy) > 1
-    long = len(columns[0]) > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
+    rows = max(map(len, columns))  # a merged cell of the index stands for several
+    long = rows > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
     mark(table, *sizes, *(["long"] if wide and long else []))
     if (wide or cards) and not long:
         unmerge(table)

@@ -94,24 +94,37 @@ def step_rate(case: Case, known: dict) -> tuple:
     return median(per_activation) / count(case, size).activations * share, True
 
 
+def _is_large_enough(reader: str, case: Case) -> bool:
+    """Return whether images of a set that was packed to a short side serve a case, whose validation scales them to
+    256/224 of its image size."""
+    kind, _, side = reader.partition(",")[0].partition(" ")
+    return kind not in ("raw", "jpeg") or int(side) * 224 >= case.image_size * 256
+
+
 def plan_gpus(
     case: Case,  # Its network, image size and epochs
     gpus: int = 1,  # Of one host, with 16 cores each
-    reader: str = "",  # One of the readers in `rates()`; "" = all of them
+    reader: str = "",  # One of the readers in `rates()`; "" = all whose images are large enough
     images: int = IMAGENET,  # Of an epoch
 ) -> List[GPUPlan]:  # A plan for each reader, the fastest first
     """Say how many hours the epochs of a case take, and whether GPUs or readers are what it waits for.
 
     More GPUs than one, with their cores, are taken to be as many times as fast. Raises ValueError for a reader that
-    nobody measured.
+    nobody measured, and for a packed set whose images are too small for the case.
     """
     known = rates()
     if reader and reader not in known["readers"]:
         raise unknown_name("reader", reader, known["readers"])
+    fitting = [name for name in known["readers"] if _is_large_enough(name, case)]
+    if reader and reader not in fitting:
+        raise ValueError(
+            f"A set packed as {reader!r} has too few pixels for {case.image_size} px, whose validation needs a short "
+            f"side of {case.image_size * 256 // 224}. Use one of: {', '.join(fitting)}."
+        )
     step, projected = step_rate(case, known)
     found = []
     for name, row in known["readers"].items():
-        if reader in ("", name):
+        if name in fitting and reader in ("", name):
             fed = row["images_per_s"] * gpus
             seconds = case.epochs * images / min(step * gpus, fed)
             parts = ["step"] * projected + ["reader"] * row["projected"]

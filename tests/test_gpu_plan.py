@@ -51,6 +51,24 @@ def test_hours_and_bottleneck():
         gpu_plan.plan_gpus(get_case(B0), reader="tape")
 
 
+@pytest.mark.parametrize(
+    "name, size, packed",
+    [
+        (B0, 160, {"raw 192", "jpeg 256", "jpeg 256, GPU"}),
+        ("B0-G16-LN_PN-Native_16IPU_2x8", 224, {"jpeg 256", "jpeg 256, GPU"}),
+        ("B4-G16-LN_PN-Half_16IPU_4x4", 252, set()),
+    ],
+)
+def test_packed_sets_are_only_offered_where_they_have_the_pixels(name, size, packed):
+    case = get_case(name)
+    assert case.image_size == size
+    found = {p.reader for p in gpu_plan.plan_gpus(case)}
+    assert found == packed | {"photographs", "photographs, GPU"}
+    for reader in {"raw 192", "jpeg 256"} - packed:
+        with pytest.raises(ValueError, match=f"too few pixels for {size} px.*photographs"):
+            gpu_plan.plan_gpus(case, reader=reader)
+
+
 def test_the_command(capsys):
     assert not plan_command([B0, "--device", "gpu", "--gpus", "4", "--json"])
     said = json.loads(capsys.readouterr().out)

@@ -10,6 +10,7 @@ from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import DataSet, say_found
+from effnet_repro.fields import check_whole
 from effnet_repro.messages import BestEffort
 from effnet_repro.paths import local_path
 from effnet_repro.runs import (
@@ -49,7 +50,8 @@ def validate(
     """
     configure(backend)
     keep_compiled()
-    _check_whole(batch=(1 if batch is None else batch, 1), image_size=(image_size or 32, 32))
+    batch = None if batch is None else check_whole(1, batch=batch)
+    image_size = image_size and check_whole(32, image_size=image_size)
     source, scores, evaluator = local_path(source, "source"), {}, None
     reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
     data = data_dir if isinstance(data_dir, DataSet) else reading.open(source)
@@ -78,15 +80,6 @@ def validate(
             with table:  # what was measured is not lost for a folder that is read-only
                 write_scores(run_dir, name, scores[name], update, place, in_any_case=newest)
     return scores
-
-
-def _check_whole(**numbers):
-    "Raise `ValueError` unless each number, given with the least that is allowed, is a whole one"
-    for name, (value, lowest) in numbers.items():
-        if not isinstance(value, int) or value < lowest:
-            raise ValueError(
-                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
-            )
 
 
 def _weight_files(source, weights):

@@ -33,7 +33,10 @@ def unknown_name(
 ) -> ValueError:  # The error to raise; it names the nearest legal name, or all when there are few
     "Make the error for a `name` that is not among the `legal` ones"
     legal = [str(n) for n in legal]
-    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        str(name), legal, n=1, cutoff=0.5 if len(str(name)) > 3 else 0.7
+    )
+    near = [n for n in legal if n.lower() == str(name).lower()] or near
     begins = [n for n in legal if name and n.lower().startswith(str(name).lower())]
     near = near or (begins if len(begins) == 1 else [])
     hint = f"Did you mean {near[0]!r}?" if near else ""

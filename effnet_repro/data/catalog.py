@@ -80,7 +80,7 @@ class DataSet:
 
 
 def one_split(dataset: DataSet, split: str) -> DataSet:
-    """Return the data set with one split and nothing kept: what goes to other processes."""
+    """Return the data set with one split, without what readers found out: this is sent to other processes."""
     return replace(dataset, splits={split: dataset.splits[split]})
 
 

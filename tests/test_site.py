@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -168,6 +169,16 @@ def test_wide_tables_are_set_small_and_long_ones_scroll(tmp_path):
         assert page.select_one("td").get_text() == "1,234,567"
 
 
+def test_a_merged_cell_of_an_index_counts_as_all_its_rows():
+    head = "".join(f"<th>a_number_{i}</th>" for i in range(15))
+    row = "<td>1234567.0</td>" * 14
+    rows = f"<tr><th rowspan='40'>B0</th>{row}</tr>" + f"<tr>{row}</tr>" * 39
+    text = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    soup = BeautifulSoup(text, "html.parser")
+    finish.tidy_table(soup, soup.table)
+    assert "long" in soup.table["class"] and "cards" not in soup.table["class"]
+
+
 def test_an_index_without_a_name_is_left_out():
     text = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody>{}</tbody></table>"
     for first, kept in ((("0", "1"), 2), (("3", "8"), 2), (("8", "3"), 4), (("B0", "B1"), 4)):
@@ -238,6 +249,24 @@ def test_finish_draws_figures_in_the_colours_of_the_page(tmp_path):
     assert two.find("use")["xlink:href"] == "#f2-m1" and "url(#f2-m1)" in str(two)
     assert "stroke: currentColor" in str(one) and "fill: var(--page)" in str(one)
     assert "#1f77b4" in str(one) and "<?xml" not in text and "metadata" not in text
+
+
+def light_grays(notebook):
+    "Grays of a notebook's figures that would glare on a dark page; white itself becomes the page"
+    outputs = [o for c in notebook["cells"] for o in c.get("outputs", [])]
+    drawn = "".join("".join(o.get("data", {}).get("image/svg+xml", [])) for o in outputs)
+    found = re.findall(r"(?:fill|stroke): (#(d|e|f)[0-9a-f](?:\2[0-9a-f]){2})\b", drawn)
+    grays = {c for c, _ in found if c[1:3] == c[3:5] == c[5:7] and c < "#fe"}
+    return sorted(grays - set(finish.COLOURS))
+
+
+def test_light_grays_follow_the_theme():
+    found = {p.name: light_grays(json.loads(p.read_text("utf-8"))) for p in tree.notebooks()}
+    assert {name: grays for name, grays in found.items() if grays} == {}
+    one = {
+        "data": {"image/svg+xml": "fill: #dddddd; stroke: #eeeeee; fill: #ddd0dd; fill: #fefefe"}
+    }
+    assert light_grays({"cells": [{"outputs": [one]}, {}]}) == ["#dddddd"]
 
 
 @pytest.mark.parametrize("kind, ending", [("png", "png"), ("jpeg", "jpg")])

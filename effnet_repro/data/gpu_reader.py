@@ -8,8 +8,8 @@ who is free takes the next chunk of a batch, the cores first, since the GPU has 
 than the GPU's decoders alone depends on network and host: it is tried (`_Trial`). Raw pixels, and JPEGs for whose
 decoder the user asked so, are all made by the cores (`Cores`).
 
-The threads here wait for the GPU and for processes most of the time. All that takes Python's time for every image
-happens in processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
+The threads here wait for the GPU and for processes most of the time. Everything that takes Python's time for each image
+happens in processes: threads that read were slower, most likely because only one of them at a time runs Python.
 """
 
 import collections

@@ -1,5 +1,5 @@
 # Short forms of the commands in the README. Each one first makes .venv from requirements.lock if it
-# is missing or older than the lock.
+# is missing or was made from another lock.
 #
 #   make train CASE=B1-G16-LN_PN-Half_16IPU_4x4 [DATA_DIR=...] [RUN_DIR=...] [ARGS="-p epochs 3"]
 #   make test
@@ -30,8 +30,9 @@ help:  ## list the targets
 	@echo "usage: make TARGET [CASE=...] [DATA_DIR=...] [RUN_DIR=...] [ARGS=\"-p name value\"]"
 	@sed -n 's/^\([a-z-]*\):.*## /  \1\t/p' Makefile | expand -t 14
 
+# `installed` is a copy of the lock: a checkout changes dates, and what is installed may still be right.
 $(READY): requirements.lock
-	@.ci/venv "$(PYTHON)" "$(VENV)"
+	@if cmp -s requirements.lock "$@"; then touch "$@"; else .ci/venv "$(PYTHON)" "$(VENV)"; fi
 
 venv: $(READY)  ## install requirements.lock into .venv (the other targets do it when needed)
 

@@ -31,7 +31,7 @@ from .paths import local_path
 
 # %% ../nbs/26_averaging.ipynb #f9b9562f
 def _check_next(average, new, at_update):
-    "Refuse other names or shapes than before, and a checkpoint that was already counted"
+    "Raise an error if names or shapes have changed, or if this checkpoint was already counted"
     if at_update is not None and at_update <= average.last_update:
         raise ValueError(
             f"The average already holds step {average.last_update}. Received: at_update={at_update}. "
@@ -66,9 +66,9 @@ class WeightAverage:
     def update(
         self,
         arrays,  # Name -> array; the same names and shapes every time
-        at_update=None,  # Weight updates behind these arrays; refused when they were already counted
+        at_update=None,  # Training steps before these arrays; an error if they were already counted
     ):
-        "Let the arrays of one more checkpoint into the average"
+        "Add the arrays of one more checkpoint to the average"
         new = {name: np.array(value, "float64") for name, value in arrays.items()}
         _check_next(self, new, at_update)
         if self.count:
@@ -77,7 +77,7 @@ class WeightAverage:
         self.last_update = self.last_update if at_update is None else int(at_update)
 
     def arrays(self, dtype="float32"):  # Name -> array of this type
-        "Hand out the average so far"
+        "Return the average so far"
         if not self.count:
             raise ValueError(
                 "The average is empty. Call `update` with a checkpoint's arrays first."
@@ -102,12 +102,12 @@ class WeightAverage:
 
 # %% ../nbs/26_averaging.ipynb #c304cbac
 def _about(average):
-    "What the header of a file says of an average"
+    "Return what the header of a file stores of an average, besides its arrays"
     return dict(decay=average.decay, count=average.count, update=average.last_update)
 
 
 def _restored(state, said):
-    "An average that goes on from what was written"
+    "Make an average that continues from what a file stores"
     average = WeightAverage(said["decay"])
     average._state, average.count, average.last_update = state, said["count"], said["update"]
     return average
@@ -116,7 +116,7 @@ def _restored(state, said):
 def pack_average(
     average: WeightAverage,
 ):  # (arrays, metadata): what the checkpoint that the average belongs to holds of it
-    "Hand out the float64 state as a part of a checkpoint"
+    "Return the float64 state in the form that a checkpoint stores"
     arrays = {AVERAGE + name: value for name, value in average._state.items()}
     return arrays, {"average": _about(average)}
 
@@ -125,7 +125,7 @@ def unpack_average(
     arrays,  # Of a checkpoint; only those whose names begin with "average/" are needed
     metadata,  # Of the same checkpoint
 ):  # `WeightAverage`; None when the checkpoint is from an older version, which kept it apart
-    "Take the average out of what `load` gave"
+    "Read the average from the arrays and metadata of a checkpoint"
     said = metadata.get("average")
     state = {n[len(AVERAGE) :]: a for n, a in arrays.items() if n.startswith(AVERAGE)}
     return None if said is None else _restored(state, said)
@@ -134,7 +134,7 @@ def unpack_average(
 def average_files(
     paths,  # Checkpoint files, the oldest first, e.g. from list_checkpoints
     decay: float = DECAY,  # Share of the average that stays, in [0, 1)
-    prefix: str = "all/",  # Which arrays: the weights, without the optimiser's slots
+    prefix: str = "all/",  # Beginning of the arrays' names: the weights, without the optimizer's slots
 ) -> WeightAverage:  # The average over all of them
     "Average the weights of checkpoint files"
     average = WeightAverage(decay)
@@ -157,7 +157,7 @@ def average_weights(
 def has_average(
     newest,  # A checkpoint
 ) -> bool:  # False before the first epoch of its run was finished
-    "Tell whether there is an average to a checkpoint"
+    "Say whether a checkpoint has an average"
     said = read_metadata(newest).get("average")
     beside = Path(newest).parent / "average.safetensors"
     return beside.exists() if said is None else said["count"] > 0
@@ -166,7 +166,7 @@ def has_average(
 def check_average(
     newest,  # A checkpoint
 ):  # None; raises FileNotFoundError
-    "Refuse a checkpoint that has no average yet; only its header is read"
+    "Raise an error if a checkpoint has no average yet; only its header is read"
     if not has_average(newest):
         raise FileNotFoundError(f"{newest} has no average yet: no epoch was finished.")
 
@@ -194,7 +194,7 @@ def read_update(
     source,  # A run folder, a checkpoint or an average file
     weights: str = "last",  # or "average"
 ) -> int:  # Weight updates
-    "Read after how many steps weights were taken"
+    "Read after how many training steps weights were stored"
     newest = newest_file(source)
     said = read_metadata(newest)
     if weights != "average" or said.get("kind") == "average":
@@ -211,7 +211,7 @@ def load_weights(
     source,  # A checkpoint file, an average, or a run folder
     weights: str = "auto",  # Of a run folder: "last", "average", or "auto" = the average of a long run
 ):  # (weights, metadata of the newest checkpoint, path that was read)
-    "Read weights and where they come from"
+    "Read weights, the metadata of their run, and the path of the file"
     if weights not in ("auto", "last", "average"):
         raise unknown_name("weights", weights, ("auto", "last", "average"))
     source, last = local_path(source, "source"), newest_file(source)

@@ -154,7 +154,7 @@ def read_sections(
     if not path.is_file():
         what = f", which is {file_kind(path)}" if path.exists() else ""
         raise FileNotFoundError(
-            f"No configuration file {path}{what}. Leave `path` out for the published cases."
+            f"No configuration file {path}{what}. Leave it out for the published cases."
         )
     try:
         data = copy.deepcopy(_parse(_text_of(path)))

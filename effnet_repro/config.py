@@ -16,7 +16,7 @@ from typing import Any, Dict, Optional, Tuple, Union
 from .case_files import read_sections
 from .case_rules import check_budgets, check_forms, check_keys, check_layout, named
 from .divisors import mixing_group
-from .fields import UNCHANGED, describe, list_some, option, unknown_name
+from .fields import UNCHANGED, describe, list_some, option, read_values, unknown_name
 from .small_sets import automatic_budget, small_run
 from .scaling import INPUT_NORMS, NORMS, SIZES, ModelSpec, size_name
 from .messages import say
@@ -357,14 +357,13 @@ def override(
     **values,  # New values of fields; None means what the case says
 ) -> Case:  # A new, validated case
     "Change fields of a `case`; accumulation and mixing groups follow the other batch fields"
-    for key in values:
-        if key not in FIELDS:
-            raise unknown_name("field", key, FIELDS)
-    values = {k: v for k, v in values.items() if v is not None}
+    if not isinstance(case, Case):
+        raise ValueError(f"`case` must be a `Case`, see `get_case`. Received: case={case!r}.")
+    values = read_values(FIELDS, values, case.name)
     if "gradient_accumulation" not in values and any(f in values for f in _DECIDE_ACCUMULATION):
         micro, replicas, whole = (values.get(f, getattr(case, f)) for f in _DECIDE_ACCUMULATION)
-        if micro < 1 or replicas < 1 or whole < 1 or whole % (micro * replicas):
-            share = whole // max(replicas, 1)
+        if whole % (micro * replicas):
+            share = whole // replicas
             hint = f"a micro_batch_size that divides {share}" if share else "fewer replicas"
             raise ValueError(
                 f"global_batch_size must be a multiple of micro_batch_size x num_replicas. Received: "
@@ -432,11 +431,11 @@ def resolve(
     "Work out what will run: `case`, then budget, then the user's `overrides`, on one device"
     case = get_case(case, path) if isinstance(case, str) else case
     name, changes = budget_overrides(budget, data_given, path, images)
-    given = {k: v for k, v in overrides.items() if v is not None}
+    given = read_values(FIELDS, overrides, case.name)
     merged = {**changes, **given}
     sizes = ("micro_batch_size", "global_batch_size", "mix_group_size")
     named = {k: v for k, v in merged.items() if k not in (*sizes, "num_replicas")}
-    override(case, **named)  # refuses unknown names
+    override(case, **named)  # refuses what contradicts the rest
     if name == "small":
         merged = {**small_run(images, merged), **merged}
     batch = {k: merged.pop(k, None) for k in sizes}
@@ -458,7 +457,7 @@ def case_to_dict(
 def earlier_fields(
     values: dict,  # A stored case, e.g. from a checkpoint's metadata
 ) -> dict:  # Field -> earlier value, of the fields that `values` lacks; empty for a new case
-    "Find the fields that a stored case is too old to have"
+    "Find the fields that a stored case lacks because it is older than they are"
     return {name: value for name, value in EARLIER.items() if name not in values}
 
 # %% ../nbs/00_config.ipynb #d4ce4653

@@ -8,6 +8,7 @@ flags, tables, converters) reads its `Field`, so a new field is declared once an
 import dataclasses
 import difflib
 import math
+import numbers
 import re
 import typing
 from dataclasses import MISSING, dataclass
@@ -32,16 +33,21 @@ def unknown_name(
 ) -> ValueError:  # The error to raise; it names the nearest legal name, or all when there are few
     "Make the error for a `name` that is not among the `legal` ones"
     legal = [str(n) for n in legal]
-    near = difflib.get_close_matches(str(name), legal, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(
+        str(name), legal, n=1, cutoff=0.5 if len(str(name)) > 3 else 0.7
+    )
+    near = [n for n in legal if n.lower() == str(name).lower()] or near
     begins = [n for n in legal if name and n.lower().startswith(str(name).lower())]
+    near = near or (begins if len(begins) == 1 else [])
     hint = f"Did you mean {near[0]!r}?" if near else ""
     if begins and not near:
-        hint = f"{list_some(begins, 5)} begin{'s' if len(begins) == 1 else ''} so."
+        hint = f"{list_some(begins, 5)} begin so."
     elif not legal:
         hint = "There are none."
     elif not near or len(legal) <= 8:
         hint += f" Legal names: {', '.join(legal)}."
-    return ValueError(f"Unknown {what} {name!r}{f' in {where}' if where else ''}. {hint.strip()}")
+    place = f" in {where}" if where else ""
+    return ValueError(f"Unknown {what} {_received(name)}{place}. {hint.strip()}")
 
 
 UNCHANGED = object()  # Of a field that every stored case has
@@ -76,6 +82,27 @@ class Range(NamedTuple):
         "What a `value` outside must be"
         below = value < self.low and self.text[0] == "[" and self.low >= 1
         return f"at least {self.low:g}" if below else self.words
+
+
+def _plain_number(value):
+    "A number as one of Python's: those of NumPy are `numbers` like others, and sweeps over sizes make them"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return value
+    return int(value) if isinstance(value, numbers.Integral) else float(value)
+
+
+def check_whole(
+    least: int,  # The least that is legal
+    **named,  # Name -> value, one of them
+) -> int:  # The value, as Python's number
+    "Check a whole number; ValueError names it, the rule and what was received"
+    ((name, value),) = named.items()
+    number = _plain_number(value)
+    if isinstance(number, bool) or not isinstance(number, int) or number < least:
+        raise ValueError(
+            f"`{name}` must be a whole number from {least}. Received: {name}={_received(value)}."
+        )
+    return number
 
 
 def _is_number(value, kinds):
@@ -150,7 +177,7 @@ class Field:
             if value not in self.choices:
                 raise unknown_name(self.name, value, self.choices, where)
             return value
-        value = tuple(value) if isinstance(value, list) else value
+        value = tuple(value) if isinstance(value, list) else _plain_number(value)
         if self.kind is float:
             value = tuple(map(_as_number, value)) if isinstance(value, tuple) else _as_number(value)
         rule = self._broken_rule(value)
@@ -217,3 +244,15 @@ def describe(
         group = (declared[f.name].__doc__ or "").splitlines()[0]
         found[f.name] = Field(f.name, kind, several, optional, f.default, group, **f.metadata)
     return found
+
+
+def read_values(
+    fields: Dict[str, Field],  # Name -> field
+    values: Dict[str, Any],  # Name -> value; None = not given
+    where: str = "",  # Whose values they are, for a message
+) -> Dict[str, Any]:  # Name -> value as its field reads it, of those that are given
+    "Read the values of some fields; ValueError for a name or a value that is not legal"
+    for name in values:
+        if name not in fields:
+            raise unknown_name("field", name, fields)
+    return {n: fields[n].check(v, where) for n, v in values.items() if v is not None}

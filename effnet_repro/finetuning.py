@@ -72,7 +72,7 @@ def finetune_budget(
     budget: str,  # "case", "demo", "smoke" or "auto": see `budget_overrides`
     data_given: bool,  # Whether the user pointed at a data set
 ) -> Tuple[str, dict]:  # The budget's name, and fields of `Case`
-    "Take of a budget what concerns a fine-tuning: the batch sizes and the number of steps"
+    "Read from a budget the batch sizes and the number of steps of a fine-tuning"
     name, changes = budget_overrides(budget, data_given)
     wanted = ("global_batch_size", "micro_batch_size", "max_steps", "device_loop")
     return name, {k: v for k, v in changes.items() if k in wanted}

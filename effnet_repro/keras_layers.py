@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from .config import unknown_name
+from .fields import check_whole
 from .kernels.ops import alone, jax_ops
 from .group_conv import group_conv, kernel_shape
 from .mbconv import Scope, mbconv, norm_act, squeeze_excite
@@ -61,6 +62,12 @@ class ParamLayer(keras.layers.Layer):
         raise NotImplementedError
 
     def build(self, input_shape):
+        if len(input_shape) != 4 or input_shape[-1] is None:
+            raise ValueError(
+                f"`{type(self).__name__}` takes (N, H, W, C), C known. Received: shape {tuple(input_shape)}. "
+                "Reshape to (N, H, W, C) first."
+            )
+        self.input_spec = keras.layers.InputSpec(ndim=4, axes={-1: input_shape[-1]})
         for i, p in enumerate(self.declare(input_shape)):
             self.hold(p, np.random.default_rng([self.seed, i]))
         super().build(input_shape)
@@ -150,8 +157,9 @@ class GroupConv2D(ParamLayer):
         **kwargs,
     ):
         super().__init__(seed, **kwargs)
-        num_groups(group_size, group_size)  # refuses sizes below 1
-        self.group_size, self.kernel_size, self.strides = group_size, kernel_size, strides
+        self.group_size = check_whole(1, group_size=group_size)
+        self.kernel_size = check_whole(1, kernel_size=kernel_size)
+        self.strides = check_whole(1, strides=strides)
 
     def declare(self, input_shape):
         shape = kernel_shape(self.kernel_size, input_shape[-1], self.group_size)
@@ -180,15 +188,10 @@ class ProxyNormAct(ParamLayer):
         **kwargs,
     ):
         super().__init__(seed, **kwargs)
-        self.norm_groups = norm_groups
         self.spec = ModelSpec(norm="GN_PN", norm_groups=norm_groups)
+        self.norm_groups = self.spec.norm_groups
 
     def declare(self, input_shape):
-        if len(input_shape) != 4 or input_shape[-1] is None:
-            raise ValueError(
-                "`ProxyNormAct` normalizes over height and width of (N, H, W, C), C known. Received: "
-                f"shape {tuple(input_shape)}. Reshape to (N, H, W, C) first."
-            )
         if input_shape[-1] % self.norm_groups:
             raise ValueError(
                 f"`norm_groups` must divide the channels. Received: norm_groups={self.norm_groups}, "
@@ -236,7 +239,7 @@ class SqueezeExcite(ParamLayer):
 
 # %% ../nbs/19_keras_layers.ipynb #c812c79f
 def _block_of(spec, channels, filters, kernel_size, strides, drop_path_rate):
-    "The block that a layer is for an input of `channels`"
+    "Return the `Block` that a layer is for an input with `channels` channels"
     wide = channels * spec.expand_ratio
     per_group = wide // num_groups(wide, spec.group_size)
     sizes = (kernel_size, strides, channels, wide, filters, max(1, channels // 4), per_group)
@@ -262,7 +265,8 @@ class MBConv(ParamLayer):
         **kwargs,
     ):
         super().__init__(seed, **kwargs)
-        self.own = dict(filters=filters, kernel_size=kernel_size, strides=strides)
+        sizes = dict(filters=filters, kernel_size=kernel_size, strides=strides)
+        self.own = {name: check_whole(1, **{name: size}) for name, size in sizes.items()}
         self.own["drop_path_rate"] = drop_path_rate
         self.net = dict(expand_ratio=expand_ratio, group_size=group_size, norm=norm)
         self.net["norm_groups"] = norm_groups

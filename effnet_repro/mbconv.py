@@ -79,7 +79,7 @@ def norm_act(
     activation="swish",  # None after a projection: then there is no proxy either
     divide=True,  # Whether to divide by the proxy's standard deviation here
 ):  # (activations, 1/std still to be multiplied or None)
-    "Normalize and activate as the network's arm says"
+    "Normalize, activate and apply the proxy, with the norm that the network has"
     if spec.batch_norm:
         n = Scope(w.weights, w.path("batch_norm"))
         statistics = _moving_or_batch(ops, n, x, context)
@@ -120,7 +120,7 @@ def squeeze_excite(
     x,  # Activations, (N, H, W, C)
     inv_std=None,  # Delayed proxy scale, (C,) float32; None = 1
 ):  # (N, H, W, C), type of x
-    "Re-weigh the channels of `x` by what the whole image says"
+    "Multiply each channel of `x` by its gate, which depends on the whole image"
     gate = excite(ops, ops.pool(x), gate_layers(w))
     gate = gate if inv_std is None else gate * ops.cast(inv_std, ops.dtype(x))
     n, c = ops.shape(gate)
@@ -132,7 +132,7 @@ def drop_mask(
     segment: str,  # Where it happens: part of the mask's key
     rate: float,  # Probability of dropping a branch, in [0, 1)
     shape,  # (N,), and ones if you like
-):  # float32, 0 or 1 / (1 - rate); None where nothing is dropped
+):  # float32, 0 or 1 / (1 - rate); None when nothing is dropped
     "Draw which images lose a residual branch, and how much the others scale it up"
     return None if context is None or not rate else context.mask(segment, "drop_path", rate, shape)
 
@@ -186,7 +186,7 @@ def project(
     x,  # Wide activations, (N, H, W, expanded)
     context=None,  # `TrainContext` in training
 ):  # Thin activations, (N, H, W, filters_out)
-    "Narrow: 1x1 convolution and a norm without activation; under Proxy Norm it has a scale but no shift"
+    "Narrow: 1x1 convolution and a norm without activation; under Proxy Norm it has a scale but no bias"
     x = group_conv(ops, x, w["conv/conv2d/kernel"])
     return norm_act(ops, spec, w, x, context, activation=None)[0]
 

@@ -16,7 +16,7 @@ from .scaling import same_padding
 
 # %% ../nbs/02_ops.ipynb #6e688605
 class _Composed:
-    "What follows from the other words; an implementation may know a way with fewer passes"
+    "Operations made of others; an implementation may replace them by versions with fewer passes over memory"
 
     def pool(self, x):  # (N, H, W, C) -> (N, C): each channel's mean over the pixels
         return self.mean(x, (1, 2))
@@ -38,7 +38,7 @@ _SAME_NAME = "asarray reshape exp log square sqrt matmul tile stack roll where c
 
 
 class _NumpyNames(_Composed):
-    "The words that NumPy and `jax.numpy` spell alike"
+    "The operations that have the same name in NumPy and in `jax.numpy`"
 
     def __init__(self, library):  # `numpy` or `jax.numpy`
         self._library = library
@@ -120,7 +120,7 @@ class NumpyOps(_NumpyNames):
 
 # %% ../nbs/02_ops.ipynb #497a46d0
 class _TFNames(_Composed):
-    "The words of TensorFlow, by their names or a name of ours"
+    "The operations that TensorFlow has, under the names that are used here"
 
     def __init__(self):
         import tensorflow as tf
@@ -229,7 +229,7 @@ def _distance(x, mean):
 
 # %% ../nbs/02_ops.ipynb #d2b1b0b8
 class _TFMoments(_TFLoops):
-    "Means over the pixels with gradients of their own"
+    "Means over the pixels, with gradients written by hand"
 
     def pool(self, x):
         if x.dtype != "float32":
@@ -263,7 +263,7 @@ class _TFMoments(_TFLoops):
 
 # %% ../nbs/02_ops.ipynb #4c035234
 class TFCPUOps(_TFMoments):
-    "TensorFlow where the CPU computes: float32 steps with gradients of their own"
+    "The operations in TensorFlow on a CPU: float32 steps with gradients written by hand"
 
     def affine(self, x, scale, shift=None, activation=None, mean=None, inv_std=None):
         if x.dtype != "float32":
@@ -372,7 +372,7 @@ def get_ops(
 
 # %% ../nbs/02_ops.ipynb #6ac7ccbd
 class TrainContext:
-    "What a training pass hands to the layers: masks to draw, a place for batch statistics; `None` at inference"
+    "What a training pass gives to the layers: the source of their masks, and a place for batch statistics"
 
     def __init__(
         self,

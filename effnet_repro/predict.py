@@ -5,9 +5,10 @@ dict of timm or torchvision. An image is cut, resized and normalized as in the v
 to. Nothing heavy is imported before a `Predictor` is made.
 """
 
+import os
 import time
 from dataclasses import dataclass
-from typing import Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from effnet_repro.convert import Weights
 from effnet_repro.data.decode import has_fast_dct
 from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.data.files import SquaresJob, find_images, square_batches
+from effnet_repro.fields import check_whole
 from effnet_repro.scaling import count
 from effnet_repro.transfer import read_body
 
@@ -87,9 +89,7 @@ class Predictor:
         configure(backend)
         network = read_classifier(source, Reading(**reading))
         self.spec, self.case, self.notes = network.spec, network.case, network.notes
-        self.image_size = image_size or network.case.image_size
-        if self.image_size < 32:
-            raise ValueError(f"`image_size` must be at least 32. Received: {image_size}.")
+        self.image_size = check_whole(32, image_size=image_size or network.case.image_size)
         named = has_names(network.class_names)
         self.class_names = network.class_names if named else tuple(map(str, self._labels))
         if not named:
@@ -100,7 +100,7 @@ class Predictor:
         self.precision = choose_precision(precision)
         self._job = SquaresJob(self.image_size, self.case.image_resize, network.crop_pct)
         self._logits = predictor(self.spec, network.arrays, self.precision)
-        self.seconds, self._timed = 0.0, 0
+        self.seconds, self._timed, self._shapes = 0.0, 0, set()
         if self.case.image_resize == "published" and not has_fast_dct():
             self.notes += (
                 "JPEGs are decoded with the accurate DCT; training used the fast one. The same: "
@@ -135,25 +135,36 @@ class Predictor:
         return p / p.sum(1, keepdims=True)
 
     def __call__(
-        self, images: Sequence, top: int = 5, batch: Optional[int] = None
+        self, images: Iterable, top: int = 5, batch: Optional[int] = None
     ) -> Iterator[Prediction]:
         """Yield a `Prediction` of each image, in order.
 
-        - `images`: paths, bytes of files, arrays (H, W, 3) uint8, or Pillow's; mixed if need be.
+        - `images`: paths, bytes of files, arrays (H, W, 3) uint8, or Pillow's; mixed if need be, or one of them.
         - `top`: how many guesses.
         - `batch`: images at a time; None is what suits the device.
         """
-        for name, value in (("top", top), ("batch", 1 if batch is None else batch)):
-            if value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Received: {name}={value}.")
-        most = batch or suitable_batch(self.spec, self.image_size)
-        batch = -(-len(images) // max(1, -(-len(images) // most)))  # the last one is no smaller
-        return self._predicted(images, top, max(batch, 1))
+        images, top = _as_list(images), check_whole(1, top=top)
+        fits = suitable_batch(self.spec, self.image_size) if batch is None else batch
+        most = check_whole(1, batch=fits)
+        batch = max(1, -(-len(images) // max(1, -(-len(images) // most))))  # the last is no smaller
+        return self._predicted(images, top, batch, self._shape(batch, most))
 
-    def _predicted(self, images, top, batch):
+    def _shape(self, batch, most):
+        """Return how many images are computed at once where `batch` are shown, the others being black.
+
+        Each new number compiles the network, for seconds. So after the first few numbers are used, and one that was
+        used before unless it is more than four times too large.
+        """
+        known = [n for n in self._shapes if batch <= n <= min(4 * batch, most)]
+        rounded = 2 ** (batch - 1).bit_length() if batch <= 8 else -(-batch // 8) * 8
+        shape = min(known, default=min(rounded, most) if self._shapes else batch)
+        self._shapes.add(shape)
+        return shape
+
+    def _predicted(self, images, top, batch, shape):
         first, since = True, time.perf_counter()
         for number, (squares, problems) in enumerate(square_batches(images, self._job, batch)):
-            missing = batch - len(squares)  # one shape, one compilation
+            missing = shape - len(squares)
             squares = np.concatenate([squares, np.zeros((missing, *squares.shape[1:]), np.uint8)])
             p = self.probabilities(squares)
             now = time.perf_counter()
@@ -176,6 +187,12 @@ class Predictor:
         )
 
 
+def _as_list(images) -> list:
+    """Return images as a list. One path, file's bytes, Pillow's image or array (H, W, 3) is a list of one."""
+    one = isinstance(images, (str, bytes, os.PathLike)) or hasattr(images, "convert")
+    return [images] if one or getattr(images, "ndim", 4) < 4 else list(images)
+
+
 def suitable_batch(spec, image_size: int) -> int:
     """Return how many images at a time suit the device: a power of two that its memory holds."""
     from effnet_repro.training.device import has_jax_gpu
@@ -191,17 +208,15 @@ def suitable_batch(spec, image_size: int) -> int:
 
 def predict(
     source,  # A run folder, a checkpoint, or a file of another program: see `convert.read`
-    images,  # A path of a file or folder, an array (H, W, 3) uint8, Pillow's image, or a list of such
+    images,  # A path of a file or folder, an array (H, W, 3) uint8, Pillow's image, or several of them
     *,
     top: int = 5,  # Guesses for each image
     batch: Optional[int] = None,  # Images at a time; None = what suits the device
     **options,  # Of `Predictor`: image_size, precision, backend, weights, class_names, arch
 ) -> List[Prediction]:  # One for each image, in order; of a folder, every image in it or below
     "Name what images show. For several lists keep a `Predictor`"
-    one = not isinstance(images, (list, tuple)) or hasattr(images, "dtype")
     listed = []
-    for image in [images] if one else images:
-        path = isinstance(image, (str, bytes)) or hasattr(image, "__fspath__")
-        is_path = path and not isinstance(image, bytes)
+    for image in _as_list(images):
+        is_path = isinstance(image, (str, os.PathLike))
         listed += find_images([image]) if is_path else [image]
     return list(Predictor(source, **options)(listed, top, batch))

@@ -13,7 +13,7 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any, Dict, NamedTuple, Optional, Tuple, Union
 
-from .fields import unknown_name
+from .fields import check_whole, unknown_name
 from effnet_repro.resolution import (  # noqa: F401
     HALF_RESOLUTIONS,
     half_resolution,
@@ -129,15 +129,17 @@ def num_groups(
 # %% ../nbs/01_scaling.ipynb #4dc9c77f
 NORMS = ("BN", "GN", "LN", "GN_PN", "LN_PN")
 INPUT_NORMS = ("imagenet_mean", "keras", "none")
+_LEAST = {  # Of fields that are whole numbers
+    **dict.fromkeys(("group_size", "expand_ratio", "norm_groups", "image_size", "top_filters"), 1),
+    "num_classes": 0,
+}
 
 
 @dataclass(frozen=True)
 class _Network:
     size: str = "B0"  # "B0" to "B7" or "CIFAR"
     group_size: int = 16  # Channels per group of the spatial convolutions; 1 = depthwise
-    expand_ratio: int = (
-        4  # Widening inside a block: published 6 with depthwise, 4 with groups of 16
-    )
+    expand_ratio: int = 4  # Widening in a block: published 6 with depthwise, 4 with groups of 16
     norm: str = "LN_PN"  # "BN", "GN", "LN", or with Proxy Norm "GN_PN", "LN_PN"
     norm_groups: int = 1  # Groups of a group norm; 1 = layer norm; unused by BN
     image_size: Optional[int] = None  # Usual side of an image, pixels; None = the size's native one
@@ -145,12 +147,8 @@ class _Network:
     input_norm: str = "imagenet_mean"  # Published; or "keras", "none": see 20_efficientnet
     dropout_rate: Optional[float] = None  # Before the classifier; None = the size's own
     drop_path_rate: float = 0.2  # Stochastic depth at the end of the network, linear from 0
-    folded: bool = (
-        False  # Proxy statistics stored instead of computed: inference only, see 12_proxy_norm
-    )
-    stored_proxies: bool = (
-        False  # The same beside their vectors, and used at inference: see 14_network
-    )
+    folded: bool = False  # Stored proxy statistics, inference only: see 12_proxy_norm
+    stored_proxies: bool = False  # Stored ones as well, used at inference: see 14_network
     net_stages: Tuple[str, ...] = ()  # Network stages in place of B0's, see `NetStage.parse`
     top_filters: Optional[int] = None  # Channels of the last convolution of B0's size; None = 1280
 
@@ -163,6 +161,9 @@ class _Network:
         give("net_stages", tuple(self.net_stages))
         give("image_size", row.native if self.image_size is None else self.image_size)
         give("dropout_rate", row.dropout_rate if self.dropout_rate is None else self.dropout_rate)
+        for name, least in _LEAST.items():
+            if getattr(self, name) is not None:
+                give(name, check_whole(least, **{name: getattr(self, name)}))
         _check_stages(self)
 
 # %% ../nbs/01_scaling.ipynb #01a30009
@@ -246,12 +247,12 @@ class ModelSpec(_Network):
 
     @classmethod
     def from_case(cls, case, num_classes: int = 1000) -> "ModelSpec":
-        "Take the network of a `Case`, with so many classes"
+        "Make the specification of the network of a `Case`, with `num_classes` classes"
         return replace(case.network, num_classes=num_classes)
 
     @classmethod
     def from_name(cls, name: str, **fields) -> "ModelSpec":
-        "Read the network off a name, see `parse_name`; `fields` are further ones"
+        "Make the specification from a name, see `parse_name`; `fields` replaces further fields"
         return cls(**{**parse_name(name), **fields})
 
 # %% ../nbs/01_scaling.ipynb #dfe67464
@@ -311,7 +312,7 @@ class Conv(NamedTuple):
 
     segment: str  # Segment it belongs to
     part: str  # "conv", "a", "b", "SE/1", "SE/2", "c", "logits"
-    params: int  # Trainable parameters: kernel, bias, and the norm and proxy behind it
+    params: int  # Trainable parameters: kernel, bias, and the norm and proxy that follow
     macs: int  # Multiply-adds
     activations: int  # Elements of its output
 
@@ -334,7 +335,8 @@ def conv_table(
     image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
 ) -> Tuple[Conv, ...]:
     "List every convolution of the network in order, with its cost"
-    side = -(-(image_size or spec.image_size) // spec.stem_strides)  # SAME: ceil(n / strides)
+    size = spec.image_size if image_size is None else check_whole(1, image_size=image_size)
+    side = -(-size // spec.stem_strides)  # SAME: ceil(n / strides)
     rows = [_conv(spec, ("block0", "conv"), (3, 3, spec.stem_filters), side)]
     for b in blocks(spec):
         name_b, name_c = (b.name, b.name) if b.residual else (f"{b.name}/b", f"{b.name}/c")

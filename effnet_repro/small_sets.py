@@ -47,7 +47,7 @@ def small_epochs(
 def average_decay(
     epochs: float,  # Of the run
 ) -> float:  # In [0, 1); 0 = the average is the last epoch
-    "Choose the decay of the average over epochs that looks back a tenth of a run"
+    "Choose the decay of the average over epochs, so that it covers a tenth of the run"
     return round(max(0.0, 1 - 10 / epochs), 4)
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0020
@@ -66,7 +66,7 @@ def fit_schedule(
     }
 
 # %% ../nbs/25_small_sets.ipynb #5e7a0031
-LONG_EPOCHS = 100  # From so many on, a run is regularized harder
+LONG_EPOCHS = 100  # A run of this length or longer is regularized more strongly
 
 
 def regularization(
@@ -83,9 +83,7 @@ RISE = 0.3  # Share of the run in which the rate rises
 
 def small_run(
     images: Optional[int],  # In the training set
-    given: Dict[
-        str, Any
-    ],  # Fields that somebody chose: `epochs` and `global_batch_size` decide others
+    given: Dict[str, Any],  # Fields of `Case` that the user chose; the others are fitted to them
 ) -> Dict[str, Any]:  # Fields of `Case`
     "Fit a run to the number of images"
     if not images or images < 1:
@@ -110,7 +108,7 @@ def explain_small(
     case,  # What will run: `epochs`, `global_batch_size`, `warmup_epochs`, `weight_average_decay`
     chosen: bool,  # Whether `auto` chose the budget
 ) -> str:  # One line
-    "Say what the budget small made of a case, and why it was chosen"
+    "Say in one line what the budget small changed in a case, and why it was chosen"
     steps, back = images // case.global_batch_size, 1 / (1 - case.weight_average_decay)
     why = f"; fewer than {SMALL_SET:,}: --budget case trains as published" if chosen else ""
     return (

@@ -113,10 +113,17 @@ def test_what_a_published_run_is_told(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out == ""
 
 
-def test_auto_leaves_out_what_does_not_work(sample, monkeypatch, capsys):
+@pytest.fixture
+def on_gpu(monkeypatch):
+    "JAX has a GPU here, with 16 cores; the data set does not stay on it"
     monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
     monkeypatch.setattr(decoding, "fits_device", lambda data: False)
+    monkeypatch.setattr(decoding, "core_count", lambda: 16)
     monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+    monkeypatch.setattr("jax.local_device_count", lambda: 1)
+
+
+def test_auto_leaves_out_what_does_not_work(sample, on_gpu, monkeypatch, capsys):
     monkeypatch.setattr(decoding, "is_installed", lambda name: True)
     monkeypatch.setattr(decoding.gpu_decode, "problem", lambda: "RuntimeError: an old driver")
     decoding._works.cache_clear()
@@ -126,21 +133,15 @@ def test_auto_leaves_out_what_does_not_work(sample, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("form, said", [("raw", "nothing to decode"), ("cifar", "by simplejpeg")])
-def test_the_gpu_decodes_only_jpegs(sample, monkeypatch, capsys, form, said):
-    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
-    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
-    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
+def test_the_gpu_decodes_only_jpegs(sample, on_gpu, monkeypatch, capsys, form, said):
     monkeypatch.setattr(decoding, "_works", lambda name: True)
     assert decoding.settle_decoder(replace(sample, format=form)).decoder == "simplejpeg"
     found = capsys.readouterr().out
     assert said in found and "may wait" not in found
 
 
-def test_a_run_of_before_keeps_what_read_it(sample, tmp_path, monkeypatch, capsys):
+def test_a_run_of_before_keeps_what_read_it(sample, on_gpu, tmp_path, monkeypatch, capsys):
     (tmp_path / "config.json").write_text('{"seed": 0}')
-    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
-    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
-    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
     monkeypatch.setattr(decoding, "_works", lambda name: True)
     for there, kept in ((ALL, "tensorflow"), (ALL - {"tensorflow"}, "simplejpeg")):
         monkeypatch.setattr(decoding, "is_installed", there.__contains__)
@@ -149,14 +150,41 @@ def test_a_run_of_before_keeps_what_read_it(sample, tmp_path, monkeypatch, capsy
     assert "bit for bit" not in capsys.readouterr().out
 
 
-def test_the_gpu_waits_and_it_is_said(sample, monkeypatch, capsys):
-    monkeypatch.setattr(decoding, "has_jax_gpu", lambda: True)
-    monkeypatch.setattr(decoding, "fits_device", lambda data: False)
-    monkeypatch.setattr("keras.backend.backend", lambda: "jax")
-    decoding.settle_decoder(replace(sample, decoder="simplejpeg"))
-    assert "Faster: pip install 'effnet_repro[cuda12]'" in capsys.readouterr().out
-    train = sample.splits["train"]
-    packed = train._replace(original=np.full((len(train.label), 2), 500))
-    sample = replace(sample, splits={**sample.splits, "train": packed}, decoder="simplejpeg")
+def as_packed(data):
+    train = data.splits["train"]
+    train = train._replace(original=np.full((len(train.label), 2), 500))
+    return replace(data, splits={**data.splits, "train": train})
+
+
+def test_the_gpu_waits_and_it_is_said(sample, on_gpu, monkeypatch, capsys):
+    faster = "Faster: pip install 'effnet_repro[cuda12]'"
+    sample = replace(sample, decoder="simplejpeg")
     decoding.settle_decoder(sample)
+    assert faster in capsys.readouterr().out
+    decoding.settle_decoder(as_packed(sample))
     assert "Faster" not in capsys.readouterr().out  # the cores bring more small images than a GPU
+    monkeypatch.setattr(decoding, "core_count", lambda: 4)
+    decoding.settle_decoder(as_packed(sample))
+    assert faster in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "packed, cores, gpus, wish, chosen",
+    [
+        (False, 16, 1, "auto", "nvimagecodec"),
+        (True, 16, 1, "auto", "simplejpeg"),
+        (True, 8, 1, "auto", "nvimagecodec"),
+        (True, 32, 4, "auto", "nvimagecodec"),
+        (True, 64, 4, "auto", "simplejpeg"),
+        (True, 16, 1, "nvimagecodec", "nvimagecodec"),
+    ],
+)
+def test_small_images_are_for_the_cores_where_there_are_enough(
+    sample, on_gpu, monkeypatch, packed, cores, gpus, wish, chosen
+):
+    monkeypatch.setattr(decoding, "_works", lambda name: True)
+    monkeypatch.setattr("effnet_repro.data.decoders.is_installed", lambda name: True)
+    monkeypatch.setattr(decoding, "core_count", lambda: cores)
+    monkeypatch.setattr("jax.local_device_count", lambda: gpus)
+    data = replace(as_packed(sample) if packed else sample, decoder=wish)
+    assert decoding.decoder_here(data) == chosen

@@ -16,7 +16,6 @@ from test_loop import Toy, once, train
 from tiny import POSIX, PYTHON
 
 from effnet_repro import checkpoint, cli
-from effnet_repro.cli.kit import run_program
 from effnet_repro.data import open_data
 from effnet_repro.messages import BestEffort, say
 from effnet_repro.runs import metrics, read_rows, watch
@@ -125,6 +124,20 @@ def test_a_back_end_of_matplotlib_that_is_not_there(tmp_path, no_events, name):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run" / "curves.png").exists()
+
+
+def test_settings_of_matplotlib_that_are_no_text(tmp_path):
+    (tmp_path / "matplotlibrc").write_bytes(b"backend: \xff\n")
+    words = ["plan", "B0-G1-GN-Native_16IPU_2x8", "--figure", "x.png"]
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_repro.cli", *words],
+        env=PYTHON,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert "A file matplotlibrc, here or in" in done.stderr.splitlines()[-1]
 
 
 def test_a_run_without_pandas_goes_on(tmp_path, monkeypatch, no_events):
@@ -253,85 +266,7 @@ def test_a_sample_set_without_one_of_its_files_is_made_anew(tmp_path, monkeypatc
     assert not (tmp_path / ".sample-left").exists()
 
 
-# ---------------------------------------------------------------- signals
-
-
-def command(run):
-    return cli.COMMANDS["cases"]._replace(run=run)
-
-
-SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
-
-
-@pytest.mark.parametrize("number", [getattr(signal, name) for name in SIGNALS])
-def test_a_signal_ends_a_command_with_a_line(capsys, number):
-    before = signal.getsignal(number)
-    assert run_program(command(lambda args: os.kill(os.getpid(), number)), []) == 130
-    assert capsys.readouterr().err == "effnet-cases: interrupted\n"
-    assert signal.getsignal(number) == before
-
-
-def test_a_signal_that_a_library_turns_into_an_error_is_still_a_signal(capsys):
-    def swallow(args):
-        try:
-            os.kill(os.getpid(), signal.SIGTERM)
-        except KeyboardInterrupt:
-            raise ImportError("initialization of _core failed") from None
-
-    assert run_program(command(swallow), []) == 130
-    assert capsys.readouterr().err == "effnet-cases: interrupted\n"
-
-
-@pytest.mark.parametrize("again", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_second_signal_while_the_stop_is_written_down(
-    tmp_path, monkeypatch, capsys, no_events, again
-):
-    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
-    saved = checkpoint.save
-
-    def slow(path, arrays, metadata):
-        if "update" in path.name:  # of the stop, within an epoch
-            os.kill(os.getpid(), again)
-        return saved(path, arrays, metadata)
-
-    monkeypatch.setattr(checkpoint, "save", slow)
-    ask = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    run = lambda args: train(tmp_path, Toy(at=once("step 5", ask))).finished
-    assert run_program(command(run), []) == 130
-    assert capsys.readouterr().err.splitlines()[-1] == "effnet-cases: interrupted"
-    monkeypatch.undo()
-    assert checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001.safetensors"
-
-
-@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
-def test_a_signal_that_was_ignored_stays_ignored(capsys, number):
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        assert run_program(command(lambda args: os.kill(os.getpid(), number)), []) == 0
-    finally:
-        signal.signal(number, before)
-
-
-def test_a_forewarning_of_a_queue_saves_and_goes_on_later(tmp_path, monkeypatch, no_events):
-    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
-    ask = lambda: os.kill(os.getpid(), signal.SIGUSR1)
-    assert not train(tmp_path, Toy(at=once("step 5", ask))).finished
-    assert (
-        checkpoint.latest(tmp_path / "checkpoints").name == "epoch-0001-update-000005.safetensors"
-    )
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL
-    assert train(tmp_path).finished
-
-
-def test_a_signal_that_the_program_handles_stays_its_own(tmp_path, monkeypatch, no_events):
-    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
-    heard = []
-    before = signal.signal(signal.SIGUSR2, lambda *_: heard.append(True))
-    try:
-        ask = lambda: os.kill(os.getpid(), signal.SIGUSR2)
-        assert train(tmp_path, Toy(at=once("step 5", ask))).finished and heard == [True]
-    finally:
-        signal.signal(signal.SIGUSR2, before)
+# ---------------------------------------------------------------- what is in the way
 
 
 IN_THE_WAY = {  # what lies there instead -> how it is made
@@ -359,31 +294,6 @@ def test_what_is_in_the_way_is_told_before_a_run(tmp_path, no_events, kind):
         IN_THE_WAY[kind](path)
         with pytest.raises(OSError, match=f"{place}: there is {kind} where .*Move it away"):
             train(tmp_path / str(number), Toy(at=lambda event: pytest.fail(event)))
-
-
-EARLY = """
-import os, signal, sys
-sys.argv[0] = "/usr/local/bin/effnet-train"
-class Kill:
-    def find_spec(self, name, path=None, target=None):
-        if name == "numpy":
-            os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-sys.meta_path.insert(0, Kill())
-import effnet_repro.cli
-"""
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP"])
-def test_a_signal_while_a_command_is_imported(name):
-    heard = lambda: signal.signal(getattr(signal, name), signal.SIG_DFL)  # even in the background
-    done = subprocess.run(
-        [sys.executable, "-c", EARLY, name],
-        env=PYTHON,
-        capture_output=True,
-        text=True,
-        preexec_fn=heard,
-    )
-    assert (done.returncode, len(done.stderr.splitlines())) == (130, 1), done.stderr
 
 
 # ---------------------------------------------------------------- standard streams
@@ -434,6 +344,24 @@ SHELL = [  # what is done to the streams -> status, lines on stderr
     ("> /dev/full", 1, 1),
     ("| head -n 1", 0, 0),
 ]
+
+
+def test_a_full_disk_behind_standard_output_is_named():
+    line = f"{sys.executable} -m effnet_repro.cli cases --json > /dev/full"
+    done = subprocess.run(["bash", "-c", line], env=PYTHON, capture_output=True, text=True)
+    said = "effnet-cases: Cannot write to standard output: No space left on device.\n"
+    assert (done.returncode, done.stderr) == (1, said)
+
+
+def test_what_a_library_says_before_it_ends_the_process_is_heard():
+    words = ["doctor", "--no-trial", "--backend", "jax"]
+    done = subprocess.run(
+        [sys.executable, "-m", "effnet_repro.cli", *words],
+        env={**PYTHON, "XLA_FLAGS": "--no_such_flag", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode and "Unknown flag in XLA_FLAGS: --no_such_flag" in done.stderr
 
 
 @pytest.mark.parametrize("redirect, status, lines", SHELL)

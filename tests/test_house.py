@@ -51,6 +51,7 @@ MOST_PARAMETERS = 8
 FACES = {"training.begin.train", "training.begin.finetune", "training.validation.validate"}
 FACES |= {"ipu.begin.train", "ipu.begin.finetune", "data.readers.training_batches"}
 FACES |= {"keras_layers.MBConv.__init__", "keras_layers.GroupConv2D.__init__"}
+FACES |= {"efficientnet.build_model"}
 
 
 # ---------------------------------------------------------------- imports

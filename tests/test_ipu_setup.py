@@ -1,6 +1,7 @@
 """Before anything runs on an IPU: the SDK that is found, the device, cases that are refused, poprun's line."""
 
 import re
+import subprocess
 import sys
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ import pytest
 pytest.importorskip("tensorflow")
 
 import ipu_standin  # noqa: E402
+from tiny import PYTHON  # noqa: E402
 
 from effnet_repro import checkpoint, ipu  # noqa: E402
 from effnet_repro.config import case_to_dict, get_case  # noqa: E402
@@ -28,6 +30,7 @@ def test_missing_and_wrong_sdk(monkeypatch):
     with monkeypatch.context() as m:
         m.setitem(sys.modules, "tensorflow", None)
         assert ipu.describe_tensorflow() == "no TensorFlow at all"
+        m.setattr(ipu.sdk, "_has_ipu_folder", lambda: True)
         m.setattr("builtins.__import__", lambda name, *a, **k: (_ for _ in ()).throw(broken))
         assert "cannot be imported (libpoplar.so" in ipu.describe_tensorflow()
     with ipu_standin.install():
@@ -36,6 +39,15 @@ def test_missing_and_wrong_sdk(monkeypatch):
         monkeypatch.delattr(module.config, "IPUConfig")
         with pytest.raises(ImportError, match="too old"):
             ipu.Graphcore()
+
+
+def test_a_missing_sdk_is_told_without_importing_tensorflow():
+    "Which takes seconds."
+    code = "import sys; from effnet_repro import cli; print(cli.main(sys.argv[1:]), 'tensorflow' in sys.modules)"
+    words = [sys.executable, "-c", code, "train", NAME, "--device", "ipu"]
+    done = subprocess.run(words, env=PYTHON, capture_output=True, text=True)
+    assert done.stdout == "1 False\n" and "--device 'ipu' needs Graphcore's" in done.stderr
+    assert re.search(r"Found: TensorFlow 2\.\d+\.\d+, not Graphcore's build", done.stderr)
 
 
 def test_devices(monkeypatch, caplog):

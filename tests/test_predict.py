@@ -101,11 +101,46 @@ def test_whatever_an_image_is_and_however_many_at_a_time(network, images):
     assert network.images_per_s > 0
 
 
+@pytest.mark.parametrize("kind", ["path", "pillow", "array", "batch", "generator", "folder"])
+def test_one_image_and_several_however_they_come(network, images, kind):
+    paths = sorted(images.rglob("*.*"))[:3]
+    squares = np.stack([Predictor(network).see(path) for path in paths])
+    with Image.open(paths[0]) as opened:
+        pillow = opened.copy()
+    given, n = {
+        "path": (paths[0], 1),
+        "pillow": (pillow, 1),
+        "array": (squares[0], 1),
+        "batch": (squares, 3),
+        "generator": (iter(paths), 3),
+        "folder": (paths[0].parent, len(list(paths[0].parent.iterdir()))),
+    }[kind]
+    found = predict(network, given)
+    assert len(found) == n and not any(p.problem for p in found)
+    if kind != "folder":
+        given = iter(paths) if kind == "generator" else given
+        assert [p.guesses for p in Predictor(network)(given)] == [p.guesses for p in found]
+
+
+def test_lists_of_all_lengths_compile_the_network_few_times(network, images, monkeypatch):
+    network, path = Predictor(network), sorted(images.rglob("*.png"))[0]
+    shown = []
+    monkeypatch.setattr(network, "_logits", lambda x: shown.append(len(x)) or np.zeros((len(x), 3)))
+    for n in (3, *range(1, 130)):
+        shown.clear()
+        assert len(list(network([path] * n))) == n
+        assert n <= sum(shown) <= 4 * n and len(set(shown)) == 1
+    assert network._shapes <= {1, 2, 3, 4, *range(8, 65, 8)}
+    shown.clear()
+    list(network([path] * 10, batch=3))
+    assert shown == [3] * 4  # never more than was asked for
+
+
 def test_what_cannot_be_predicted(network, images, tmp_path):
-    for top, batch in ((0, None), (1, 0)):
-        with pytest.raises(ValueError, match="must be at least 1"):
-            Predictor(network)([], top, batch)
-    with pytest.raises(ValueError, match="must be at least 32"):
+    for name, value in (("top", 0), ("top", "2"), ("batch", 0), ("batch", 1.5)):
+        with pytest.raises(ValueError, match=f"`{name}` must be a whole number from 1"):
+            Predictor(network)([], **{name: value})
+    with pytest.raises(ValueError, match="`image_size` must be a whole number from 32"):
         Predictor(network, image_size=16)
     with pytest.raises(ValueError, match="2 class names for the 3 classes"):
         Predictor(network, class_names=("a", "b"))

@@ -364,6 +364,20 @@ def test_make_says_what_it_runs(target, words):
         assert word.replace("CASE", case) in said, done.stdout + done.stderr
 
 
+@pytest.mark.parametrize("lock, begins", [("requirements.lock", False), ("settings.ini", True)])
+def test_an_environment_is_made_again_only_for_another_lock(tmp_path, lock, begins):
+    "A checkout gives the lock a new date, which says nothing about what is installed"
+    if not shutil.which("make"):
+        pytest.skip("make is not installed")
+    done = tmp_path / "installed"
+    done.write_text((ROOT / lock).read_text())
+    os.utime(done, (0, 0))
+    words = ["make", "venv", f"VENV={tmp_path}", "PYTHON=no-python"]
+    said = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert ("there is no 'no-python' here" in said.stderr) == begins, said.stdout + said.stderr
+    assert bool(said.returncode) == begins
+
+
 def names_not_listed(markdown, modules):
     "Public functions and classes of `modules` (name -> text) that the page of all names lacks."
 

@@ -1,6 +1,7 @@
 """`effnet-convert`: weights of other programs in and out."""
 
 import contextlib
+import importlib
 import os
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from effnet_repro.cli.kit import (
 )
 from effnet_repro.cli.options import start_keras
 from effnet_repro.convert import FORMATS, check_name, convert, format_of, target_format
-from effnet_repro.ipu import has_graphcore
 from effnet_repro.runs import suppress_stderr
 
 
@@ -115,8 +115,9 @@ def convert_command(args):
         args.backend = None  # the environment's, or the first installed
         start_keras(args)
     elif "tf1" in (source_format, to):
-        with contextlib.nullcontext() if args.debug else suppress_stderr():
-            has_graphcore()  # which imports TensorFlow, with its first notes
+        quiet = contextlib.nullcontext() if args.debug else suppress_stderr()
+        with quiet, contextlib.suppress(ImportError):  # which the conversion says better
+            importlib.import_module("tensorflow")  # with its first notes
     there = dict(to=to, source_format=source_format, overwrite=args.overwrite)
     done = convert(args.source, args.target, **there, **options)
     size = f"{sum(a.size for a in done.arrays.values()):,} numbers in {len(done.arrays)} arrays"

@@ -13,9 +13,15 @@ import textwrap
 import traceback
 from typing import Callable, Dict, NamedTuple, Optional, Sequence
 
-from effnet_repro.cli.streams import flush, leave_stdout, plain_warnings, settle_streams, tell
+from effnet_repro.cli.streams import (
+    flush,
+    leave_stdout,
+    plain_warnings,
+    settle_streams,
+    tell,
+)
 from effnet_repro.config import list_some, unknown_name
-from effnet_repro.distributed import here
+from effnet_repro.distributed import here, is_child
 from effnet_repro.messages import shown
 from effnet_repro.outside import SAVE, file_kind, read_file
 from effnet_repro.paths import local_path
@@ -61,13 +67,19 @@ class _Parser(argparse.ArgumentParser):
             flag, _, value = word.partition("=")
             if word == "--":
                 break
+            if _LIKE_A_FLAG.match(word):
+                raise UsageError(unknown_flag(flag, self._option_string_actions))
             if not word.startswith("--"):
                 continue
             if flag not in self._option_string_actions:
                 raise UsageError(unknown_flag(flag, self._option_string_actions))
             if value == "--":  # argparse drops it
                 raise UsageError(f"{flag}: a value is needed. Received: '--'.")
+            if "=" in word and self._option_string_actions[flag].nargs == 0:
+                raise UsageError(f"{flag} takes no value. Received: {value!r}.")
         args, rest = self.parse_known_args(argv)
+        if rest and re.match(r"-[a-z]", rest[0], re.I):
+            raise UsageError(unknown_flag(rest[0], self._option_string_actions))
         if rest:
             raise UsageError(f"Unexpected argument {rest[0]!r}.")
         args.words = list(argv)
@@ -94,6 +106,11 @@ class Once(argparse.Action):
         setattr(namespace, self.dest, value)
 
 
+#: Dashes that web pages and word processors put in the place of --, and what they put before it.
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2015\u2212\ufe63\uff0d"
+_BLANKS = "\u00a0\u200b\u2060\ufeff "
+_LIKE_A_FLAG = re.compile(f"[{_BLANKS}]*[{_DASHES}][-{_DASHES}]*[a-z]|[{_BLANKS}]+--[a-z]", re.I)
+
 #: What people call flags that have another name here, or none.
 _ALSO = {
     "list": "effnet-cases lists the cases.",
@@ -118,7 +135,9 @@ _ALSO = {
 def unknown_flag(flag, legal):
     """Return the message about a flag that does not exist: the one that was meant, if that can be told."""
     plain = lambda name: (
-        re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name.strip("-")).replace("_", "-").lower()
+        re.sub(r"(?<=[a-z])(?=[A-Z])", "-", name.strip(f"-{_DASHES}{_BLANKS}"))
+        .replace("_", "-")
+        .lower()
     )
     word, by_word = plain(flag), {plain(name): name for name in legal if name.startswith("--")}
     begins = f"Unknown flag {flag!r}."
@@ -203,7 +222,7 @@ def _status_of(error, interrupts):
 
 
 #: Parameters that no file has a field of: a message that names one means the flag, whatever failed.
-_NO_FIELDS = {"data_dir", "data_format", "epochs", "overwrite", "to"}
+_NO_FIELDS = {"data_dir", "data_format", "device", "epochs", "overwrite", "to"}
 
 
 def _as_flags(text, parser, among=None):
@@ -211,6 +230,20 @@ def _as_flags(text, parser, among=None):
     spell = lambda found: "--" + found[1].replace("_", "-")
     known = lambda found: parser.has(spell(found)) and (among is None or found[1] in among)
     return re.sub(r"`(\w+)`", lambda found: spell(found) if known(found) else found[0], text)
+
+
+def _of_stdout(error):
+    "The line about a bare error of the system that standard output gives again; else None"
+    if not isinstance(error, OSError) or error.strerror != os.strerror(error.errno or 0):
+        return None
+    try:
+        sys.stdout.write("\n")
+        flush()
+    except (OSError, ValueError) as e:
+        leave_stdout()
+        if getattr(e, "errno", None) == error.errno:
+            return f"Cannot write to standard output: {error.strerror}"
+    return None
 
 
 def _do(command, argv, interrupts):
@@ -234,6 +267,7 @@ def _do(command, argv, interrupts):
         if getattr(e, "told", False) and here().index:  # another process says it
             return status
         line = "interrupted" if status == 130 else one_line(e)
+        line = _of_stdout(e) or line
         line = _as_flags(line, parser, None if status == 2 else _NO_FIELDS)
         line += "" if line.endswith((".", ")", "?")) or status == 130 else "."
         hint = f" See effnet-{command.name} --help." if status == 2 else ""
@@ -241,20 +275,25 @@ def _do(command, argv, interrupts):
         return status
 
 
-def run_program(command, argv):
+def run_program(command, argv, alone=False):
     """Run a command on `argv` (None: the process's own words) and return its exit status.
 
-    Every error becomes one line on stderr; `--debug` adds the traceback. So does a signal, at any moment.
+    Every error becomes one line on stderr; `--debug` adds the traceback. So does a signal, at any moment. `alone`: the
+    process does nothing else, as with its own words; then a signal may end it.
     """
-    alone = argv is None
-    argv = [str(word) for word in (sys.argv[1:] if alone else argv)]
+    alone = alone or argv is None
+    argv = [str(word) for word in (sys.argv[1:] if argv is None else argv)]
     settle_streams()
-    with Interrupts() as interrupts, plain_warnings(f"effnet-{command.name}", "--debug" in argv):
+    name = f"effnet-{command.name}"
+    line = (
+        f"{name}: interrupted" if alone and not is_child() else ""
+    )  # its parent says how it ended
+    with Interrupts(line) as interrupts, plain_warnings(name, "--debug" in argv):
         try:
             status = _do(command, argv, interrupts)
         except (KeyboardInterrupt, OSError) as e:  # a second signal, or nowhere to print
             status = 130 if isinstance(e, KeyboardInterrupt) else 1
-            tell(f"effnet-{command.name}: {'interrupted' if status == 130 else one_line(e)}")
+            tell(f"{name}: {'interrupted' if status == 130 else one_line(e)}")
         interrupts.status = status if alone else None
     return status
 
@@ -282,7 +321,7 @@ def main(
     argv: Optional[Sequence[str]] = None,  # Command and its words; None = those of the process
 ) -> int:  # Exit status
     "Run any command by its name: `python -m effnet_repro.cli train B0-...`"
-    argv = list(sys.argv[1:] if argv is None else argv)
+    alone, argv = argv is None, list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         rows = [f"  {c.name:<10} {c.sentence}" for c in COMMANDS.values()]
         print("usage: python -m effnet_repro.cli COMMAND ...\n\ncommands:\n" + "\n".join(rows))
@@ -290,7 +329,7 @@ def main(
     if argv[0] not in COMMANDS:
         print(f"effnet: {unknown_name('command', argv[0], COMMANDS)}", file=sys.stderr)
         return 2
-    return run_program(COMMANDS[argv[0]], argv[1:])
+    return run_program(COMMANDS[argv[0]], argv[1:], alone)
 
 
 def choice(what, legal, aliases=None):
@@ -340,10 +379,8 @@ def real_number(text):
 
     argparse reports other text as a UsageError.
     """
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
+    number = re.fullmatch(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d+)?", text, re.I | re.A)
+    value = float(text) if number else math.nan  # not 1_000, which may be meant as 1.000
     if not math.isfinite(value):
         raise argparse.ArgumentTypeError(f"a finite number is needed. Received: {text!r}.")
     return int(text) if re.fullmatch(r"-?[0-9]+", text) else value

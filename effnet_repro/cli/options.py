@@ -353,7 +353,10 @@ def start_keras(args):
             )
         )
     set_backend(args)
-    quiet = contextlib.nullcontext if args.debug else suppress_stderr
+    dies = (
+        chosen == "jax" and "XLA_FLAGS" in os.environ
+    )  # XLA says what is wrong with them, and exits
+    quiet = contextlib.nullcontext if args.debug or dies else suppress_stderr
     with quiet(), _hidden("sklearn", "pandas", "matplotlib", "matplotlib.pyplot"):
         from effnet_repro.training import configure, device_name
     configure()

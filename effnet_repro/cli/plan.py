@@ -3,6 +3,7 @@
 import argparse
 import io
 import json
+import os
 
 from effnet_repro.checkpoint import atomic_write
 from effnet_repro.cli.fields import check_given, config_arguments, named_case
@@ -108,7 +109,7 @@ _FIGURES = ("png", "svg", "pdf")
 def _figure(text):
     "The name of a figure's file; its folder is made when the figure is drawn"
     path = user_path(text)
-    if path.rpartition(".")[2].lower() not in _FIGURES:
+    if os.path.splitext(path)[1][1:].lower() not in _FIGURES:
         raise argparse.ArgumentTypeError(
             f"a figure is a .png, .svg or .pdf file. Received: {text!r}."
         )

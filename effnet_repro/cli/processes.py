@@ -69,8 +69,8 @@ def check_distributed(args, on_ipus: bool = False) -> bool:
         return False
     if on_ipus:
         raise UsageError("--distributed is for CPUs and GPUs. On IPUs: --print-poprun.")
-    if args.restarts < 0 or args.join_timeout < 1:
-        raise UsageError("--restarts must be at least 0, --join-timeout at least 1.")
+    if not 0 <= args.restarts < 2**31 or not 1 <= args.join_timeout < 2**31:
+        raise UsageError("--restarts must be from 0 to 2**31 - 1, --join-timeout from 1.")
     backend = args.backend or os.environ.get("KERAS_BACKEND") or "jax"
     if backend != "jax":
         raise UsageError(

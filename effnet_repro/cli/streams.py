@@ -53,7 +53,10 @@ def flush() -> None:
     """Write out what was printed. Raises OSError where it cannot be; then Python does not try again at its end."""
     try:
         sys.stdout.flush()
-    except (OSError, ValueError):
+    except OSError as e:
+        leave_stdout()
+        raise OSError(e.errno, f"Cannot write to standard output: {e.strerror}") from None
+    except ValueError:
         leave_stdout()
         raise
 

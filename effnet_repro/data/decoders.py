@@ -32,6 +32,10 @@ _TO_INSTALL = {
     "tensorflow": "tensorflow-cpu",
 }
 
+# Ours: packed images are small, so as many cores for a GPU bring more of them than its own decoder. Measured with 16
+# on an H200 (results/gpu_use.csv, "packed, jpeg 256"), and less in proportion to the cores.
+CORES_FOR_PACKED = 14
+
 
 def is_installed(decoder: str) -> bool:
     """Return whether the packages of a decoder are there; nothing is imported."""

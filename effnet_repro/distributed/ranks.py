@@ -50,7 +50,7 @@ class Ranks:
 def _check_address(address: str, source: str) -> None:
     "Refuse what is not host:port"
     host, _, port = address.rpartition(":")
-    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+    if not host or "/" in host or not port.isdigit() or not 0 < int(port) < 2**16:
         raise ValueError(
             f"The coordinator must be host:port, with a port from 1 to 65535. Received from {source}: {address!r}."
         )

@@ -1,10 +1,14 @@
 """Every call to Graphcore's software: the only module that imports `tensorflow.python.ipu`."""
 
+import contextlib
 import importlib
+import importlib.util
 import inspect
 import logging
+import os
 import shutil
 import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Dict, Tuple
 
@@ -19,12 +23,25 @@ LOG = logging.getLogger(__name__)
 _INSTALL = (
     "Install Graphcore's TensorFlow wheel (2.6.3, SDK 2.6 to 3.4, Python 3.8) in the SDK's virtual environment, "
     "source the SDK's enable scripts, then `pip install .` in this project's folder: see the page on a POD16. "
-    "On a CPU or a GPU use device='keras'."
+    "On a CPU or a GPU leave `device` out."
 )
+
+
+def _has_ipu_folder() -> bool:
+    "Whether the installed TensorFlow comes with `tensorflow.python.ipu`, by its files: importing takes seconds"
+    if "tensorflow.python.ipu" in sys.modules:
+        return True
+    spec = importlib.util.find_spec("tensorflow")
+    places = spec.submodule_search_locations if spec else None
+    return any(os.path.isdir(os.path.join(p, "python", "ipu")) for p in places or ())
 
 
 def describe_tensorflow() -> str:  # e.g. "TensorFlow 2.21.0, not Graphcore's build"
     """Return which TensorFlow is installed, for messages."""
+    if "tensorflow" not in sys.modules and not _has_ipu_folder():
+        for name in ("tensorflow", "tensorflow-cpu"):
+            with contextlib.suppress(PackageNotFoundError):
+                return f"TensorFlow {version(name)}, not Graphcore's build"
     try:
         import tensorflow as tf
     except ModuleNotFoundError as e:
@@ -46,7 +63,9 @@ def has_graphcore_wheel() -> bool:  # Without importing it, which takes seconds
 
 
 def has_graphcore() -> bool:  # Whether programs can be built; an IPU may still be missing
-    """Return whether Graphcore's TensorFlow can be imported. TensorFlow is imported by it, which takes seconds."""
+    """Return whether Graphcore's TensorFlow can be imported. It is imported by it, which takes seconds."""
+    if not _has_ipu_folder():
+        return False
     try:
         importlib.import_module("tensorflow.python.ipu")
     except ImportError:
@@ -99,7 +118,7 @@ class Graphcore:
     def __init__(self):
         if not has_graphcore():
             raise ImportError(
-                f"device='ipu' needs Graphcore's TensorFlow. Found: {describe_tensorflow()}. {_INSTALL}"
+                f"`device` 'ipu' needs Graphcore's TensorFlow. Found: {describe_tensorflow()}. {_INSTALL}"
             )
         import tensorflow as tf
         from tensorflow.python import ipu

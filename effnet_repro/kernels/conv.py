@@ -15,7 +15,7 @@ from ..scaling import same_padding
 
 # %% ../../nbs/17_gpu_conv.ipynb #3bdaf061
 class _Strip(NamedTuple):
-    "How outputs side by side meet inputs side by side, and one row meets another"
+    "Which input columns each strip of outputs reads, and which input rows each output row reads"
 
     outputs: int  # Outputs in a strip
     inputs: int  # Inputs that it reads, a power of two
@@ -33,7 +33,7 @@ def _forward_strip(size, k, strides):
 
 # %% ../../nbs/17_gpu_conv.ipynb #909186b0
 def _banded(kernel, strip, strides):
-    "(groups, k, inputs 16, outputs 16)"
+    "Make the matrices of a convolution: (groups, k, inputs x 16, outputs x 16), type of the kernel"
     jnp = pallas()[1]
     k, c = kernel.shape[0], kernel.shape[-1]
     taps = kernel.reshape(k, k, GROUP, c // GROUP, GROUP).transpose(3, 0, 1, 2, 4)
@@ -54,7 +54,7 @@ def _conv_launch(groups, strip):
 
 
 def _conv_tiles(x, matrices, strip, size):
-    "(N, groups, *size, 16)"
+    "Multiply strips with `matrices`: (N, groups, *size, 16), type of x"
     jax, jnp, pl, plt = pallas()
     (n, groups, h, w, _), (ho, wo) = x.shape, size
     (m, how), (wide, out) = _conv_launch(groups, strip), matrices.shape[2:]
@@ -132,7 +132,7 @@ def _input_gradient(dy, kernel, strides, size):
 
 # %% ../../nbs/17_gpu_conv.ipynb #7c5e9f3c
 def _weight_parts(x, dy, k, strides, strip, splits):
-    "(splits, groups, k, inputs 16, outputs 16) float32"
+    "The gradient of the matrices in parts: (splits, groups, k, inputs x 16, outputs x 16) float32"
     jax, jnp, pl, plt = pallas()
     (n, groups, h, w, _), (ho, wo), m = x.shape, dy.shape[2:4], 64
     wide, out, across = strip.inputs * GROUP, strip.outputs * GROUP, pl.cdiv(wo, strip.outputs)
@@ -195,7 +195,7 @@ def _differentiable_grouped():
 
 
 def grouped_conv(
-    x,  # Activations by groups, (N, C / 16, H, W, 16)
+    x,  # Activations by groups, (N, C / 16, H, W, 16), any float type
     kernel,  # (k, k, 16, C), k = 3 or 5, type of x
     strides: int = 1,  # 1 or 2
 ):  # (N, C / 16, ceil(H / strides), ceil(W / strides), 16), type of x
@@ -223,10 +223,10 @@ def widen_groups(
 # %% ../../nbs/17_gpu_conv.ipynb #e1639d03
 def patches(
     x,  # Images, (N, H, W, channels)
-    kernel_size: int,  # Side of the neighbourhood, pixels
+    kernel_size: int,  # Side of the neighborhood, pixels
     strides: int,  # Step of the output grid, pixels
 ):  # (N, ceil(H / strides), ceil(W / strides), a power of two): y, x, channel, zeros
-    "Write out each output pixel's neighbourhood"
+    "Write out the neighborhood of each output pixel"
     jax, jnp, pl, plt = pallas()
     (n, h, w, c), k = x.shape, kernel_size
     ho, wo = -(-h // strides), -(-w // strides)

@@ -59,10 +59,12 @@ def read_story(run_dir) -> Story:
     if not (folder / "config.json").is_file():
         what = "has no config.json" if folder.is_dir() else "is no folder"
         raise ValueError(f"{folder} {what}. Give the folder of a run, which --run-dir named.")
-    machine = folder / "environment.json"
-    fields = _chosen(
-        read_json(folder / "config.json"), read_json(machine) if machine.is_file() else {}
-    )
+    machine, config = folder / "environment.json", read_json(folder / "config.json")
+    if not _dict(config.get("case")).get("name"):
+        raise ValueError(
+            f"{folder}/config.json does not say which case it belongs to: no run wrote it."
+        )
+    fields = _chosen(config, read_json(machine) if machine.is_file() else {})
     curves, scores = {}, {}
     for name in ("metrics.csv", "validation.csv"):
         rows, wrong = read_rows(folder / name)

@@ -59,7 +59,8 @@ def execute(task: Task, runtime: Runtime) -> Run:
         leave = (
             (signal.SIGTERM,) if runtime.shares else ()
         )  # which a runtime of several processes sees
-        stop = stack.enter_context(StopSignals(leave=leave))
+        unsaved = lambda: recorder.step != recorder.saved_step
+        stop = stack.enter_context(StopSignals(leave=leave, unsaved=unsaved))
         stack.callback(runtime.close)
         return _Loop(task, runtime, recorder, stop).run()
 

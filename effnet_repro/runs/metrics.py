@@ -100,6 +100,10 @@ def plain_matplotlib():  # A context
     wanted = os.environ.pop("MPLBACKEND", None) if "matplotlib" not in sys.modules else None
     try:
         import matplotlib
+    except UnicodeDecodeError:  # it reads the user's settings, whatever is done with them
+        raise ValueError(
+            "A file matplotlibrc, here or in Matplotlib's folder of settings, is not text in UTF-8. Move it away."
+        ) from None
     finally:
         if wanted is not None:
             os.environ["MPLBACKEND"] = wanted

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import tempfile
 from pathlib import Path
 from typing import List, NamedTuple, Optional
 
@@ -49,6 +50,9 @@ def notes_on(case, data: DataSet) -> List[str]:
     return notes
 
 
+_NO_RIGHT = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
 def check_folder(run_dir) -> None:
     """Raise OSError where a run could not write: a file in the way, or no right to."""
     path = Path(run_dir).absolute()
@@ -60,10 +64,12 @@ def check_folder(run_dir) -> None:
     there = next(p for p in (path, *path.parents) if os.path.lexists(str(p)))
     if not there.is_dir():
         raise NotADirectoryError(f"Cannot write {run_dir}: {there} is no folder.")
-    if not os.access(str(there), os.W_OK | os.X_OK):
-        raise PermissionError(
-            f"Cannot write {run_dir}: {there} is read-only for you. Choose another folder."
-        )
+    try:  # the rights of a folder do not say it all: NFS, quotas, /proc
+        tempfile.TemporaryFile(dir=str(there)).close()
+    except OSError as e:
+        why = "is read-only for you" if e.errno in _NO_RIGHT else f"takes no file ({e.strerror})"
+        text = f"Cannot write {run_dir}: {there} {why}. Choose another folder."
+        raise OSError(e.errno, text) from None
 
 
 def check_images(data: DataSet) -> None:

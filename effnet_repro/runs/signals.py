@@ -1,10 +1,12 @@
 """Requests to stop: answered after the current training step, or outside a loop by an end with one line."""
 
 import contextlib
+import math
 import os
 import signal
 import sys
 import threading
+import time
 
 from effnet_repro.messages import say
 
@@ -20,12 +22,14 @@ class StopSignals:
         self,
         follow=None,  # An object; its `stop_requested` is set to True. None = this one
         leave=(),  # Signals that somebody else looks after
+        unsaved=lambda: True,  # Whether an end right now would lose training steps
     ):
-        self.leave = leave
+        self.leave, self.unsaved = leave, unsaved
         self.follow, self.old, self.stop_requested = self if follow is None else follow, {}, False
 
     def __enter__(self):
         self.old = _handle(set(_stop_signals()) - set(self.leave), self._ask)
+        _RUNNING.append(self)
         return self
 
     def check(self):
@@ -34,6 +38,7 @@ class StopSignals:
             raise Stopped
 
     def _ask(self, number, frame):
+        _HEARD.append(time.monotonic())
         if self.follow.stop_requested:
             raise KeyboardInterrupt("stopped within a step; the last checkpoint is good")
         self.follow.stop_requested = True
@@ -43,6 +48,7 @@ class StopSignals:
         )
 
     def __exit__(self, *error):
+        _RUNNING.remove(self)
         _restore(self.old)
 
 
@@ -50,17 +56,21 @@ class Interrupts:
     """Turns all signals that ask to stop into a `KeyboardInterrupt`, while a command imports, compiles or ends.
 
     A `StopSignals` within takes over, and gives back. `asked` tells whether a signal came: libraries may turn the
-    exception into one of their own, or lose it.
+    exception into one of their own, or lose it. `line` is for a process that is nothing but this command: see
+    `_end_unheard`.
     """
 
-    def __init__(self):
-        self.asked, self.old, self.status = False, {}, None
+    def __init__(self, line: str = ""):
+        self.asked, self.old, self.status, self.line = False, {}, None, line
 
     def __enter__(self):
         self.old = _handle(_stop_signals(), self._interrupt)
+        if self.old and self.line:
+            _end_unheard(self.line)
         return self
 
     def _interrupt(self, number, frame):
+        _HEARD.append(time.monotonic())
         if self.status is not None:  # all is done and said: only Python itself has to end
             os._exit(self.status)
         self.asked = True
@@ -69,6 +79,39 @@ class Interrupts:
     def __exit__(self, *error):
         if self.status is None:
             _restore(self.old)
+
+
+#: Seconds in which Python calls a signal's handler, unless a compiler has the main thread.
+PATIENCE = 3.0
+#: When the handlers of this module were called, and the `StopSignals` that are entered.
+_HEARD, _RUNNING = [-math.inf], []
+
+
+def _end_unheard(line: str) -> None:
+    """Let a signal that Python cannot answer end this process with `line` and status 130, if a run loses nothing.
+
+    A compiler keeps the main thread for minutes, and the handlers wait for it. Before the first training step and
+    after a checkpoint there is nothing that they could save.
+    """
+    if not hasattr(os, "set_blocking"):  # Windows, before Python 3.12
+        return
+    came, wakes = os.pipe()
+    os.set_blocking(wakes, False)
+    signal.set_wakeup_fd(wakes, warn_on_full_buffer=False)
+    numbers = set(_stop_signals())
+
+    def watch():
+        while True:
+            if not numbers.intersection(os.read(came, 64)):
+                continue
+            unheard = time.monotonic() - 1  # a handler may have been quicker than this thread
+            time.sleep(PATIENCE)
+            if _HEARD[-1] < unheard and _RUNNING and not any(s.unsaved() for s in _RUNNING):
+                with contextlib.suppress(OSError):
+                    os.write(2, f"{line}\n".encode())
+                os._exit(130)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _handle(numbers, handler):

@@ -11,7 +11,8 @@ import keras
 from effnet_repro.data import DataSet, choose_decoder, fits_device, gpu_decode
 from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decode import has_jpegs
-from effnet_repro.data.decoders import is_installed
+from effnet_repro.data.decoders import CORES_FOR_PACKED, is_installed
+from effnet_repro.data.threads import core_count
 from effnet_repro.messages import say
 from effnet_repro.outside import read_json
 from effnet_repro.training.device import has_jax_gpu
@@ -23,9 +24,21 @@ def decoder_here(data: DataSet) -> str:
     wish = data.decoder
     resident = gpu and wish == "auto" and fits_device(data)
     works = is_installed
-    if gpu:  # it decodes nothing but JPEGs
-        works = lambda name: _works(name) and (name != "nvimagecodec" or has_jpegs(data))
+    if gpu:
+        decodes = has_jpegs(data) and not (wish == "auto" and _suits_cores(data))
+        works = lambda name: _works(name) and (name != "nvimagecodec" or decodes)
     return choose_decoder(wish, keras.backend.backend(), gpu, resident, works)
+
+
+def _is_packed(data):
+    return len(data.splits["train"].original) > 0
+
+
+def _suits_cores(data):
+    "Whether the cores here bring more of these images than the GPUs of this process do"
+    import jax
+
+    return _is_packed(data) and core_count() >= CORES_FOR_PACKED * jax.local_device_count()
 
 
 @functools.lru_cache(maxsize=None)
@@ -59,10 +72,7 @@ def settle_decoder(data: DataSet, run_dir=None, lead: Callable = lambda work: wo
             "but not bit for bit"
         )
     waits = has_jax_gpu() and chosen != "nvimagecodec" and not fits_device(data)
-    small = len(
-        data.splits["train"].original
-    )  # packed images: measured, the cores bring more of them
-    if waits and has_jpegs(data) and not small:
+    if waits and has_jpegs(data) and not _suits_cores(data):
         found = "" if is_installed("nvimagecodec") else "pip install 'effnet_repro[cuda12]', or "
         say(f"data: the GPU may wait for images. Faster: {found}--decoder nvimagecodec")
     data = replace(data, decoder=chosen)

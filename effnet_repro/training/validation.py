@@ -10,6 +10,7 @@ from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
 from effnet_repro.data import DataSet, open_data, say_found
+from effnet_repro.fields import check_whole
 from effnet_repro.messages import BestEffort
 from effnet_repro.paths import local_path
 from effnet_repro.runs import (
@@ -49,14 +50,8 @@ def validate(
     """
     configure(backend)
     keep_compiled()
-    for name, value, lowest in (
-        ("batch", 1 if batch is None else batch, 1),
-        ("image_size", image_size or 32, 32),
-    ):
-        if not isinstance(value, int) or value < lowest:
-            raise ValueError(
-                f"`{name}` must be a whole number from {lowest}. Received: {name}={value!r}."
-            )
+    batch = None if batch is None else check_whole(1, batch=batch)
+    image_size = image_size and check_whole(32, image_size=image_size)
     source, scores, evaluator = local_path(source, "source"), {}, None
     how = dict(on_corrupt=on_corrupt, decoder=decoder)
     how["validation_split"] = validation_split or stored_split(source)

@@ -254,6 +254,8 @@ def _wrong_kinds(metadata):
 # %% ../nbs/33_checkpoint.ipynb #f08847bf
 def _not_there(path):
     "The message about a checkpoint that does not exist"
+    if path.exists():
+        return f"{path} is no regular file. Give a run folder or a checkpoint in it."
     if not path.suffix:
         return f"There is no file or folder {path}. Give a run folder or a checkpoint in it."
     there = [p.name for p in sorted(path.parent.glob("epoch-*.safetensors"))]

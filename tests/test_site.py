@@ -4,7 +4,6 @@ import base64
 import html
 import io
 import json
-import re
 import sys
 from pathlib import Path
 

@@ -30,7 +30,7 @@ def shown(text) -> str:
 
 
 def in_a_line(text) -> str:
-    """Return text of one line that can be printed: ends of lines and orders to a terminal, in names, as escapes."""
+    """Return text as one line that can be printed: line ends and terminal codes become escapes."""
     plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
     return "".join(map(plain, shown(text)))
 

@@ -10,7 +10,7 @@ from effnet_repro.messages import shown
 
 
 def _escaped(error):
-    "What stands for letters that a stream lacks: of a name that is not UTF-8 its bytes, as in caf\\xe9"
+    "What is printed for characters that a stream cannot show; a byte that is not UTF-8 becomes \\xe9 or the like"
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wrong = error.object[error.start : error.end]

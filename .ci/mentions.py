@@ -11,6 +11,10 @@ import tree
 FENCED = re.compile(r"(?ms)(^```.*?^```)")
 SPAN = re.compile(r"(?<![\[`])`([\w./]+(?:\(\))?)`(?![`\]])")
 TITLED = re.compile(r"\[`?(\d\d_\w+)(?:\.ipynb)?`?\](?=\()")  # a link that says the notebook's file
+# What stands between a name and these words names parts of the published code, which is not ours to link.
+PUBLISHED = re.compile(
+    r"(?:,?\s+(?:and\s+)?(?:`[^`]+`|\[`[^`]+`\]\([^)]*\)))*\s+of\s+the\s+published\b"
+)
 GUESS = re.compile(r"(?<!\[)\[`(\w+)(?:\(\))?`\]\((\w+)\.html#\w+\)")  # nbdev's, of a name
 
 
@@ -58,8 +62,10 @@ class Mentions:
     def link(self, text, page=""):
         "Markdown of a page in which every mention outside of code is a link, and nbdev's guesses are none."
         titled = lambda m: f"[{self.titles[m[1]]}]" if m[1] in self.titles else m[0]
-        span = lambda m: self.links.get(m[1], m[0])
-        sure = lambda m: m[0] if m[1] not in self.ambiguous or m[2] == page else f"`{m[1]}`"
+        ours = lambda m: not PUBLISHED.match(m.string, m.end())
+        span = lambda m: self.links.get(m[1], m[0]) if ours(m) else m[0]
+        clear = lambda m: m[1] not in self.ambiguous or m[2] == page
+        sure = lambda m: m[0] if clear(m) and ours(m) else f"`{m[1]}`"
         parts = FENCED.split(text)
         parts[::2] = [GUESS.sub(sure, SPAN.sub(span, TITLED.sub(titled, p))) for p in parts[::2]]
         return "".join(parts)

@@ -72,16 +72,10 @@ def _sides(spec, image_size):
 
 # %% ../nbs/20_efficientnet.ipynb #43e0f590
 def build_model(
-    network: Union[
-        ModelSpec, Case, str
-    ],  # "B0-G1-BN", "B1-G16-LN_PN-Half_16IPU_4x4", a case, a specification
+    network: Union[ModelSpec, Case, str],  # A specification, a case, or the name of either
     image_size=None,  # Side of the images, (height, width) where None is open, or None = the network's
-    num_classes: Optional[
-        int
-    ] = None,  # Outputs of the classifier; None = the specification's, 1000
-    input_norm: Optional[
-        str
-    ] = None,  # "imagenet_mean", "keras", "none"; None = the specification's
+    num_classes: Optional[int] = None,  # Outputs of the classifier; None = the specification's
+    input_norm: Optional[str] = None,  # "imagenet_mean", "keras", "none"; None = specification's
     include_top: bool = True,  # False ends with the head's feature map
     outputs: Optional[Sequence[str]] = None,  # Names of segments to return instead, as a list
     dtype=None,  # Keras policy, e.g. "mixed_bfloat16"; None = Keras' global one
@@ -322,7 +316,7 @@ def load_keras_applications(
     model: keras.Model,  # A batch-norm, group-size-1 model of B0 to B7, with input_norm="keras"
     source,  # A keras.applications EfficientNet, or the path of its weights file
 ):
-    "Load the weights of `keras.applications.EfficientNetB*`; our classifier stays if the source has no such one"
+    "Load the weights of `keras.applications.EfficientNetB*`, with the classifier if it has as many classes"
     loaded = from_keras_applications(spec_of(model), source)
     set_weights(model, {**get_weights(model), **loaded})
 

@@ -29,6 +29,13 @@ def shown(text) -> str:
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def byte_size(number) -> str:
+    """Return a number of bytes as text, such as 4.7 MiB or 137 GiB."""
+    unit, power = ("GiB", 30) if number >= 2**30 else ("MiB", 20)
+    value = number / 2**power
+    return f"{value:,.{0 if value >= 100 else 1}f} {unit}"
+
+
 def _print(text, file):
     try:
         print(text, file=file, flush=True)

@@ -29,9 +29,7 @@ class Param(NamedTuple):
     name: str  # Published name; a proxy's four vectors stand apart: ".../proxy/gamma_prime"
     shape: Tuple[int, ...]
     init: str  # "fan_out", "fan_in", "glorot_uniform", "zeros", "ones"
-    decay: bool = (
-        False  # Whether weight decay applies: kernels, biases and the proxy's own two vectors
-    )
+    decay: bool = False  # Whether weight decay applies: to kernels, biases, the proxy's vectors
     trainable: bool = True  # False for moving averages, folded statistics and the input norm
 
 
@@ -306,7 +304,7 @@ _OWN_CASE = "Build it from the checkpoint's own case (`read_metadata(path)['case
 
 
 def _nearest(missing, unexpected):
-    "Where a missing name stands under one that looks like it, say so"
+    "Name a missing array and the unexpected one with the most similar name: a list of one sentence, or of none"
     for name in sorted(missing)[:5]:
         near = difflib.get_close_matches(name, sorted(unexpected), n=1, cutoff=0.7)
         if near:

@@ -139,9 +139,7 @@ _LEAST = {  # Of fields that are whole numbers
 class _Network:
     size: str = "B0"  # "B0" to "B7" or "CIFAR"
     group_size: int = 16  # Channels per group of the spatial convolutions; 1 = depthwise
-    expand_ratio: int = (
-        4  # Widening inside a block: published 6 with depthwise, 4 with groups of 16
-    )
+    expand_ratio: int = 4  # Widening in a block: published 6 with depthwise, 4 with groups of 16
     norm: str = "LN_PN"  # "BN", "GN", "LN", or with Proxy Norm "GN_PN", "LN_PN"
     norm_groups: int = 1  # Groups of a group norm; 1 = layer norm; unused by BN
     image_size: Optional[int] = None  # Usual side of an image, pixels; None = the size's native one
@@ -149,12 +147,8 @@ class _Network:
     input_norm: str = "imagenet_mean"  # Published; or "keras", "none": see 20_efficientnet
     dropout_rate: Optional[float] = None  # Before the classifier; None = the size's own
     drop_path_rate: float = 0.2  # Stochastic depth at the end of the network, linear from 0
-    folded: bool = (
-        False  # Proxy statistics stored instead of computed: inference only, see 12_proxy_norm
-    )
-    stored_proxies: bool = (
-        False  # The same beside their vectors, and used at inference: see 14_network
-    )
+    folded: bool = False  # Stored proxy statistics, inference only: see 12_proxy_norm
+    stored_proxies: bool = False  # Stored ones as well, used at inference: see 14_network
     net_stages: Tuple[str, ...] = ()  # Network stages in place of B0's, see `NetStage.parse`
     top_filters: Optional[int] = None  # Channels of the last convolution of B0's size; None = 1280
 

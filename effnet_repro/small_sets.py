@@ -83,9 +83,7 @@ RISE = 0.3  # Share of the run in which the rate rises
 
 def small_run(
     images: Optional[int],  # In the training set
-    given: Dict[
-        str, Any
-    ],  # Fields that somebody chose: `epochs` and `global_batch_size` decide others
+    given: Dict[str, Any],  # Fields of `Case` that the user chose; the others are fitted to them
 ) -> Dict[str, Any]:  # Fields of `Case`
     "Fit a run to the number of images"
     if not images or images < 1:

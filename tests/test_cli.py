@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from effnet_repro import checkpoint, cli
+from effnet_repro.cli import doctor
 from effnet_repro.cli.kit import run_program
 from effnet_repro.cli.options import finish_run
 from effnet_repro.config import case_from_dict, case_to_dict, get_case, load_cases
@@ -385,6 +386,20 @@ def test_data_that_is_not_there(run, refused, tmp_path):
     status, out, _ = run("doctor", CASE, "--global-batch-size", "2048", "--json", "--no-trial")
     assert status == 1 and "exceeds the 1200" in json.loads(out)["problems"]["1"]
     assert report["versions"]["keras"] and "CPU" in report["backends"]["tensorflow"]
+
+
+def test_the_doctor_says_what_it_knows_before_it_measures(run, monkeypatch, capsys):
+    "Compiling takes minutes on a busy machine"
+    seen, trial = [], {"micro-batch (s)": 1.0}
+    monkeypatch.setattr(doctor, "_trial", lambda *_: seen.append(capsys.readouterr()) or trial)
+    status, out, _ = run("doctor", CASE, "--budget", "smoke")
+    assert status == 0 and "measured: training step (s)" in out and "versions" not in out
+    ((early, told),) = seen
+    for known in ("field ", "versions", "settings", "backends", "data"):
+        assert f"\n{known}" in f"\n{early}"
+    assert "--no-trial leaves it out" in told
+    status, out, _ = run("doctor", CASE, "--budget", "smoke", "--json")
+    assert json.loads(out)["versions"]["keras"] and seen[1].out == ""
 
 
 def test_stopping_is_an_exit_status_of_its_own(monkeypatch, capsys):

@@ -5,7 +5,7 @@ import logging
 
 import pytest
 
-from effnet_repro.messages import LOG, say
+from effnet_repro.messages import LOG, byte_size, say
 
 
 @pytest.fixture
@@ -19,6 +19,14 @@ def records():
     yield found
     LOG.removeHandler(handler)
     LOG.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    "number, text",
+    [(0, "0.0 MiB"), (5 * 2**20, "5.0 MiB"), (2**30 - 1, "1,024 MiB"), (137 * 2**30, "137 GiB")],
+)
+def test_sizes(number, text):
+    assert byte_size(number) == text
 
 
 def test_steps_are_printed(capsys):

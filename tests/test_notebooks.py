@@ -85,6 +85,30 @@ def shape_errors(nb):
     return wrong
 
 
+def spans(node):
+    "Name, first and last line of each parameter or field that a node declares."
+    if isinstance(node, ast.AnnAssign):
+        yield ast.unparse(node.target), node.lineno, node.end_lineno
+    if isinstance(node, ast.arguments):
+        own = [*node.posonlyargs, *node.args]
+        values = [None] * (len(own) - len(node.defaults)) + node.defaults + node.kw_defaults
+        for one, value in zip([*own, *node.kwonlyargs], values):
+            yield one.arg, one.lineno, (value or one).end_lineno
+
+
+def comment_errors(nb):
+    "Parameters and fields of exported code with a comment that is not on their first line: no page shows it."
+    return [
+        f"{name}: a shorter comment stays on its line"
+        for cell in nb["cells"]
+        if any(d.split()[:1] in (["export"], ["exports"]) for d in directives(cell))
+        for statement in parsed(cell)
+        for node in ast.walk(statement)
+        for name, first, last in spans(node)
+        if any("  # " in line for line in source(cell).splitlines()[first:last])
+    ]
+
+
 def output_errors(nb):
     "Outputs that should not be committed, and a page without any."
     wrong = []
@@ -124,6 +148,11 @@ def parameter_errors(nb):
 @by_stem
 def test_notebook_order(path):
     assert shape_errors(read(path)) == []
+
+
+@by_stem
+def test_notebook_keeps_comments_of_parameters(path):
+    assert comment_errors(read(path)) == []
 
 
 @by_stem
@@ -187,6 +216,24 @@ def test_notebook_rules_accept_a_good_page():
 )
 def test_notebook_order_sees_mistakes(cells, said):
     assert any(said in w for w in shape_errors({"cells": cells}))
+
+
+@pytest.mark.parametrize(
+    "text, wrong",
+    [
+        ("def f(\n    a: int,  # A\n    *,\n    b=1,  # B\n): pass", []),
+        ("class A:\n    a: int = f(\n        1\n    )", []),
+        (
+            "def f(\n    a: Optional[\n        int\n    ] = None,  # A\n    b=1,  # B\n): pass",
+            ["a"],
+        ),
+        ("def f(\n    *,\n    a=(\n        1,\n    ),  # A\n): pass", ["a"]),
+        ("class A:\n    a: int = (\n        1  # A\n    )", ["a"]),
+    ],
+)
+def test_comments_of_parameters_sees_mistakes(text, wrong):
+    found = comment_errors({"cells": [cell(f"#| export\n{text}"), cell(text)]})
+    assert [f.partition(":")[0] for f in found] == wrong
 
 
 @pytest.mark.parametrize(

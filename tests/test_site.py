@@ -330,6 +330,26 @@ def test_files_of_modules_are_links(mentioned):
     )  # there are two
 
 
+@pytest.mark.parametrize(
+    "text, plain",
+    [
+        ("`norms.py` of the published code", "`norms.py` of the published code"),
+        ("`loop.py` and `norms.py` of the published", "`loop.py` and `norms.py` of the published"),
+        (
+            "[`mix`](augment.html#mix)\nof the published CNN code",
+            "`mix`\nof the published CNN code",
+        ),
+        (
+            "`norms.py`, and one of the published",
+            "[`norms.py`](11_norms.ipynb), and one of the published",
+        ),
+        ("`norms.py`. Of the published", "[`norms.py`](11_norms.ipynb). Of the published"),
+    ],
+)
+def test_names_of_the_published_code_are_no_links(mentioned, text, plain):
+    assert mentioned.link(text) == plain
+
+
 def test_ambiguous_names_stay_plain_but_on_their_own_page(mentioned):
     text = "[`validate`](config.html#validate), [`mix()`](augment.html#mix), [[`validate`](a.html#b)](c.html#d)"
     plain = text.replace("[`validate`](config.html#validate)", "`validate`", 1)

@@ -27,6 +27,7 @@ from effnet_repro.cli.options import (
     start_keras,
 )
 from effnet_repro.cli.resolve import open_data_of, plan_training, show_plan
+from effnet_repro.cli.streams import tell
 from effnet_repro.config import CHOICES, override
 from effnet_repro.runs import Options, check_run, notes_on, suppress_stderr
 
@@ -138,18 +139,22 @@ def _cost(plan, data, args):
     from effnet_repro.training.estimation import estimate, found_gib, memory_warning
 
     e = estimate(plan.case, data)
-    cost = {"updates": e["updates"], "epochs": plan.case.epochs}
+    cost = {"training steps": e["updates"], "epochs": plan.case.epochs}
     cost["images a step"] = plan.case.global_batch_size
-    cost["modelled: update (s)"] = round(e["seconds_per_update"], 3)
+    cost["modelled: training step (s)"] = round(e["seconds_per_update"], 3)
     cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
     cost["memory here (GiB)"] = round(found_gib() or 0, 1) or "unknown"
     if warning := memory_warning(plan.case):
         cost["not tried"] = warning
     elif not args.no_trial:
+        tell(
+            "effnet-doctor: compiling the network and measuring some training steps, which may take minutes; "
+            "--no-trial leaves it out"
+        )
         trial = _trial(plan.case, data, precision_of(args))
         seconds = trial["micro-batch (s)"] * plan.case.gradient_accumulation
         cost.update({f"measured: {k}": v for k, v in trial.items()})
-        cost["measured: update (s)"] = round(seconds, 3)
+        cost["measured: training step (s)"] = round(seconds, 3)
         cost["measured: whole run (hours)"] = round(seconds * e["updates"] / 3600, 3)
     return cost
 
@@ -174,6 +179,20 @@ def _doctor_arguments(parser):
     field_arguments(parser)
 
 
+class _Report(dict):
+    "Title -> facts, each printed as soon as it is known, unless all of it is to be JSON"
+
+    def __init__(self, silent):
+        super().__init__()
+        self.silent = silent
+
+    def __setitem__(self, title, facts):
+        super().__setitem__(title, facts)
+        if not self.silent:
+            lines = [f"  {k:<26} {v}".rstrip() for k, v in facts.items()]
+            print("", title, *lines, sep="\n", flush=True)
+
+
 def _planned(args):
     "What the named case comes to; None where the data cannot be read, which the report says"
     try:
@@ -196,7 +215,10 @@ def _planned(args):
 def doctor_command(args):
     "Say what is installed, what data is found, and what a case would cost here; status 1 if something is wrong."
     plan = _planned(args) if args.case or args.config else None
-    problems, report = [], {"versions": _installed(), "settings": _settings()}
+    if plan and not args.json:
+        show_plan(plan)
+    problems, report = [], _Report(args.json)
+    report["versions"], report["settings"] = _installed(), _settings()
     with contextlib.redirect_stdout(sys.stderr) if args.json else contextlib.nullcontext():
         starts = _starts(args, problems)
         with contextlib.nullcontext() if args.debug else suppress_stderr():
@@ -210,11 +232,6 @@ def doctor_command(args):
     report["problems"] = {str(i): p for i, p in enumerate(problems, 1)} or {"none": ""}
     if args.json:
         print(json.dumps(report, indent=1))
-        return 1 if problems else 0
-    if plan:
-        show_plan(plan)
-    for title, facts in report.items():
-        print(f"\n{title}\n" + "\n".join(f"  {k:<26} {v}".rstrip() for k, v in facts.items()))
     return 1 if problems else 0
 
 

@@ -7,6 +7,7 @@ from effnet_repro.cli.kit import UsageError, choice, program, user_path, whole_n
 from effnet_repro.cli.options import data_arguments, data_dir_of
 from effnet_repro.data import open_data
 from effnet_repro.data.packed import FORMS, IN_A_PART, Packing, pack
+from effnet_repro.messages import byte_size
 from effnet_repro.runs.preflight import check_folder
 
 #: What the line that comes next trains.
@@ -82,7 +83,7 @@ def pack_command(args):
     size = sum(facts["bytes"] for facts in done.values())
     before = sum(int(split.length.sum()) for split in data.splits.values())
     print(
-        f"{images:,} images, {size / 2**30:,.2f} GiB (before: {before / 2**30:,.2f}), checked, in {seconds:,.0f} s"
+        f"{images:,} images, {byte_size(size)} (before: {byte_size(before)}), checked, in {seconds:,.0f} s"
         + (f"; {found} files were there already" if found else "")
     )
     where = shlex.quote(args.target)

@@ -35,7 +35,7 @@ from effnet_repro.data.order import epoch_order
 from effnet_repro.data.team import Team
 from effnet_repro.data.tfrecord import make_example, scan_tfrecord, write_tfrecords
 from effnet_repro.data.threads import core_count
-from effnet_repro.messages import say
+from effnet_repro.messages import byte_size, say
 from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 
@@ -296,7 +296,7 @@ def pack(
                 for key, value in one.result()[1].items():
                     facts[key] += value
                 if 10 * (i + 1) // parts > 10 * i // parts:
-                    say(f"{split}: {facts['images']:,} images, {facts['bytes'] / 2**20:,.0f} MiB")
+                    say(f"{split}: {facts['images']:,} images, {byte_size(facts['bytes'])}")
             done[split] = facts
     _write_info(folder, dataset, done)
     return done

@@ -331,10 +331,7 @@ def fused_norm(
     mean=None,  # Proxy's mean, (C,) float32, needs `activated`; None = 0
     inv_std=None,  # Proxy's 1/std, (C,) float32, needs `activated`; None = 1
     gate: Optional[tuple] = None,  # Two dense layers, as `excite` takes them; needs `activated`
-    residual: Tuple = (
-        None,
-        None,
-    ),  # Shortcut like x; each branch's factor, (N,), not differentiated
+    residual: Tuple = (None, None),  # Shortcut like x; factor of each branch, (N,), constant
     how: Optional[NormOptions] = None,  # None = layer norm and swish, written in x's usual order
 ):  # (N, H, W, C) or (N, C / 16, H, W, 16), type of x; statistics and tables in float32
     "Normalize and activate, with proxy, gate and shortcut where they are given, in JAX"

@@ -27,10 +27,13 @@ import yaml
 
 KATEX_URL = "https://cdn.jsdelivr.net/npm/katex@0.16.11/dist"
 SCHEME = re.compile(r"^[a-zA-Z][a-zA-Z0-9+.-]*:|^//")
-MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
 LINK_IN_LINK = re.compile(r"\[\[(`[^`]+`)\]\([^()\s]+\)\]\(")
 CODE_LINK = re.compile(r"\[(`[^`]+`)\]\([^()\s]+\)")
 ANY_ARGUMENTS = re.compile(r"def (\w+)\(\s*\*args, \*\*kwargs\s*\):")
+CROSS_REFERENCE = re.compile(r"(?<![\w`])@(?:fig|eq|tbl|sec)-\w")
+ELSEWHERE = re.compile(
+    r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\";\s]+)"
+)  # in a style sheet
 HEAVIEST_PAGE = 1_500_000  # bytes, with its images and without what all pages share
 PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipynb|html)")
 
@@ -40,20 +43,17 @@ PAGE_LINK = re.compile(r"(?<![\w/.-])(?:\./)?((?:\d+[a-zA-Z0-9]*_)[\w-]+)\.(ipyn
 
 def listed_pages(config):
     "The notebooks that the sidebar of _quarto.yml names."
-    found = []
+    listed = yaml.safe_dump(config["website"]["sidebar"]["contents"], sort_keys=False)
+    return re.findall(r"[\w-]+\.ipynb", listed)
 
-    def walk(item):
-        if isinstance(item, str):
-            found.append(item)
-        elif isinstance(item, list):
-            for one in item:
-                walk(one)
-        elif isinstance(item, dict):
-            walk(item.get("href", []))
-            walk(item.get("contents", []))
 
-    walk(config["website"]["sidebar"]["contents"])
-    return [name for name in found if name.endswith(".ipynb")]
+def listing_problems(config, present):
+    "What the sidebar names that is not there, leaves out, or names twice."
+    listed = listed_pages(config)
+    wrong = [f"_quarto.yml lists nbs/{n}, which does not exist" for n in listed if n not in present]
+    wrong += [f"_quarto.yml does not list nbs/{n}" for n in sorted(present - set(listed))]
+    twice = (n for n in sorted(set(listed)) if listed.count(n) > 1)
+    return wrong + [f"_quarto.yml lists nbs/{n} twice" for n in twice]
 
 
 def prepare(copy):
@@ -98,7 +98,7 @@ def plain_links(text, linked):
         return match[1] + PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", href) + match[3]
 
     # In what a cell puts out, nbdev links names in backticks that are links already.
-    return MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
+    return tree.MD_LINK.sub(one, LINK_IN_LINK.sub(r"[\1](", text))
 
 
 def one_stream(outputs):
@@ -323,60 +323,82 @@ class Page(HTMLParser):
             self.no_alt.append(at.get("src", tag)[:80])
 
 
+def broken_links(out, name, page, pages):
+    "The links and the resources of a page that lead nowhere, or away from the site."
+    for href in page.loads + page.links:
+        if SCHEME.match(href):
+            if href in page.loads and not href.startswith("data:"):
+                yield f"{name}: loads {href} from elsewhere"
+            elif (urlsplit(href).hostname or "").endswith(".invalid"):
+                yield f"{name}: links to the placeholder {href}"
+            elif href.startswith("file:"):
+                yield f"{name}: links to a file of one machine, {href}"
+            continue
+        path, _, anchor = href.partition("#")
+        path = path.partition("?")[0]
+        target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(path)))
+        target = name if not path else target
+        if (out / target).is_dir():
+            target = posixpath.join(target, "index.html")
+        if not (out / target).is_file():
+            yield f"{name}: the link {href} leads nowhere"
+        elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
+            yield f"{name}: {target} has no place #{anchor}"
+
+
+def page_problems(out, name, page):
+    "What is wrong with a page by itself."
+    text = (out / name).read_text()
+    for image in page.no_alt:
+        yield f"{name}: the image {image} has no alternative text (in `#| fig-alt:`, quote colons)"
+    for same in page.twice:
+        yield f"{name}: two elements have the id {same}"
+    own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
+    files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
+    weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())
+    if weight > HEAVIEST_PAGE:
+        yield f"{name}: weighs {weight:,} bytes with its images, over {HEAVIEST_PAGE:,}"
+    if "cell-output-stderr" in text:
+        yield f"{name}: shows what was written to stderr"
+    if "Traceback (most recent call last)" in text or "cell-output-error" in text:
+        yield f"{name}: shows a traceback"
+    if CROSS_REFERENCE.search(html.unescape(re.sub(r"<[^>]+>", " ", text))):
+        yield f"{name}: has a cross-reference, which is printed as typed: name it in words"
+
+
 def check(out, expected):
-    "Everything that is wrong with the site, a line each."
-    wrong = []
-    pages = {
-        p.relative_to(out).as_posix(): Page(p.read_text()) for p in sorted(out.rglob("*.html"))
-    }
-    wrong += [f"{name}: the page is missing" for name in sorted(expected - set(pages))]
+    "Everything that is wrong with the site, a line each; and its pages."
+    paths = sorted(out.rglob("*.html"))
+    pages = {p.relative_to(out).as_posix(): Page(p.read_text()) for p in paths}
+    wrong = {f"{name}: the page is missing" for name in expected - set(pages)}
     for name, page in pages.items():
-        for href in page.loads + page.links:
-            if SCHEME.match(href):
-                if href in page.loads and not href.startswith("data:"):
-                    wrong.append(f"{name}: loads {href} from elsewhere")
-                elif urlsplit(href).hostname and urlsplit(href).hostname.endswith(".invalid"):
-                    wrong.append(f"{name}: links to the placeholder {href}")
-                elif href.startswith("file:"):
-                    wrong.append(f"{name}: links to a file of one machine, {href}")
-                continue
-            path, _, anchor = href.partition("#")
-            path = path.partition("?")[0]
-            target = posixpath.normpath(posixpath.join(posixpath.dirname(name), unquote(path)))
-            target = name if not path else target
-            if (out / target).is_dir():
-                target = posixpath.join(target, "index.html")
-            if not (out / target).is_file():
-                wrong.append(f"{name}: the link {href} leads nowhere")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
-                wrong.append(f"{name}: {target} has no place #{anchor}")
-        text = (out / name).read_text()
-        wrong += [
-            f"{name}: the image {p} has no alternative text (in `#| fig-alt:`, quote colons)"
-            for p in page.no_alt
-        ]
-        wrong += [f"{name}: two elements have the id {i}" for i in page.twice]
-        own = [p for p in set(page.loads) if not SCHEME.match(p) and "site_libs" not in p]
-        files = [out / posixpath.dirname(name) / unquote(p.partition("?")[0]) for p in own]
-        weight = len(text.encode()) + sum(f.stat().st_size for f in files if f.is_file())
-        if weight > HEAVIEST_PAGE:
-            wrong.append(f"{name}: weighs {weight:,} bytes with its images, over {HEAVIEST_PAGE:,}")
-        if "cell-output-stderr" in text:
-            wrong.append(f"{name}: shows what was written to stderr")
-        if "Traceback (most recent call last)" in text or "cell-output-error" in text:
-            wrong.append(f"{name}: shows a traceback")
-        if re.search(
-            r"(?<![\w`])@(?:fig|eq|tbl|sec)-\w", html.unescape(re.sub(r"<[^>]+>", " ", text))
-        ):
-            wrong.append(
-                f"{name}: has a cross-reference, which is printed as typed: name it in words"
-            )
+        wrong.update(broken_links(out, name, page, pages), page_problems(out, name, page))
     for sheet in out.rglob("*.css"):
-        for url in re.findall(
-            r"(?:url\(|@import\s)\s*['\"]?((?:https?:)?//[^)'\";\s]+)", sheet.read_text()
-        ):
-            wrong.append(f"{sheet.relative_to(out)}: loads {url} from elsewhere")
-    return sorted(set(wrong)), pages
+        for url in ELSEWHERE.findall(sheet.read_text()):
+            wrong.add(f"{sheet.relative_to(out)}: loads {url} from elsewhere")
+    return sorted(wrong), pages
+
+
+def end_with(wrong):
+    "End with a list of what is wrong, if anything is."
+    if wrong:
+        sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
+
+
+def write_config(config, site):
+    "The configuration for smalldocs, with the pages by the names they have on the site."
+    config["format"]["html"].pop("respect-user-color-scheme", None)  # smalldocs always does
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    text = PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", text)
+    (site / "_quarto.yml").write_text(text)
+
+
+def copy_linked(linked, site):
+    "The files outside of nbs/ that pages link to."
+    for name in sorted(linked):
+        target = site / "files" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(tree.ROOT / name, target)
 
 
 def main():
@@ -385,15 +407,8 @@ def main():
     args = parser.parse_args()
 
     config = yaml.safe_load((tree.ROOT / "_quarto.yml").read_text())
-    listed, present = listed_pages(config), {p.name for p in tree.notebooks()}
-    wrong = [f"_quarto.yml lists nbs/{n}, which does not exist" for n in listed if n not in present]
-    wrong += [f"_quarto.yml does not list nbs/{n}" for n in sorted(present - set(listed))]
-    wrong += [
-        f"_quarto.yml lists nbs/{n} twice" for n in sorted(set(listed)) if listed.count(n) > 1
-    ]
-    if wrong:
-        sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
-
+    present = {p.name for p in tree.notebooks()}
+    end_with(listing_problems(config, present))
     with tempfile.TemporaryDirectory(prefix="effnet_docs_") as folder:
         # nbdev skips every file below a folder whose name starts with a dot, without a word.
         if any(part.startswith(".") for part in Path(folder).resolve().parts):
@@ -410,15 +425,8 @@ def main():
         git_url = get_config(path=tree.ROOT).git_url
         site, linked = Path(folder) / "site", set()
         lay_out(proc, site, linked, f"{git_url}/blob/main")
-        config["format"]["html"].pop("respect-user-color-scheme", None)  # smalldocs always does
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        text = PAGE_LINK.sub(lambda m: f"{tree.page_name(m[1])}.{m[2]}", text)
-        (site / "_quarto.yml").write_text(text)
-        for name in sorted(linked):
-            target = site / "files" / name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(tree.ROOT / name, target)
-
+        write_config(config, site)
+        copy_linked(linked, site)
         from smalldocs.site import build
 
         built = build(site, quiet=True)
@@ -439,8 +447,7 @@ def main():
         f"build_docs: {len(expected)} pages and {len(modules)} source pages in {final.name}, "
         f"{links} links checked"
     )
-    if wrong:
-        sys.exit("\n".join(wrong) + f"\nbuild_docs: {len(wrong)} problems")
+    end_with(wrong)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,7 @@ import sys
 import tree
 
 NOTE = "<!-- Written by `make readme` from nbs/index.ipynb: edit that. -->\n"
-MD_LINK = re.compile(r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))")
 FIGURES = {"image/svg+xml": "svg", "image/png": "png", "image/jpeg": "jpg"}
-
-
-def text(value):
-    "A notebook's string, which may be stored as a list of lines."
-    return value if isinstance(value, str) else "".join(value)
 
 
 def for_repository(markdown, wrong):
@@ -38,31 +32,33 @@ def for_repository(markdown, wrong):
         return f"{match[1]}{target}{mark}{tail}{match[3]}"
 
     parts = re.split(r"(?ms)(^```.*?^```[^\n]*$)", markdown)  # not inside fences
-    return "".join(p if i % 2 else MD_LINK.sub(one, p) for i, p in enumerate(parts))
+    return "".join(p if i % 2 else tree.MD_LINK.sub(one, p) for i, p in enumerate(parts))
 
 
 def output_text(output, figures, wrong, alt=""):
     "Markdown for one stored output; an image becomes a file in README_files/ and says `alt`."
     if output["output_type"] == "stream":
         return (
-            "" if output["name"] == "stderr" else f"```text\n{text(output['text']).rstrip()}\n```\n"
+            ""
+            if output["name"] == "stderr"
+            else f"```text\n{''.join(output['text']).rstrip()}\n```\n"
         )
     if output["output_type"] == "error":
         wrong.append("nbs/index.ipynb has an error as output")
         return ""
     data = output["data"]
     if "text/markdown" in data:
-        return for_repository(text(data["text/markdown"]), wrong).rstrip() + "\n"
+        return for_repository("".join(data["text/markdown"]), wrong).rstrip() + "\n"
     for kind, ending in FIGURES.items():
         if kind in data:
             name = f"README_files/figure-{len(figures) + 1}.{ending}"
-            value = text(data[kind])
+            value = "".join(data[kind])
             figures[name] = value.encode() if ending == "svg" else base64.b64decode(value)
             return f"![{alt}]({name})\n"
     if "text/html" in data:
-        table = re.sub(r"(?s)<style.*?</style>", "", text(data["text/html"]))
+        table = re.sub(r"(?s)<style.*?</style>", "", "".join(data["text/html"]))
         return re.sub(r"\n\s*\n", "\n", table).strip() + "\n"
-    return f"```text\n{html.unescape(text(data['text/plain'])).rstrip()}\n```\n"
+    return f"```text\n{html.unescape(''.join(data['text/plain'])).rstrip()}\n```\n"
 
 
 def build():
@@ -70,7 +66,7 @@ def build():
     nb = json.loads((tree.ROOT / "nbs" / "index.ipynb").read_text())
     parts, figures, wrong = [NOTE], {}, []
     for cell in nb["cells"]:
-        source = text(cell["source"]).strip("\n")
+        source = "".join(cell["source"]).strip("\n")
         lines = source.split("\n")
         head = [line[2:].strip() for line in lines if line.startswith("#|")]
         if cell["cell_type"] == "raw" or any(

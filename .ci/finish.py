@@ -43,6 +43,11 @@ UNITS = {"per s": "/s", "ms": ", ms", "gib": ", GiB", "mb": ", MB", "percent": "
 EMPTY = {"", "-", "\u2013", "\u2014", "nan", "none", "<na>"}
 
 
+def mark(tag, *names):
+    "Give an element classes that it does not have yet."
+    tag["class"] = list(dict.fromkeys([*tag.get("class", []), *names]))
+
+
 # ---------------------------------------------------------------- figures
 
 
@@ -190,7 +195,7 @@ def fit(table, columns, names):
     wide, cards = width(8.6, 10, phone=True) > PHONE, len(columns) > 2 and sum(wordy) > 1
     rows = max(map(len, columns))  # a merged cell of the index stands for several
     long = rows > (MOST_CARDS if len(columns) > 4 else 4 * MOST_CARDS)
-    table["class"] = [*table.get("class", []), *sizes, *(["long"] if wide and long else [])]
+    mark(table, *sizes, *(["long"] if wide and long else []))
     if (wide or cards) and not long:
         unmerge(table)
         as_cards(table, names)
@@ -205,13 +210,13 @@ def unmerge(table):
             before = len(cell.find_previous_siblings(["th", "td"]))
             for other in rows[place + 1 : place + count]:
                 again = copy.copy(cell)
-                again["class"] = [*cell.get("class", []), "again"]
+                mark(again, "again")
                 other.insert(before, again)
 
 
 def as_cards(table, names):
     "Name in each cell the column that it belongs to."
-    table["class"] = [*table.get("class", []), "cards"]
+    mark(table, "cards")
     table["role"] = "table"
     for row in table.find_all("tr"):
         row["role"] = "row"
@@ -221,32 +226,33 @@ def as_cards(table, names):
             cell["data-label"] = name
 
 
-def tidy_table(soup, table):
-    "One row of headings instead of two, no style of its own, numbers at the right."
-    for name in ("border", "style"):
-        table.attrs.pop(name, None)
-    head, body = table.find("thead"), table.find("tbody")
-    for row in table.find_all("tr"):
-        row.attrs.pop("style", None)
-    if not head or not body:
-        return
+def one_heading(head):
+    "Merge two rows of headings, of which the second only names the index, as pandas writes them."
     rows = head.find_all("tr")
-    if len(rows) == 2 and len(rows[0].find_all("th")) == len(rows[1].find_all("th")):
-        above, below = (r.find_all("th") for r in rows)
-        names = [a.get_text(strip=True) and b.get_text(strip=True) for a, b in zip(above, below)]
-        if not any(names[1:]):  # the second row only names the index
-            for one, two in zip(above, below):
-                if two.get_text(strip=True):
-                    one.string = two.get_text(strip=True)
-            rows[1].decompose()
-    without_counter(head, body)
+    above, below = [row.find_all("th") for row in rows] if len(rows) == 2 else ([], [0])
+    if len(above) != len(below):
+        return
+    names = [cell.get_text(strip=True) for cell in below]
+    if not any(name and cell.get_text(strip=True) for cell, name in zip(above[1:], names[1:])):
+        for cell, name in zip(above, names):
+            if name:
+                cell.string = name
+        rows[1].decompose()
+
+
+def name_columns(head):
+    "Headings in words; an index without a name heads nothing."
     for cell in head.find_all("th"):
         cell["scope"] = "col"
         if cell.string is not None:
             cell.string.replace_with(in_words(cell.get_text(strip=True)))
-        if not cell.get_text(strip=True):  # an index without a name heads nothing
+        if not cell.get_text(strip=True):
             cell.name = "td"
             del cell["scope"]
+
+
+def columns_of(soup, body):
+    "The cells of each column, numbered from the last; each is marked as whole, or may be broken."
     columns = {}
     for row in body.find_all("tr"):
         cells = row.find_all(["th", "td"], recursive=False)
@@ -254,22 +260,43 @@ def tidy_table(soup, table):
             if cell.name == "th":
                 cell["scope"] = "row"
             columns.setdefault(n, []).append(cell)
-            if keep_together(cell.get_text(strip=True)):
-                cell["class"] = [*cell.get("class", []), "whole"]
-            else:
-                if len(cell.get_text(strip=True)) > 32 and len(cells) > 3:  # it will be scrolled
-                    cell["class"] = [*cell.get("class", []), "words"]
-                break_points(soup, cell)
-    last = head.find_all("tr")[-1].find_all(["th", "td"], recursive=False) if head.tr else []
+            text = cell.get_text(strip=True)
+            if keep_together(text):
+                mark(cell, "whole")
+                continue
+            if len(text) > 32 and len(cells) > 3:  # it will be scrolled
+                mark(cell, "words")
+            break_points(soup, cell)
+    return columns
+
+
+def line_up_numbers(columns, headings):
+    "Tidy the columns that hold numbers only, and mark their cells."
     for n, cells in columns.items():
         texts = [c.get_text(strip=True) for c in cells]
         if all(map(is_number, texts)) and not all(t.lower() in EMPTY for t in texts):
             tidy_numbers(cells)
-            for cell in cells + ([last[n]] if -n <= len(last) else []):
-                if "num" not in cell.get("class", []):
-                    cell["class"] = [*cell.get("class", []), "num"]
-    if len(last) == len(columns) == len(labels(head)):
-        fit(table, [columns[n] for n in sorted(columns)], labels(head))
+            for cell in cells + ([headings[n]] if -n <= len(headings) else []):
+                mark(cell, "num")
+
+
+def tidy_table(soup, table):
+    "One row of headings instead of two, no style of its own, numbers at the right."
+    for part in (table, *table.find_all("tr")):
+        for name in ("border", "style"):
+            part.attrs.pop(name, None)
+    head, body = table.find("thead"), table.find("tbody")
+    if not head or not body:
+        return
+    one_heading(head)
+    without_counter(head, body)
+    name_columns(head)
+    columns = columns_of(soup, body)
+    last = head.find_all("tr")[-1].find_all(["th", "td"], recursive=False) if head.tr else []
+    line_up_numbers(columns, last)
+    names = labels(head)
+    if len(last) == len(columns) == len(names):
+        fit(table, [columns[n] for n in sorted(columns)], names)
 
 
 # ---------------------------------------------------------------- code
@@ -314,11 +341,11 @@ def wrap_sentences(soup):
         text = pre.get_text()
         longest = max(map(len, text.splitlines()), default=0)
         if longest > 140 or longest > 80 and not re.search(r"\S {3,}\S", text):
-            pre["class"] = [*pre.get("class", []), "wrap"]
+            mark(pre, "wrap")
         elif longest > 40 and ("\n" not in text.strip() or not re.search(r"\S {2,}\S", text)):
-            pre["class"] = [*pre.get("class", []), "flow"]
+            mark(pre, "flow")
         elif longest > 40:
-            pre["class"] = [*pre.get("class", []), "columns", *(["flow"] if longest > 56 else [])]
+            mark(pre, "columns", *(["flow"] if longest > 56 else []))
             pre["style"] = f"--columns: {longest}"
 
 

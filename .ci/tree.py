@@ -8,6 +8,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+MD_LINK = re.compile(
+    r"(\]\()([^()\s]+)((?:\s+\"[^\"]*\")?\))"
+)  # In Markdown, from the closing bracket on
 # As .gitignore says: built at the top, and left anywhere.
 IGNORED = {"_proc", "_docs", "_screenshots", "runs", "data", "build", "dist", "nbs/runs"}
 LEFT = set(

@@ -68,8 +68,3 @@ def utf8_path(path) -> str:
         raise ValueError(
             f"{path} has a name that is not UTF-8, which TensorFlow cannot use. Rename it, or choose another place."
         ) from None
-
-
-def optional_path(path, name: str = "path"):
-    """Return `local_path` of a path, or None for None."""
-    return None if path is None else local_path(path, name)

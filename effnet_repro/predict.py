@@ -107,6 +107,10 @@ class Predictor:
                 "pip install simplejpeg.",
             )
 
+    def __repr__(self):
+        classes = f"{self.spec.num_classes} classes"
+        return f"<Predictor: {self.spec.name}, {classes}, images of {self.image_size} px>"
+
     @property
     def crop_pct(self) -> Optional[float]:
         """How images are cut, of weights of timm or keras.applications: see `data.files.timm_square`; else None."""

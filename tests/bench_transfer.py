@@ -47,7 +47,7 @@ from learner import FOUR_BLOCKS, Learner  # noqa: E402
 from effnet_repro import checkpoint  # noqa: E402
 from effnet_repro.config import get_case, override, resolve  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
-from effnet_repro.data.layouts import make_split  # noqa: E402
+from effnet_repro.data.places import select  # noqa: E402
 from effnet_repro.finetuning import PROTOCOLS  # noqa: E402
 from effnet_repro.intervals import Difference  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
@@ -93,9 +93,8 @@ def part_of(data, labels, train, validation):
     new[labels] = range(len(labels))
 
     def taken(split, rows):
-        s = data.splits[split]
-        columns = (s.file[rows], s.offset[rows], s.length[rows], new[s.label[rows]])
-        return make_split(s.files, *columns)
+        some = select(data.splits[split], rows)
+        return some._replace(label=new[some.label].astype("int32"))
 
     splits = {"train": taken(*train), "validation": taken(*validation)}
     names = tuple(data.class_names[label] for label in labels)

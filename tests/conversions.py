@@ -49,6 +49,15 @@ def same(a, b):
         check_close(a[name], b[name], rtol=0, msg=name)
 
 
+def write_body(path):
+    "Write a small network without its classifier, as a PyTorch file"
+    weights = moved(SMALL)
+    state = convert.to_state_dict(weights.spec, weights.arrays)
+    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
+    save_file(body, str(path))
+    return path
+
+
 def write_timm(path, arch):
     shapes = TIMM["shapes"].get(arch) or TIMM["shapes"][f"tf_{arch}"]
     save_file(timm_vectors.state_dict(shapes), str(path))

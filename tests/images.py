@@ -53,6 +53,16 @@ def folders(root, contents):
     return root
 
 
+def noise_folders(root, names="ab"):
+    "Class folders of noise: 6 training images and 3 to validate on in each of two classes"
+    chance = np.random.default_rng(0)
+    for split, count in (("train", 6), ("validation", 3)):
+        places = [f"{split}/{name}/{i}.png" for name in names for i in range(count)]
+        noise = (chance.integers(0, 256, (32, 32, 3), dtype=np.uint8) for _ in places)
+        folders(root, {place: encode(pixels, "PNG") for place, pixels in zip(places, noise)})
+    return root
+
+
 def bmp(seed):
     return decode.encode_bmp(smooth_image(8, 8, seed))  # all of one length
 

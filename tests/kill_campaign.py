@@ -34,6 +34,7 @@ os.environ.setdefault("KERAS_BACKEND", "tensorflow")
 
 import numpy as np  # noqa: E402
 import tiny  # noqa: E402
+from images import noise_folders  # noqa: E402
 
 from effnet_repro import checkpoint, config, runs, training  # noqa: E402
 from effnet_repro.runs import recorder, watch  # noqa: E402
@@ -216,7 +217,7 @@ class Campaign:
 
     def __init__(self, folder, seed, graph=False):
         self.folder, self.seed = Path(folder), seed
-        self.data_dir = write_images(self.folder / "data")
+        self.data_dir = noise_folders(self.folder / "data")
         prepare(graph)
         begun, run_dir = time.monotonic(), self.folder / "whole"
         counts = self.folder / "counts.json"
@@ -276,20 +277,6 @@ def explain(name, whole, found):
     if isinstance(whole, bytes) or isinstance(found, bytes):
         return f"{name}: other bytes"
     return f"{name}: {found} in place of {whole}"
-
-
-def write_images(folder):
-    """Write a data set of two classes, 12 training images and 6 to validate on."""
-    from PIL import Image
-
-    chance = np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3)):
-        for name in "ab":
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    return folder
 
 
 def prepare(graph):

@@ -26,7 +26,7 @@ from learner import FOUR_BLOCKS, Learner  # noqa: E402
 from effnet_repro.averaging import WeightAverage  # noqa: E402
 from effnet_repro.config import get_case, override, resolve  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
-from effnet_repro.data.layouts import make_split  # noqa: E402
+from effnet_repro.data.places import select  # noqa: E402
 from effnet_repro.small_sets import average_decay  # noqa: E402
 
 SMOOTHING = 0.1
@@ -56,17 +56,12 @@ TRIALS = (
 )
 
 
-def some_of(split, chosen):
-    "The images of a split that are chosen, (n,) bool"
-    rows = (split.file[chosen], split.offset[chosen], split.length[chosen], split.label[chosen])
-    return make_split(split.files, *rows)
-
-
 def without_held_back(data):
     "The training images but every fifth, which validates: the 2,500 validation images are not looked at"
     split = data.splits["train"]
     held = np.arange(data.train_count) % HELD_BACK == 0
-    splits = {"train": some_of(split, ~held), "validation": some_of(split, held)}
+    parts = {"train": ~held, "validation": held}
+    splits = {name: select(split, np.flatnonzero(part)) for name, part in parts.items()}
     counts = dict(train_count=int((~held).sum()), validation_count=int(held.sum()))
     return replace(data, splits=splits, **counts)
 
@@ -321,7 +316,8 @@ def lengths(args, best, pace, images):
         yield max(1, round(min(ours) / (pace * images)))
 
 
-def main(words=None):
+def parsed(words):
+    "The command line"
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--network", choices=("ours", "timm"), required=True)
     parser.add_argument("--data-dir")
@@ -341,7 +337,11 @@ def main(words=None):
     parser.add_argument("--best", type=json.loads, help="a trial as JSON: no search")
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds since the epoch")
     parser.add_argument("--quick", action="store_true")
-    args = parser.parse_args(words)
+    return parser.parse_args(words)
+
+
+def main(words=None):
+    args = parsed(words)
     data = open_data(args.data_dir, verbose=False)
     args.classes = data.num_classes
     worker = {"ours": Ours, "timm": Peer}[args.network](args)

@@ -9,6 +9,7 @@ import signal
 
 import numpy as np
 import pytest
+from images import noise_folders
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
@@ -17,19 +18,6 @@ from effnet_repro.training import Evaluator, train, validate
 
 OPTIONS = {**SMOKE, "max_steps": 9, "epochs": 3, "global_batch_size": 4, "micro_batch_size": 4}
 OPTIONS["validate_every"] = 1
-
-
-def write_images(folder, names="ab"):
-    from PIL import Image
-
-    chance = np.random.default_rng(0)
-    for split, count in (("train", 6), ("validation", 3)):
-        for name in names:
-            (folder / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = chance.integers(0, 256, (32, 32, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(folder / split / name / f"{i}.png")
-    return folder
 
 
 # A damaged checkpoint costs a line of the run's own, not Python's warning with lines of source.
@@ -47,7 +35,7 @@ def without_graphs():
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    return write_images(tmp_path_factory.mktemp("images") / "data")
+    return noise_folders(tmp_path_factory.mktemp("images") / "data")
 
 
 @pytest.fixture(scope="module")

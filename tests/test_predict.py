@@ -122,6 +122,19 @@ def test_one_image_and_several_however_they_come(network, images, kind):
         assert [p.guesses for p in Predictor(network)(given)] == [p.guesses for p in found]
 
 
+def test_what_a_cell_shows_is_one_line(network, images):
+    "And not a million numbers, or the paths of all images"
+    data = open_data(images, validation_split=0.5, verbose=False)
+    shown = [Predictor(network), convert.read(network), data, data.splits["train"]]
+    assert [repr(one).partition(":")[0] for one in shown] == [
+        "<Predictor",
+        "<Weights",
+        "<DataSet",
+        "<Split",
+    ]
+    assert all("\n" not in repr(one) and len(repr(one)) < 300 for one in shown)
+
+
 def test_lists_of_all_lengths_compile_the_network_few_times(network, images, monkeypatch):
     network, path = Predictor(network), sorted(images.rglob("*.png"))[0]
     shown = []

@@ -4,10 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from conversions import SMALL, logits, moved, write_timm
+from conversions import logits, write_body, write_timm
 from images import smooth_image
 from PIL import Image
-from safetensors.numpy import save_file
 
 from effnet_repro import convert
 from effnet_repro.convert.settle import usual_crop
@@ -72,12 +71,8 @@ def test_a_square_is_that_of_timm():
 
 
 def test_without_a_classifier_it_says_what_to_do(tmp_path):
-    weights = moved(SMALL)
-    state = convert.to_state_dict(weights.spec, weights.arrays)
-    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
-    save_file(body, str(tmp_path / "body.safetensors"))
     with pytest.raises(ValueError, match="no classifier.*effnet-finetune .*--new-head"):
-        Predictor(tmp_path / "body.safetensors")
+        Predictor(write_body(tmp_path / "body.safetensors"))
 
 
 @pytest.mark.long

@@ -5,9 +5,8 @@ import re
 
 import numpy as np
 import pytest
-from conversions import SMALL, moved
+from conversions import write_body
 from images import encode, folders, smooth_image
-from safetensors.numpy import save_file
 from tiny import SMOKE, TINY, small_network  # noqa: F401
 
 from effnet_repro import checkpoint, convert, transfer
@@ -89,11 +88,7 @@ def test_numbers_are_no_names(there, here, shared):
 
 
 def test_a_body_without_a_classifier(tmp_path):
-    weights = moved(SMALL)
-    state = convert.to_state_dict(weights.spec, weights.arrays)
-    body = {n: np.array(a, order="C") for n, a in state.items() if ".logits." not in n}
-    save_file(body, str(tmp_path / "body.safetensors"))
-    found = transfer.read_body(tmp_path / "body.safetensors")
+    found = transfer.read_body(write_body(tmp_path / "body.safetensors"))
     assert found.spec.num_classes == 0
     start = transfer.new_head_for(found, NEW)
     spec = ModelSpec.from_case(found.case, 2)

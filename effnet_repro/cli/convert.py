@@ -120,9 +120,6 @@ def convert_command(args):
             importlib.import_module("tensorflow")  # with its first notes
     there = dict(to=to, source_format=source_format, overwrite=args.overwrite)
     done = convert(args.source, args.target, **there, **options)
-    size = f"{sum(a.size for a in done.arrays.values()):,} numbers in {len(done.arrays)} arrays"
-    print(
-        f"{args.source} -> {args.target}: {done.spec.name}, {done.spec.num_classes} classes, {size}"
-    )
+    print(f"{args.source} -> {args.target}: {done.describe()}")
     for note in done.notes:
         print(f"  {note}")

@@ -44,6 +44,27 @@ def _export_arguments(parser):
     parser.add_argument("--overwrite", action="store_true", help="replace OUT if it exists")
 
 
+def _tell(args, done):
+    "Print what was written, and how near it is to the network"
+    spec, how = done.subject.spec, done.agreement
+    n = args.batch_size or "any number"
+    print(
+        f"{args.source} -> {args.target}: {spec.name}, {spec.num_classes} classes, {done.format}, images of "
+        f"{done.subject.image_size} px, {n} at a time"
+    )
+    images = f"{how.random} images of noise and {how.real} photographs"
+    print(f"  agrees with the network in {done.runtime}: within {how.difference:.1e} on {images}")
+    if done.kept:
+        k = done.kept
+        print(
+            f"  int8: the same first class in {k.same:.1%} of {k.images} validation images; top-1 {k.top1:.1%}, "
+            f"in float32 {k.float_top1:.1%}"
+        )
+    print(f"  card: {done.card}")
+    for note in done.subject.notes:
+        print(f"  {note}")
+
+
 @program(
     "export",
     _export_arguments,
@@ -81,20 +102,4 @@ def export_command(args):
             weights=args.weights,
             **options,
         )
-    spec, how = done.subject.spec, done.agreement
-    n = args.batch_size or "any number"
-    print(
-        f"{args.source} -> {args.target}: {spec.name}, {spec.num_classes} classes, {done.format}, images of "
-        f"{done.subject.image_size} px, {n} at a time"
-    )
-    images = f"{how.random} images of noise and {how.real} photographs"
-    print(f"  agrees with the network in {done.runtime}: within {how.difference:.1e} on {images}")
-    if done.kept:
-        k = done.kept
-        print(
-            f"  int8: the same first class in {k.same:.1%} of {k.images} validation images; top-1 {k.top1:.1%}, "
-            f"in float32 {k.float_top1:.1%}"
-        )
-    print(f"  card: {done.card}")
-    for note in done.subject.notes:
-        print(f"  {note}")
+    _tell(args, done)

@@ -117,7 +117,7 @@ def print_poprun(args, command, case, source=None):
 
 
 def _ipu_options(args):
-    "What `ipu.train` and `ipu.finetune` take beside fields"
+    "The arguments of `ipu.train` and `ipu.finetune` that are no fields of a case"
     connection = "PRE_COMPILE" if args.compile_only else "ON_DEMAND" if args.on_demand else "ALWAYS"
     names = ("seed", "data_format", "on_corrupt", "weights", "keep")
     how = {name: getattr(args, name) for name in names}

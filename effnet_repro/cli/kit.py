@@ -87,7 +87,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 class Once(argparse.Action):
-    "Store a value; an empty one, and a second, different one, or one under another spelling, is refused"
+    "Store a value. An empty one is refused, and so is a second, different one, whatever spelling of the flag it has"
 
     def __call__(self, parser, namespace, value, option=None):
         if option is None and value == self.default:  # an argument that was left out
@@ -226,7 +226,7 @@ _NO_FIELDS = {"data_dir", "data_format", "device", "epochs", "overwrite", "to"}
 
 
 def _as_flags(text, parser, among=None):
-    "A message in which fields and parameters that are flags here (`among` these; None = all) are called so"
+    "A message with flags in place of the names of fields and parameters; None = of all that are flags here"
     spell = lambda found: "--" + found[1].replace("_", "-")
     known = lambda found: parser.has(spell(found)) and (among is None or found[1] in among)
     return re.sub(r"`(\w+)`", lambda found: spell(found) if known(found) else found[0], text)

@@ -22,13 +22,12 @@ from effnet_repro.config import (
     override,
     resolve,
 )
-from effnet_repro.data import DataSet, open_data
+from effnet_repro.data import DataSet
 from effnet_repro.runs import (
     Resolved,
     check_run,
     choose_budget,
     resolve_training,
-    stored_split,
     training_folder,
 )
 
@@ -109,10 +108,8 @@ def named_start(args) -> Case:
 
 
 def open_data_of(args, *places) -> DataSet:
-    """Return the data that a command line names, for a run in the first of these places. What `open_data` raises."""
-    share = args.validation_split or stored_split(*places)
-    how = dict(on_corrupt=args.on_corrupt, decoder=args.decoder, validation_split=share)
-    return open_data(data_dir_of(args), args.data_format, verbose=False, **how)
+    """Return the data that a command line names. Of the runs in `places`, the first decides which images validate."""
+    return reading_of(args).open(*places)
 
 
 def plan_training(

@@ -10,7 +10,7 @@ from effnet_repro.messages import shown
 
 
 def _escaped(error):
-    "What stands for letters that a stream lacks: of a name that is not UTF-8 its bytes, as in caf\\xe9"
+    "What is printed for characters that a stream cannot show; a byte that is not UTF-8 becomes \\xe9 or the like"
     if not isinstance(error, UnicodeEncodeError):
         raise error
     wrong = error.object[error.start : error.end]
@@ -24,7 +24,7 @@ codecs.register_error(_NAMES, _escaped)
 
 
 def in_a_line(text) -> str:
-    """Return text of one line that can be printed: ends of lines and orders to a terminal, in names, as escapes."""
+    """Return text as one line that can be printed: line ends and terminal codes become escapes."""
     plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
     return "".join(map(plain, shown(text)))
 

@@ -27,7 +27,7 @@ from effnet_repro.cli.options import (
     weights_argument,
 )
 from effnet_repro.cli.resolve import open_data_of
-from effnet_repro.runs import read_rows, refuse_unmeasurable
+from effnet_repro.runs import read_rows, refuse_unmeasurable, score_row
 
 
 def _validate_arguments(parser):
@@ -75,6 +75,39 @@ def _checked_data(args, source):
     return data
 
 
+def _measured(args, source, trained):
+    "What validation scores, by name of the weights; on IPUs or with Keras, as the command line asks"
+    on_ipus = runs_on_ipus(args)
+    print(f"{trained.name}, trained at {trained.image_size} px", flush=True)
+    how = {"weights": args.weights, "image_size": args.image_size, "on_corrupt": args.on_corrupt}
+    how["data_format"] = args.data_format
+    if args.micro_batch_size is not None:  # else the runtimes know
+        how["batch"] = args.micro_batch_size
+    if on_ipus:
+        from effnet_repro.ipu import validate
+
+        how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
+        return validate(source, data_dir_of(args), **how)
+    data = _checked_data(args, source)
+    start_keras(args)
+    from effnet_repro.training import validate
+
+    how.update(precision=precision_of(args), backend=args.backend)
+    how.update(decoder=args.decoder, validation_split=args.validation_split)
+    return validate(source, data, **how)
+
+
+def _after_stored(source, rows):
+    "The rows of a run's validation.csv, and behind them those of `rows` that are not among them"
+    if not source.is_dir():
+        return rows
+    stored = validation_rows(source.parent if source.name == "checkpoints" else source)
+    brief = lambda row: (row["weights"], row["pictures"], round(row["top1"], 4))
+    there = {brief(row) for row in stored}
+    blank = dict.fromkeys(stored[0] if stored else (), "")
+    return stored + [{**blank, **row} for row in rows if brief(row) not in there]
+
+
 @program(
     "validate",
     _validate_arguments,
@@ -90,49 +123,9 @@ def validate_command(args):
     source, trained = checked_source(args, run_dir=args.run_dir)
     if args.print_poprun:
         return print_poprun(args, "validate", trained, source)
-    quiet = (
-        contextlib.redirect_stdout(sys.stderr)
-        if args.json or args.csv
-        else contextlib.nullcontext()
-    )
-    with quiet:
-        on_ipus, data = runs_on_ipus(args), data_dir_of(args)
-        print(f"{trained.name}, trained at {trained.image_size} px", flush=True)
-        if on_ipus:
-            from effnet_repro.ipu import validate
-        else:
-            data = _checked_data(args, source)
-            start_keras(args)
-            from effnet_repro.training import validate
-
-        how = {
-            "precision": precision_of(args),
-            "backend": args.backend,
-            "data_format": args.data_format,
-            "on_corrupt": args.on_corrupt,
-            "decoder": args.decoder,
-            "validation_split": args.validation_split,
-        }
-        how.update(weights=args.weights, image_size=args.image_size, batch=args.micro_batch_size)
-        if on_ipus:
-            how = {
-                k: v
-                for k, v in how.items()
-                if k not in ("precision", "backend", "decoder", "validation_split")
-            }
-            how.update(ipus=args.ipus, weights="both" if args.weights == "all" else args.weights)
-        if how["batch"] is None:  # the runtimes know
-            del how["batch"]
-        scores = validate(source, data, **how)
-    source = Path(source)
-    names = ("top1", "top5", "loss", "pictures", "image_size")
-    rows = [{"weights": n, **{k: getattr(s, k) for k in names}} for n, s in scores.items()]
-    if source.is_dir():
-        stored = validation_rows(source.parent if source.name == "checkpoints" else source)
-        brief = lambda row: (row["weights"], row["pictures"], round(row["top1"], 4))
-        there = {brief(row) for row in stored}
-        blank = dict.fromkeys(stored[0] if stored else (), "")
-        rows = stored + [{**blank, **row} for row in rows if brief(row) not in there]
+    aside = contextlib.redirect_stdout(sys.stderr)  # what is printed on the way is no table
+    with aside if args.json or args.csv else contextlib.nullcontext():
+        scores = _measured(args, source, trained)
+    rows = _after_stored(Path(source), [score_row(name, s) for name, s in scores.items()])
     short = lambda name, value: f"{value:.4f}" if name in SHARES and value != "" else value
-    brief = lambda row: {n: short(n, v) for n, v in row.items()}
-    print_rows(rows, args, brief)
+    print_rows(rows, args, lambda row: {n: short(n, v) for n, v in row.items()})

@@ -186,6 +186,21 @@ def _torch_affine(said, mean, std):
     return affine, (note,) if assumed else ()
 
 
+def _refuse_others(path, state):
+    "Raise `ValueError` unless the arrays have timm's names, of EfficientNet-B0 to B7"
+    if "conv_stem.weight" not in state:
+        raise ValueError(
+            f"{path} has the names of no EfficientNet that is read: timm's, torchvision's, efficientnet-pytorch's or "
+            f"ours. There: {list_some(state)}."
+        )
+    lacking = [n for n in _OF_EVERY_B if n not in state]
+    if lacking:
+        raise ValueError(
+            f"{path} has timm's names, but is none of efficientnet_b0 to b7, tf_ or not: there is no {lacking[0]}. "
+            "EfficientNetV2, lite, MobileNet and others are not read."
+        )
+
+
 def find_torch(path, options):
     "Read a PyTorch file as `Found`; `options` are `TorchOptions`"
     state, said = (_read_safetensors if path.suffix == ".safetensors" else _read_pth)(path)
@@ -203,17 +218,7 @@ def find_torch(path, options):
     about["crop_pct"] = _crop_pct(said.get("crop_pct"), path) or renamed.crop_pct or None
     if "block0.conv.weight" in state:
         return Found(state, torch_name, **about)
-    if "conv_stem.weight" not in state:
-        raise ValueError(
-            f"{path} has the names of no EfficientNet that is read: timm's, torchvision's, efficientnet-pytorch's or "
-            f"ours. There: {list_some(state)}."
-        )
-    lacking = [n for n in _OF_EVERY_B if n not in state]
-    if lacking:
-        raise ValueError(
-            f"{path} has timm's names, but is none of efficientnet_b0 to b7, tf_ or not: there is no {lacking[0]}. "
-            "EfficientNetV2, lite, MobileNet and others are not read."
-        )
+    _refuse_others(path, state)
     if renamed.package:
         if options.arch:
             raise ValueError(

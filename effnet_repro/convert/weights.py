@@ -25,6 +25,15 @@ class Weights(NamedTuple):
         None  # As timm says it: images were cut as in `data.files.timm_square`
     )
 
+    def describe(self) -> str:
+        "Say in a line which network it is, and how much"
+        numbers = sum(a.size for a in self.arrays.values())
+        size = f"{numbers:,} numbers in {len(self.arrays)} arrays"
+        return f"{self.spec.name}, {self.spec.num_classes} classes, {size}"
+
+    def __repr__(self):
+        return f"<Weights: {self.describe()}>"
+
 
 class Found(NamedTuple):
     "What a reader found in a file"

@@ -33,7 +33,7 @@ def cache_folder(cache_dir=None) -> Path:
 
 @functools.lru_cache(maxsize=None)
 def _effort(folder):
-    "One for each folder, so that it is told once"
+    "The `BestEffort` of a folder: one each, so that an error is told once"
     return BestEffort(f"cache in {folder}", LOG)
 
 

@@ -24,7 +24,7 @@ from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
 from effnet_repro.paths import local_path, no_folder
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class DataSet:
     "Where the images of a data set lie, and what they show"
 
@@ -36,14 +36,14 @@ class DataSet:
     validation_count: int  # Validation images
     files: Dict[str, int]  # Number of files of each split
     builtin: bool  # True for the built-in sample set
-    splits: Dict[str, Split] = field(repr=False, compare=False)
+    splits: Dict[str, Split] = field(compare=False)
     damaged: Tuple[str, ...] = ()  # What was left out, and why: see `on_corrupt` of `open_data`
-    damaged_kinds: Tuple[str, ...] = field(default=(), repr=False)  # The kind of each: see `places`
+    damaged_kinds: Tuple[str, ...] = ()  # The kind of each: see `places`
     validation_split: Optional[float] = None  # Share that names' hashes chose: see `split`
     decoder: str = field(default="auto", compare=False)  # What makes pixels: see `decoders`
     on_corrupt: str = field(default="refuse", compare=False)  # What was asked for: see `open_data`
     # What readers found out about the images, as long as this object lives; a copy begins anew.
-    kept: Dict[str, Any] = field(default_factory=dict, init=False, repr=False, compare=False)
+    kept: Dict[str, Any] = field(default_factory=dict, init=False, compare=False)
 
     @property
     def fingerprint(
@@ -61,6 +61,9 @@ class DataSet:
         "Sum up the paths, bytes, labels and class names of the `split`"
         return _sum_up(self, split)
 
+    def __repr__(self):
+        return f"<DataSet: {self.describe().partition(': ')[2]}>"
+
     def describe(self) -> str:  # One line
         "Say what was found, and where"
         place = "built-in sample set" if self.builtin else self.root
@@ -77,7 +80,7 @@ class DataSet:
 
 
 def one_split(dataset: DataSet, split: str) -> DataSet:
-    """Return the data set with one split and nothing kept: what goes to other processes."""
+    """Return the data set with one split, without what readers found out: this is sent to other processes."""
     return replace(dataset, splits={split: dataset.splits[split]})
 
 

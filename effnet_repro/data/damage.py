@@ -1,6 +1,6 @@
 """Find images that cannot be decoded before a run, and leave them out.
 
-What is off the list has no place in any epoch's order: the stream stays a function of seed and update.
+The order of an epoch is drawn for the images that are left: it depends on the seed and the training step only.
 """
 
 import json

@@ -3,13 +3,13 @@
 Order, crops, flips and labels are those of the other readers. What nvImageCodec does not decode (images that are no
 JPEGs, rare JPEGs) is decoded on the host and sent; what the host cannot decode either is damaged, and is named.
 
-Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both make images of training:
-who is free takes the next chunk of a batch, the cores first, since the GPU has its own work. Whether that is faster
-than the GPU's decoders alone depends on network and host: it is tried (`_Trial`). Raw pixels, and JPEGs for whose
-decoder the user asked so, are all made by the cores (`Cores`).
+Where the GPU has decoding hardware, whose pixels are those of the cores' decoder exactly, both make training images:
+whichever is free takes the next chunk of a batch, the cores first, since the GPU has its own work. Whether that is
+faster than the GPU's decoders alone depends on network and host: it is tried (`_Trial`). The cores alone (`Cores`) make
+raw pixels, and JPEGs where the user chose a decoder of the cores.
 
 The threads here wait for the GPU and for processes most of the time. All that takes Python's time for every image
-happens in processes: with reading in threads a reader came to 9,600 images/s, most likely for the one interpreter lock.
+happens in processes: threads that read reached 9,600 images/s, most likely because they share one interpreter lock.
 """
 
 import collections
@@ -423,7 +423,7 @@ class _Stream:
 def training_stream(
     request: TrainRequest, make: Maker = ON_GPU
 ) -> Iterator[Tuple[Any, np.ndarray]]:
-    """Yield images (B, S, S, 3) uint8 on the GPU and labels (B,) int32 of one update after the other.
+    """Yield images (B, S, S, 3) uint8 on the GPU and labels (B,) int32 of one training step after the other.
 
     With several GPUs the images are a list: each GPU has made its part of the batch, in their order. Tests give a
     `make` without a GPU.

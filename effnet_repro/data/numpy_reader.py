@@ -1,7 +1,7 @@
 """The reader without TensorFlow: simplejpeg or Pillow decodes and NumPy resizes, on all cores.
 
 A batch is made in pieces, by processes where that pays and by threads elsewhere (`team`), two batches ahead of the one
-that is used. Which cores made a piece, and when, cannot be seen in it.
+that is used. A batch does not depend on which core made a piece, or when.
 """
 
 import itertools
@@ -88,7 +88,7 @@ def _batches(job, numbers, pieces, image_size, count):
 
 
 def training_stream(request: TrainRequest) -> Iterator[Tuple[np.ndarray, np.ndarray]]:
-    """Yield images (B, S, S, 3) uint8 and labels (B,) int32 of one update after the other, without end."""
+    """Yield images (B, S, S, 3) uint8 and labels (B,) int32 of one training step after the other, without end."""
     wants_fast_dct(request.dataset, request.image_resize)
     job = TrainingJob(replace(request, dataset=one_split(request.dataset, "train")))
     begins = range(0, request.order.local, PIECE)

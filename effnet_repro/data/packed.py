@@ -82,7 +82,7 @@ def _smaller(pixels, short_side):
 
 @contextlib.contextmanager
 def _writing(path):
-    "Let an OSError say what could not be written; one of an image says it already"
+    "Let an OSError say which file could not be written; that of an image that cannot be read stays as it is"
     try:
         yield
     except UnreadableImage:

@@ -28,6 +28,9 @@ class Split(NamedTuple):
     original: np.ndarray = np.zeros((0, 2), np.int32)
     stored: np.ndarray = np.zeros((0, 2), np.int32)
 
+    def __repr__(self):
+        return f"<Split: {len(self.label):,} images in {len(self.files):,} files>"
+
 
 def make_split(paths, file, offset, length, label, boxes=(), **sizes) -> Split:
     """Return a `Split` of these columns, an entry for each image.
@@ -45,14 +48,18 @@ def make_split(paths, file, offset, length, label, boxes=(), **sizes) -> Split:
     return Split(tuple(map(str, paths)), *numbers, label, flat, begin, **sizes)
 
 
+def select(places: Split, numbers) -> Split:
+    """Return the split with the images of these `numbers` only, in their order."""
+    boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in numbers]
+    columns = (getattr(places, key)[numbers] for key in ("file", "offset", "length", "label"))
+    sizes = {key: getattr(places, key) for key in ("original", "stored")}
+    sizes = {key: size[numbers] for key, size in sizes.items() if len(size)}
+    return make_split(places.files, *columns, boxes, **sizes)
+
+
 def without(places: Split, gone) -> Split:
     """Return the split without the images of the numbers `gone`."""
-    stays = np.setdiff1d(np.arange(len(places.label)), gone)
-    boxes = [places.boxes[places.box_begin[i] : places.box_begin[i + 1]] for i in stays]
-    columns = (getattr(places, key)[stays] for key in ("file", "offset", "length", "label"))
-    sizes = {key: getattr(places, key) for key in ("original", "stored")}
-    sizes = {key: size[stays] for key, size in sizes.items() if len(size)}
-    return make_split(places.files, *columns, boxes, **sizes)
+    return select(places, np.setdiff1d(np.arange(len(places.label)), gone))
 
 
 _TOOLS = {"__macosx", "__pycache__", "lost+found", "$recycle.bin", "recycler", "thumbnails"}

@@ -1,6 +1,6 @@
 """The streams of batches that training and validation ask for.
 
-Whatever the reader, a training stream is endless and yields `(images, labels)` of one update after the other; a
+Whatever the reader, a training stream is endless and yields `(images, labels)` of one training step after the other; a
 validation stream yields `(images, labels, mask)` of each image once. Images are (B, S, S, 3) uint8, labels (B,)
 int32, the mask (B,) float32: 0 for what only fills the last batch. TensorFlow's come as a `tf.data.Dataset`, which
 yields the same tuples of tensors. A reader is a module with `training_stream(request)` and, where it validates,

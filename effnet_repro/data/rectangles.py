@@ -100,7 +100,7 @@ def _assembled(flat, pieces):
 
 
 def rectangle_batches(request: TrainRequest) -> Iterator[Rectangles]:
-    """Yield the rectangles of one update after the other, without end, two steps ahead."""
+    """Yield the rectangles of one training step after the other, without end, two steps ahead."""
     local = request.order.local
     job = RectanglesJob(replace(request, dataset=one_split(request.dataset, "train")))
     room = ROOM if pays_processes(request.dataset.train_count) else None

@@ -28,7 +28,7 @@ def check_resize(image_resize: str) -> None:
 
 
 def check_preprocessing(image_size: int, area_min: float, preprocessing: str) -> None:
-    """Raise `ValueError` unless the three are such that an image can come out."""
+    """Raise `ValueError` for values with which no image can be made."""
     if preprocessing not in _PREPROCESSING:
         raise unknown_name("preprocessing", preprocessing, _PREPROCESSING)
     if not 0 < area_min <= 1 or image_size < 1:
@@ -41,7 +41,7 @@ def check_preprocessing(image_size: int, area_min: float, preprocessing: str) ->
 def batch_order(
     dataset: DataSet, global_batch_size: int, seed: int, shard: Tuple[int, int]
 ) -> BatchOrder:
-    """Return which training images process `shard` (index, count) reads when.
+    """Return the order in which process `shard` (index, count) reads the training images.
 
     Of records beyond `layouts.LARGE` bytes, 64 neighbors are read together. Raises `ValueError` for a batch of
     more images than there are, or one that the processes cannot share.

@@ -363,7 +363,7 @@ def join_others(ranks: Optional[Ranks] = None, seconds: float = JOIN_SECONDS) ->
 
 @contextlib.contextmanager
 def told(processes: Processes, same: Dict[str, Any]):
-    """Check that all processes do the `same`, and tell the others where what is done here fails."""
+    """Check that all processes were asked for the `same`; within, tell the others of an error here."""
     try:
         processes.compare(same)
         yield

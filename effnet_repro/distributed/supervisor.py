@@ -73,7 +73,7 @@ class _Text:
 
 @dataclass
 class _Requests:
-    "What this parent was asked for by signals, and the process that is told"
+    "The signals that this parent received, and the process that they are passed on to"
 
     numbers: List[int] = field(default_factory=list)
     process: Optional[subprocess.Popen] = None

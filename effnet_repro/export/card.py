@@ -137,24 +137,28 @@ def _recipe(case):
     return _table([{"field": n, "value": v} for n, v in values.items() if v is not None])
 
 
+def _trained_on(config):
+    "The sentence about the training images"
+    data, images = _data_name(config), config.get("pictures") or {}
+    if not data:
+        return "The file does not say on what it was trained."
+    amount = f", {images['train']:,} images" if images.get("train") else ""
+    return f"It was trained on {data}{amount}."
+
+
+def _score_table(results, size):
+    "Scores of the weights, in percent"
+    if not results:
+        return f"No validation of these weights at {size} pixels is known."
+    percent = lambda row: {name: f"{row[name]:.2%}" for name in ("top1", "top5")}
+    return _table([{**row, **percent(row)} for row in results])
+
+
 def _sections(subject, known, results, files) -> List[str]:
     "The card's paragraphs"
     config, case, spec = known["config"], subject.case, subject.spec
-    data, size = _data_name(config), subject.image_size
+    size, n = subject.image_size, len(subject.class_names)
     macs = count(spec, size).macs / 1e6
-    images = config.get("pictures") or {}
-    amount = f", {images['train']:,} images" if images.get("train") else ""
-    of_data = (
-        f"It was trained on {data}{amount}."
-        if data
-        else "The file does not say on what it was trained."
-    )
-    scores = (
-        _table([{**r, "top1": f"{r['top1']:.2%}", "top5": f"{r['top5']:.2%}"} for r in results])
-        if results
-        else ""
-    )
-    n = len(subject.class_names)
     names = ", ".join(map(str, subject.class_names[:20])) + (", ..." if n > 20 else "")
     how = subject.metadata["preprocessing"]
     use = _USE.format(size=size, n=n, short=how["short_side"], **how)
@@ -169,10 +173,10 @@ def _sections(subject, known, results, files) -> List[str]:
         use,
         f"Classes: {names}",
         "## Data and recipe",
-        f"{of_data} Case {case.name}, seed {config.get('seed', 'not known')}.",
+        f"{_trained_on(config)} Case {case.name}, seed {config.get('seed', 'not known')}.",
         _recipe(case) if config else "",
         "## Results",
-        scores or f"No validation of these weights at {size} pixels is known.",
+        _score_table(results, size),
         " ".join(filter(None, (measured, *subject.notes))),
         "## License",
         _TERMS,

@@ -150,7 +150,7 @@ def _normalise(
     activation=None,
     proxy=None,
 ):
-    "A batch norm is an affine of constants; a group or layer norm is a layer of its own, and then one"
+    "Write a batch norm as scale and shift; write another norm as a layer, followed by scale and shift"
     if statistics is not None:
         plain = normalise.dispatch(object)
         return plain(ops, x, gamma, beta, norm_groups, statistics, activation, proxy)

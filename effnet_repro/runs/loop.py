@@ -215,7 +215,7 @@ class _Loop:
         self.saved_at = time.monotonic()
 
     def _share_sums(self):
-        "Where a process knows the loss of its own images only: tell all of all"
+        "Average loss and accuracy over all processes, where each knows those of its own images only"
         if self.runtime.process[1] > 1 and not self.runtime.shares:
             meter = self.recorder.meter
             meter.share(self.runtime.gather(meter.sums))

@@ -4,7 +4,7 @@ import errno
 import os
 import tempfile
 from pathlib import Path
-from typing import List, NamedTuple, Optional
+from typing import Callable, List, NamedTuple, Optional
 
 import numpy as np
 
@@ -28,6 +28,15 @@ class Reading(NamedTuple):
     decoder: str = "auto"
     validation_split: Optional[float] = None
     on_corrupt: str = "refuse"
+
+    def open(self, *runs, lead: Callable = lambda work: work()) -> DataSet:
+        """Return the data; without a share for validation of its own, with what the first of some runs began with.
+
+        `lead` returns what a function without arguments returns; of several processes only one may read a run.
+        """
+        share = self.validation_split or lead(lambda: stored_split(*runs))
+        how = dict(on_corrupt=self.on_corrupt, decoder=self.decoder, validation_split=share)
+        return open_data(self.data_dir, self.data_format, verbose=False, **how)
 
 
 #: Images of each split that are decoded before a run, where damaged ones are not left out anyway.
@@ -95,10 +104,7 @@ def check_run(
     """
     check_places(plan.run_dir)
     refuse_used_folder(plan.run_dir)
-    share = reading.validation_split or stored_split(plan.run_dir, init)
-    how = dict(decoder=reading.decoder, validation_split=share, verbose=False)
-    how["on_corrupt"] = reading.on_corrupt
-    data = plan.data or open_data(reading.data_dir, reading.data_format, **how)
+    data = plan.data or reading.open(plan.run_dir, init)
     if init is not None:
         metadata = load_weights(init, weights)[1]
         data = match_classes(init, metadata, data)

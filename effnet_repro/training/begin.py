@@ -1,14 +1,15 @@
 """Train a case, or fine-tune a trained network, for its own classes or for others: what a user calls."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Optional, Sequence, Union
 
 from effnet_repro.config import Case
-from effnet_repro.data import open_data, say_found
-from effnet_repro.distributed import ALONE, join_others, told
+from effnet_repro.data import say_found
+from effnet_repro.distributed import ALONE, Processes, join_others, told
 from effnet_repro.messages import say
 from effnet_repro.runs import (
     Options,
+    Reading,
     Resolved,
     Run,
     Task,
@@ -18,7 +19,6 @@ from effnet_repro.runs import (
     resolve_finetuning,
     resolve_training,
     starting_case,
-    stored_split,
     training_folder,
 )
 from effnet_repro.scaling import mod32_warning
@@ -27,6 +27,35 @@ from effnet_repro.training.device import configure
 from effnet_repro.training.micro_batch import settle_run
 from effnet_repro.training.runtime import KerasRuntime
 from effnet_repro.transfer import Transfer, describe_head, new_head_for, read_body, resolve_transfer
+
+
+def _join(backend, distributed):
+    "The processes that train together, with Keras and what it keeps of compiled programs set up for this one"
+    configure(backend)
+    processes = join_others() if distributed else ALONE
+    keep_compiled()
+    return processes
+
+
+@dataclass(frozen=True)
+class _Call:
+    "What a user chose besides case and weights"
+
+    processes: Processes
+    options: Options
+    precision: str
+    reading: Reading
+
+    def opened(self, *runs):
+        "The data, with the share for validation that was asked for, or that the first of these runs began with"
+        return self.reading.open(*runs, lead=self.processes.lead)
+
+    def execute(self, plan, data, arrays, notes):
+        "Train the plan's case from these arrays, None = fresh ones"
+        case, options = settle_run(plan, self.precision).case, self.options
+        validates = options.validate_every is not None
+        runtime = KerasRuntime(case, options.seed, self.precision, validates, self.processes)
+        return execute(Task(case, data, plan.run_dir, arrays, options, notes), runtime)
 
 
 def train(
@@ -55,48 +84,31 @@ def train(
     **overrides,  # Fields of the case, e.g. epochs=3, image_size=64; None means what the case says
 ) -> Run:
     "Train a `case`, or go on with it when `run_dir` holds a checkpoint"
-    configure(backend)
-    processes = join_others() if distributed else ALONE
-    keep_compiled()
+    processes = _join(backend, distributed)
     options = Options(seed, validate_every, keep, progress, checkpoint_every)
-    reading, lead = (data_format, on_corrupt, decoder, validation_split), processes.lead
-    given = data_dir is not None
+    reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
+    call, given = _Call(processes, options, precision, reading), data_dir is not None
     same = dict(case=str(case), budget=budget, init=init is None, data_given=given, **overrides)
     with told(processes, same):
         if isinstance(case, Resolved):
             refuse_more(run_dir, overrides)
             plan = case
-            data = plan.data or _open_training_set(data_dir, plan.run_dir, lead, *reading)
+            data = plan.data or call.opened(plan.run_dir)
         else:
             start = starting_case(case, config_path)
             run_dir = training_folder(start, run_dir)
-            data = _open_training_set(data_dir, run_dir, lead, *reading)
+            data = call.opened(run_dir)
             how = (start, run_dir, budget, given, config_path, data)
-            plan = lead(lambda: replace(resolve_training(*how, **overrides), data=None))
+            made = lambda: replace(resolve_training(*how, **overrides), data=None)
+            plan = processes.lead(made)
             if plan.why:
                 say(plan.why)
         say_found(data)
         arrays, notes = None, plan.notes
         if init is not None:
-            arrays, data, source, _ = begin_from(init, weights, data, plan.case, lead)
+            arrays, data, source, _ = begin_from(init, weights, data, plan.case, processes.lead)
             notes = {**notes, "init": str(source)}
-        case = settle_run(plan, precision).case
-        task = Task(case, data, plan.run_dir, arrays, options, notes)
-        validates = validate_every is not None
-        return execute(task, KerasRuntime(case, seed, precision, validates, processes))
-
-
-def _open_training_set(data_dir, run_dir, lead, data_format, on_corrupt, decoder, validation_split):
-    "The data of a run, with the share for validation that it began with"
-    share = validation_split or lead(lambda: stored_split(run_dir))
-    how = _reading(data_format, on_corrupt, decoder, share)
-    return open_data(data_dir, verbose=False, **how)
-
-
-def _reading(data_format, on_corrupt, decoder, validation_split):
-    "What `open_data` takes besides the folder"
-    how = dict(data_format=data_format, on_corrupt=on_corrupt, decoder=decoder)
-    return {**how, "validation_split": validation_split}
+        return call.execute(plan, data, arrays, notes)
 
 
 def finetune(
@@ -128,54 +140,39 @@ def finetune(
     **overrides,  # Fields of the case, e.g. epochs=1, global_batch_size=64
 ) -> Run:
     "Train the last layers of a trained network a little more: at another resolution, or for other classes"
-    configure(backend)
-    processes = join_others() if distributed else ALONE
-    keep_compiled()
+    processes = _join(backend, distributed)
     if arch and not new_head:
         raise ValueError("`arch` is for files of PyTorch. They need new_head=True.")
     options = Options(seed, validate_every, keep, progress, checkpoint_every)
-    reading, lead = (data_format, on_corrupt, decoder), processes.lead
-    parts = variable_filter or (None if new_head else ("Top",))
-    how = dict(image_size=image_size, variable_filter=parts, budget=budget)
-    same = dict(new_head=new_head, protocol=protocol, data_given=data_dir is not None)
-    with told(processes, {**same, **how, **overrides}):
-        opened = lambda run_dir: _open_training_set(
-            data_dir, run_dir, lead, *reading, validation_split
-        )
-        data = None
+    reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
+    call, data = _Call(processes, options, precision, reading), None
+    how = dict(image_size=image_size, budget=budget, protocol=protocol, **overrides)
+    how["variable_filter"] = variable_filter or (None if new_head else ("Top",))
+    given = dict(new_head=new_head, data_given=data_dir is not None)
+    with told(processes, {**given, **how}):
         if isinstance(init, Resolved):
             refuse_more(run_dir, overrides)
             plan = init
         elif new_head:
-            data = opened(run_dir)
-            how.update(protocol=protocol, **overrides)
-            made = lambda: resolve_transfer(
-                read_body(init, weights, arch), init, data, run_dir, **how
-            )
-            plan = lead(lambda: replace(made(), data=None))
+            data = call.opened(run_dir)
+            body = lambda: read_body(init, weights, arch)
+            made = lambda: resolve_transfer(body(), init, data, run_dir, **how)
+            plan = processes.lead(lambda: replace(made(), data=None))
         else:
-            how.update(protocol=protocol or "published", data_given=data_dir is not None)
-            plan = lead(lambda: resolve_finetuning(init, run_dir, **how, **overrides))
-        begin = _with_new_head
-        if isinstance(plan, Transfer):
-            data = data or plan.data or opened(plan.run_dir)
-        else:
-            share = validation_split or lead(lambda: stored_split(plan.run_dir, plan.init))
-            begin = _with_old_head
-            own = _reading(*reading, share)
-            data = plan.data or open_data(data_dir, verbose=False, **own)
+            how.update(protocol=protocol or "published", data_given=given["data_given"])
+            plan = processes.lead(lambda: resolve_finetuning(init, run_dir, **how))
+        transfers = isinstance(plan, Transfer)
+        runs = (plan.run_dir,) if transfers else (plan.run_dir, plan.init)
+        data = data or plan.data or call.opened(*runs)
         say_found(data)
-        source, arrays, data = begin(plan, weights, data, seed, lead)
-        case, warning = plan.case, mod32_warning(plan.start.image_size, plan.case.image_size)
-        say(
-            f"fine-tuning {', '.join(case.variable_filter)} at {case.image_size} px from {source.name}"
-            + ("" if not warning else f"\nwarning: {warning}")
-        )
-        case = settle_run(plan, precision).case
-        notes = {**plan.notes, "init": str(source)}
-        task = Task(case, data, plan.run_dir, arrays, options, notes)
-        validates = validate_every is not None
-        return execute(task, KerasRuntime(case, seed, precision, validates, processes))
+        begin = _with_new_head if transfers else _with_old_head
+        source, arrays, data = begin(plan, weights, data, seed, processes.lead)
+        warning = mod32_warning(plan.start.image_size, plan.case.image_size)
+        parts, size = ", ".join(plan.case.variable_filter), plan.case.image_size
+        say(f"fine-tuning {parts} at {size} px from {source.name}")
+        if warning:
+            say(f"warning: {warning}")
+        return call.execute(plan, data, arrays, {**plan.notes, "init": str(source)})
 
 
 def _with_old_head(plan, weights, data, seed, lead):

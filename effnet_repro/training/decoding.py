@@ -103,7 +103,7 @@ def _stored_decoder(run_dir, data):
 
 
 def _earlier(data):
-    "What read before decoders could be chosen"
+    "The decoder of runs from before decoders could be chosen"
     streams = has_jax_gpu() and not fits_device(data)
     if keras.backend.backend() == "tensorflow" or (streams and is_installed("tensorflow")):
         return "tensorflow"

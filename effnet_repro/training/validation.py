@@ -9,16 +9,16 @@ from effnet_repro.averaging import has_average, load_weights, read_update
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.classes import match_classes
 from effnet_repro.config import case_from_dict, say_earlier, unknown_name
-from effnet_repro.data import DataSet, open_data, say_found
+from effnet_repro.data import DataSet, say_found
 from effnet_repro.fields import check_whole
 from effnet_repro.messages import BestEffort
 from effnet_repro.paths import local_path
 from effnet_repro.runs import (
+    Reading,
     Scores,
     measured_data,
     print_scores,
     read_rows,
-    stored_split,
     write_scores,
 )
 from effnet_repro.scaling import ModelSpec
@@ -53,10 +53,8 @@ def validate(
     batch = None if batch is None else check_whole(1, batch=batch)
     image_size = image_size and check_whole(32, image_size=image_size)
     source, scores, evaluator = local_path(source, "source"), {}, None
-    how = dict(on_corrupt=on_corrupt, decoder=decoder)
-    how["validation_split"] = validation_split or stored_split(source)
-    opened = isinstance(data_dir, DataSet)
-    data = data_dir if opened else open_data(data_dir, data_format, verbose=False, **how)
+    reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
+    data = data_dir if isinstance(data_dir, DataSet) else reading.open(source)
     say_found(data)
     data = settle_decoder(data)
     is_run, place, table = source.is_dir(), None, BestEffort("validation.csv", LOG)

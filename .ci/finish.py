@@ -23,6 +23,8 @@ COLOURS = {
     "#000000": "currentColor",
     "#ffffff": "var(--page)",
     **dict.fromkeys(("#808080", "#696969", "#666666", "#555555", "#4d4d4d"), "var(--quiet)"),
+    **dict.fromkeys(("#e6e6e6", "#eeeeee"), "var(--rule)"),  # bands behind lines
+    "#f5f5f5": "var(--wash)",
     "#0072b2": "var(--figure-blue)",
     "#56b4e9": "var(--figure-sky)",
     "#d55e00": "var(--figure-orange)",

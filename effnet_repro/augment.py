@@ -47,7 +47,7 @@ def mix(
     cutmix_centre=None,  # Center of the box, two numbers a group: down and across, in [0, 1)
     group_size: Optional[int] = None,  # Images that are mixed among themselves; None = all m
 ) -> Tuple[Any, Any]:  # Images and targets, float32, of the same shapes
-    "Mix the images of each group with each other, and their labels alike"
+    "Mix the images of each group with each other, and their labels in the same way"
     images, targets = ops.cast(images, "float32"), ops.cast(targets, "float32")
     if mixup is None and cutmix_lambda is None:
         return images, targets

@@ -105,7 +105,7 @@ def _write(path, data):
 def sync(
     path,  # A file, or a folder: then its list of names
 ):
-    "Force what is at `path` to disk; some file systems cannot do that, and there it is left out"
+    "Force a file or folder to disk, where its file system can do that"
     if os.name == "nt":
         return
     with contextlib.suppress(*([OSError] if Path(path).is_dir() else [])):
@@ -124,7 +124,7 @@ def explain_writing(
     path: Path,  # What is written
     size: int = 0,  # Bytes that it needs
 ):  # A context; an OSError within gets another message
-    "Turn what the system says about writing `path` into one message with the hint"
+    "Turn the system's error about writing `path` into one message that says what to do"
     try:
         yield
     except OSError as e:

@@ -168,6 +168,16 @@ def test_wide_tables_are_set_small_and_long_ones_scroll(tmp_path):
         assert page.select_one("td").get_text() == "1,234,567"
 
 
+def test_a_merged_cell_of_an_index_counts_as_all_its_rows():
+    head = "".join(f"<th>a_number_{i}</th>" for i in range(15))
+    row = "<td>1234567.0</td>" * 14
+    rows = f"<tr><th rowspan='40'>B0</th>{row}</tr>" + f"<tr>{row}</tr>" * 39
+    text = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+    soup = BeautifulSoup(text, "html.parser")
+    finish.tidy_table(soup, soup.table)
+    assert "long" in soup.table["class"] and "cards" not in soup.table["class"]
+
+
 def test_an_index_without_a_name_is_left_out():
     text = "<table><thead><tr><th></th><th>a</th></tr></thead><tbody>{}</tbody></table>"
     for first, kept in ((("0", "1"), 2), (("3", "8"), 2), (("8", "3"), 4), (("B0", "B1"), 4)):

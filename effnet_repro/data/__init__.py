@@ -1,4 +1,4 @@
-"""Images on disk, in any of three layouts, become one reproducible stream of 8-bit batches.
+"""Images on disk, in any of four layouts, become one reproducible stream of 8-bit batches.
 
 A folder: `catalog` (`open_data`) lists it by its layout (`layouts`, `tfrecord`, `cache`), the built-in one is
 made by `sample`, and `damage` finds what is broken. An image: `decode` makes pixels of its bytes, `order` says

@@ -30,7 +30,7 @@ class Pixels(NamedTuple):
 
 
 class Cuts(NamedTuple):
-    """What is cut out of pixels on the device, an entry an image, and 0, which a compiler must not know."""
+    """What is cut out of pixels on the device, an entry for each image; `zero` is a 0 that a compiler must not see."""
 
     begin: np.ndarray  # First pixel of the image, (B,) int32
     width: np.ndarray  # Of the image, pixels, (B,) int32

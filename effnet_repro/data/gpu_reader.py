@@ -8,8 +8,8 @@ whichever is free takes the next chunk of a batch, the cores first, since the GP
 faster than the GPU's decoders alone depends on network and host: it is tried (`_Trial`). The cores alone (`Cores`) make
 raw pixels, and JPEGs where the user chose a decoder of the cores.
 
-The threads here wait for the GPU and for processes most of the time. All that takes Python's time for every image
-happens in processes: threads that read reached 9,600 images/s, most likely because they share one interpreter lock.
+The threads here wait for the GPU and for processes most of the time. Everything that takes Python's time for each image
+happens in processes: threads that read were slower, most likely because only one of them at a time runs Python.
 """
 
 import collections

@@ -46,7 +46,7 @@ def step_variable(
     learning_rate,  # Scalar tensor
     decay_rate: float,  # Of the weight decay, 0 where it does not apply
 ):  # List of (variable, new value)
-    "Compute the update of one weight and its slots, in float32 from the gradient on"
+    "Compute the new values of one weight and its slots, in float32"
     weight = ops.cast(slots.get("fp32", var), "float32")
     gradient = _decayed_gradient(ops, case, var, gradient, decay_rate)
     momentum, settings = ops.cast(slots["momentum"], "float32"), rmsprop_settings(case)
@@ -163,7 +163,7 @@ def _build(program, dataset):
 
 # %% ../../nbs/49_ipu_program.ipynb #f183ebbb
 class TrainingProgram:
-    "The weight update of a case, compiled: made once, run once for each or for some steps"
+    "The compiled training step of a case: built once, then run for one step or for several"
 
     def __init__(
         self,

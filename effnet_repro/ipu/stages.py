@@ -60,7 +60,7 @@ def carried(
     stages,  # Lists of segments, from `split_segments`
     fed,  # Names of the infeed's entries
 ) -> Tuple[Tuple[str, ...], ...]:  # For each stage: what it receives, in order
-    "Work out what travels between stages"
+    "Work out which tensors each stage receives"
     rates, needed = list(mask_rates(spec)), []
     for i in range(len(stages)):
         ahead = {s.name for stage in stages[i:] for s in stage}

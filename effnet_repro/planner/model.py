@@ -45,7 +45,7 @@ KINDS = ("convolution", "norm", "swish", "proxy", "gate", "residual")  # What by
 
 
 class Load(NamedTuple):
-    "What a segment asks of an IPU, forward; per image but for the first three"
+    "The work of a segment in a forward pass on an IPU; per image, except the first three"
 
     name: str
     params: int
@@ -76,7 +76,7 @@ def segment_loads(
     spec: ModelSpec,  # The network
     image_size: Optional[int] = None,  # Side of an image, pixels; None = the spec's
 ) -> List[Load]:  # In the order of the network
-    "Count what every segment asks of an IPU"
+    "Count the work of every segment on an IPU"
     residual = {b.name: b.residual for b in blocks(spec)}
     rows, entering = {}, (image_size or spec.image_size) ** 2 * 3 * 1.0  # images come as bytes
     elements = entering
@@ -104,7 +104,7 @@ def segment_loads(
 
 # %% ../../nbs/37_planner.ipynb #b4858cef
 class Constants(NamedTuple):
-    "What is fitted; all else is counted, or stated by the maker"
+    "The six constants that are fitted; everything else is counted, or stated by the maker"
 
     amp: float  # Share of the peak that dense and group-16 convolutions reach, in (0, 1]
     depthwise: float  # Share of the peak that depthwise ones reach, in (0, 1]

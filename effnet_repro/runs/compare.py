@@ -24,7 +24,7 @@ class Story(NamedTuple):
 
 
 def _numbers(row: Dict[str, str], names) -> Dict[str, float]:
-    "The finite numbers of a row; an empty cell has none, and neither has one that diverged"
+    "The finite numbers of a row; empty cells, and those of a run that diverged, are left out"
     found = {}
     for name in names:
         try:

@@ -128,7 +128,7 @@ def plain_number(text):
 
 
 def lasting(row: dict) -> dict:
-    """Return a row without the columns that no two runs have in common."""
+    """Return a row without the columns that differ from run to run, such as times."""
     return {k: v for k, v in row.items() if k not in TIMING}
 
 

@@ -218,7 +218,7 @@ def with_images(
     program: Program,  # The case and how it is run
     batch: dict,  # With "images"; or with "pixels" and "cuts", see `data.cut_images`
 ) -> dict:  # With "images"
-    "Make the images of a batch that only says which"
+    "Make the images of a batch that only has numbers: which images, and what to cut out of them"
     if "cuts" not in batch:
         return batch
     batch, case = dict(batch), program.case
@@ -254,7 +254,7 @@ def _shared_gradients(program, names, weights, batch):
 def on_all_devices(
     array,  # A JAX array
 ):  # The same, whole on every device that shares training steps
-    "Copy what every device needs whole, such as the pixels of a resident set"
+    "Copy an array that every device needs, such as the pixels of a resident set"
     distribution = keras.distribution.distribution()
     if distribution is None:
         return array
@@ -285,7 +285,7 @@ def slow_body(
     before: dict,  # Full name -> weight before the training step
     after: dict,  # The same after it, as the optimizer leaves it
 ) -> dict:  # Full name -> weight, of those of the body
-    "Let the weights outside `Top` go only a part of their way"
+    "Shorten the step of all weights outside `Top`"
     parts = segments(program.spec)
     body = [p.name for s in parts if s.name != "Top" for p in s.params if p.name in after]
     return {n: before[n] + rate * (after[n] - before[n]) for n in body}
@@ -301,7 +301,7 @@ def _logs(program, loss, correct):
 
 # %% ../../nbs/38_training.ipynb #57e90003
 def _tf_step(model, batch):
-    "A training step that assigns, on TensorFlow"
+    "A training step on TensorFlow, which assigns new values"
     import tensorflow as tf
 
     variables = weights_by_name(model.network)
@@ -320,7 +320,7 @@ def _tf_step(model, batch):
 
 # %% ../../nbs/38_training.ipynb #57e90004
 def _jax_step(model, state, data):
-    "A training step from state to state, on JAX"
+    "A training step on JAX, which turns one state into the next"
     (batch,), (trained, other, slots, metrics) = data, state
     places = {id(v): t for v, t in zip(model.trainable_variables, trained)}
     places.update({id(v): t for v, t in zip(model.non_trainable_variables, other)})
@@ -374,7 +374,7 @@ class TrainingModel(keras.Model):
         self.compile(make_optimizer(program.case, still))
 
     def compile(self, *args, **kwargs):
-        "Keras' `compile`; layers that are not trainable now stand still from here on"
+        "Keras' `compile`; layers that are not trainable now stay frozen"
         trained = [la.segment.name for la in self.network.layers[1:] if la.trainable]
         self.program = self.program._replace(trained=tuple(trained))
         self.names = [n for n, v in weights_by_name(self.network).items() if v.trainable]

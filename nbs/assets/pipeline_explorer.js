@@ -88,7 +88,7 @@
     svg.append(draw("rect", { class: "now", x: LEFT, y: 0, width: unit, height: height - 32, fill: "none", stroke: "var(--accent)", "stroke-width": 2, rx: 2 }));
     shown.forEach((one, k) => {
       const top = TOP + k * (n * ROW + GAP) + GAP, end = LEFT + one.about.clocks * unit;
-      if (!alone) svg.append(draw("text", { x: 0, y: top - 7, "font-size": 12, "font-weight": 600 }, `${one.name}: ${one.about.clocks} clocks, ${(100 * one.about.bubble).toFixed(0)} % idle`));
+      if (!alone) svg.append(draw("text", { x: 0, y: top - 7, "font-size": 12, "font-weight": 600, "paint-order": "stroke", stroke: "var(--wash)", "stroke-width": 5 }, `${one.name}: ${one.about.clocks} clocks, ${(100 * one.about.bubble).toFixed(0)} % idle`));
       for (let i = 0; i < n; i += 1) {
         const middle = top + i * ROW + ROW / 2;
         svg.append(draw("text", { x: 0, y: middle + 4 }, `stage ${i}`));

@@ -29,6 +29,12 @@ def shown(text) -> str:
     return str(text).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def in_a_line(text) -> str:
+    """Return text as one line that can be printed: line ends and terminal codes become escapes."""
+    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
+    return "".join(map(plain, shown(text)))
+
+
 def byte_size(number) -> str:
     """Return a number of bytes as text, such as 4.7 MiB or 137 GiB."""
     unit, power = ("GiB", 30) if number >= 2**30 else ("MiB", 20)

@@ -9,6 +9,8 @@ import os
 import re
 from pathlib import Path
 
+from effnet_repro.outside import file_kind
+
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # What `pathlib` leaves of some of them before they come here.
 _SHORTENED = re.compile(r"(gs|gcs|s3a?|https?|ftp|file|hdfs|abfss?|wasbs?|az|dbfs|hf):/[^/]")
@@ -52,6 +54,8 @@ def local_path(
 def no_folder(path: Path, name: str) -> str:
     """Return the sentence about a path that is no folder; `name` is what the user calls it."""
     what = "is a file" if path.exists() else "does not exist"
+    kind = file_kind(path) if path.is_file() else ""
+    what = f"is {kind}: unpack it first" if kind.endswith("archive") else what
     return f"`{name}` must be a folder. Received: {str(path)!r}, which {what}."
 
 

@@ -15,7 +15,7 @@ import zipfile
 import h5py
 import numpy as np
 import pytest
-from conversions import SMALL, moved
+from conversions import SMALL, TIMM, moved, timm_vectors
 from safetensors.numpy import save
 
 from effnet_repro import checkpoint, convert
@@ -175,6 +175,44 @@ def test_a_config_of_timm_with_wrong_types_is_named(tmp_path, about):
         convert.read(tmp_path / "w.safetensors")
 
 
+NO_WEIGHTS = {  # kind -> an array of timm's names, how it is changed, words of the one line
+    "quantized": ("conv_stem.weight", lambda a: (9 * a).astype("int8"), "numbers of type int8 in conv_stem.weight"),
+    "true and false": ("bn1.bias", lambda a: a > 0, "numbers of type bool in bn1.bias"),
+    "not a number": ("bn1.bias", lambda a: a * np.nan, "not finite in bn1.bias"),
+    "infinite": ("bn1.weight", lambda a: a + np.inf, "not finite in bn1.weight"),
+    "a variance below zero": ("bn1.running_var", lambda a: -1 - a, "variance below zero in bn1.running_var"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NO_WEIGHTS)
+def test_numbers_that_are_no_weights_are_refused(tmp_path, kind):
+    name, change, says = NO_WEIGHTS[kind]
+    state = timm_vectors.state_dict(TIMM["shapes"]["tf_efficientnet_b0"])
+    state[name] = np.ascontiguousarray(change(state[name]))
+    (tmp_path / "tf_efficientnet_b0.safetensors").write_bytes(save(state))
+    with pytest.raises(ValueError, match=says):
+        convert.read(tmp_path / "tf_efficientnet_b0.safetensors")
+
+
+def test_quantized_weights_of_keras_are_refused(tmp_path):
+    with h5py.File(tmp_path / "w.h5", "w") as made:
+        made["conv/kernel"] = np.zeros((3, 3, 3, 8), "int8")
+    with pytest.raises(ValueError, match="numbers of type int8 in conv/kernel: quantized"):
+        convert.read(tmp_path / "w.h5")
+
+
+def test_weights_in_bfloat16_are_read(tmp_path):
+    ml_dtypes = pytest.importorskip("ml_dtypes")
+    state = timm_vectors.state_dict(TIMM["shapes"]["tf_efficientnet_b0"])
+    state = {
+        k: v.astype(ml_dtypes.bfloat16) if v.dtype.kind == "f" else v for k, v in state.items()
+    }
+    (tmp_path / "tf_efficientnet_b0.safetensors").write_bytes(save(state))
+    found = convert.read(tmp_path / "tf_efficientnet_b0.safetensors").arrays
+    wanted = state["conv_stem.weight"].astype("float32").transpose(2, 3, 1, 0)
+    np.testing.assert_array_equal(found["all/block0/conv/conv2d/kernel"], wanted)
+
+
 # ---------------------------------------------------------------- files of other kinds
 
 KINDS = {
@@ -201,6 +239,9 @@ def test_an_unknown_suffix_and_a_fifo(tmp_path):
     (tmp_path / "w.onnx").write_bytes(b"PK\x03\x04")
     with pytest.raises(ValueError, match="w.onnx. Legal: .*a ZIP archive"):
         convert.read(tmp_path / "w.onnx")
+    (tmp_path / "w.CKPT").write_bytes(header())
+    with pytest.raises(ValueError, match="It is a safetensors file.*call it w.safetensors"):
+        convert.read(tmp_path / "w.CKPT")
     os.mkfifo(tmp_path / "w.h5")
     with pytest.raises(ValueError, match="w.h5 is a FIFO"):
         convert.read(tmp_path / "w.h5")
@@ -345,6 +386,7 @@ TORCH = {  # what torch.load gives -> words of the one line
     "a damaged archive": (raises(RuntimeError("PytorchStreamReader failed\n  finding data")), "not a whole file"),
     "a large view": (lambda: {"a": Tensor((2**20, 2**12))}, "says to hold 4,294,967,296 numbers"),
     "sparse tensors": (lambda: {"a": Tensor(error=RuntimeError("sparse"))}, "no plain numbers .sparse."),
+    "an average alone": (lambda: {"state_dict_ema": {"a.weight": Tensor()}}, "of no EfficientNet .*There: a.weight"),
     "no tensors": (lambda: {"epoch": 3, "state_dict": {}}, "names of no EfficientNet that is read"),
     "other names": (lambda: {"model": {"a.weight": Tensor()}}, "names of no EfficientNet that is read"),
 }  # fmt: skip

@@ -57,6 +57,7 @@ EARLY = [  # (words, words of the answer, status)
     (("plan", CASE, "--gpus", "4"), "--gpus: for --device gpu", 2),
     (("plan", CASE, "--device", "gpu", "--ipus", "4", "--figure", "x.png"), "--ipus and --figure: for --device ipu", 2),
     ((*TRAIN, "--data-dir", "data", "--global-batch-size", "64"), "exceeds the 8 training images", 1),
+    ((*TRAIN, "--data-dir", "nothing"), "no training images in nothing, only validation images", 1),
     ((*TRAIN, "--data-dir", "data", "--epochs", "1e-9"), "at least one weight update", 1),
     ((*TRAIN, "--data-dir", "data", "--run-dir", "x.onnx", *SMALL), "x.onnx is no folder", 1),
     ((*TRAIN, "--data-dir", "data", "--init", RUN, *SMALL), "holds another network", 1),
@@ -74,6 +75,7 @@ def folder(tmp_path, monkeypatch):
         (tmp_path / name).write_bytes(content)
     folders(tmp_path / "data", IMAGES)
     folders(tmp_path / "one", ONE)
+    folders(tmp_path / "nothing", {k: v for k, v in IMAGES.items() if k.startswith("val")})
 
     def too_early(*_, **__):
         raise AssertionError("Keras was started before the cheap questions")

@@ -65,6 +65,46 @@ READ = {  # kind: (files, training images, validation images, what is said)
     ),
     "images beside class folders": ({**FOLDERS, "train/x.jpg": JPEG}, 4, 4, "1 beside the class folders"),
     "a class called valid": ({"valid/0.bmp": bmp(1), "wrong/0.bmp": bmp(2)}, 2, 0, ""),
+    "a list with semicolons, paths and suffixes": (
+        {**TRAIN, **FLAT, "LOC_val_solution.csv": "ImageId; PredictionString\r\nval/v1.JPEG;a 1\r\nC:\\v2.JPEG; b 1"},
+        4, 2, "labels of",
+    ),
+    "a list of more than there is": (
+        {**TRAIN, **FLAT, "LOC_val_solution.csv": CSV + "v9,a 1\n"}, 4, 2, "images that .* lists are not there",
+    ),
+    "images of hidden names": (
+        {**FOLDERS, "train/a/@user.jpg": JPEG, "train/a/.x.jpg": JPEG, "train/a/._y.jpg": "\0\5\x16\7"},
+        4, 4, "2 whose name begins with a dot, @ or ~",
+    ),
+    "splits with a space": (moved(train="train "), 4, 4, ""),
+    "HEIC among flat images": (
+        {**TRAIN, **FLAT, "val/v3.HEIC": HEIC, "LOC_val_solution.csv": CSV}, 4, 2, "1 .heic.*convert them first",
+    ),
+    "training/ beside train/": (
+        {**FOLDERS, "training/a/0.bmp": bmp(1)}, 4, 4, "from .*train; .*training is not read",
+    ),
+    "an archive beside class folders": ({**FOLDERS, "train/c.zip": "PK\3\4"}, 4, 4, "archives in .* not read: c.zip"),
+    "val.zip": ({**TRAIN, "val.zip": "PK\3\4"}, 4, 0, "val.zip is a ZIP archive, not a folder"),
+    "a list called val": ({**TRAIN, "val": "a/0.bmp\n"}, 4, 0, "val is a text, not a folder"),
+    "validation images of fewer classes": (
+        {k: v for k, v in FOLDERS.items() if not k.startswith("val/b")}, 4, 2, "no validation images of b, though",
+    ),
+    "classes that look alike": ({**FOLDERS, "train/A/0.bmp": bmp(9)}, 5, 4, "'A' and 'a' look alike"),
+    "accents in two encodings": ({f"{c}/0.bmp": bmp(1) for c in ("\xe9", "e\u0301")}, 2, 0, "look alike"),
+    "folders without an end": (
+        {**FOLDERS, "train/a/" + 40 * "d/" + "x.jpg": JPEG}, 4, 4, "1 folder deeper than 32",
+    ),
+    "the same folders in every class": (
+        {f"{c}/{s}/{i}.bmp": bmp(i) for c in "ab" for s in ("left", "right") for i in (1, 2)},
+        5, 3, "a and b in .* are the classes, though each holds left, right",
+    ),
+    "AVIF and TIFF without a suffix": (
+        {**FOLDERS, **{f"train/a/x{s}": encode(smooth_image(8, 9), k) for s, k in (("", "TIFF"), (".avifs", "AVIF"))}},
+        6, 4, "",
+    ),
+    "orders to a terminal in a name": (
+        {**FOLDERS, "train/a\x1b[2J\nb/0.bmp": bmp(1)}, 5, 4, r"images of a\\x1b\[2J\\nb, though",
+    ),
 }  # fmt: skip
 
 REFUSED = {  # kind: (files, words)
@@ -118,6 +158,42 @@ REFUSED = {  # kind: (files, words)
         {**FOLDERS, "info.json": '{"num_classes": 2}'.encode("utf-16")}, "info.json is not a.*not text in UTF-8",
     ),
     "compressed records": ({"train-00000-of-00001.tfrecord.gz": gzip.compress(b"x")}, "a gzip archive"),
+    "a list of two minds": (
+        {**TRAIN, **FLAT, "LOC_val_solution.csv": CSV + "v1,b 1\n"}, "gives v1 two classes, a and b",
+    ),
+    "Tiny ImageNet's list of two minds": (
+        {**TRAIN, "val/images/v1.JPEG": JPEG, "val/val_annotations.txt": "v1.JPEG a 0\nv1.JPEG b 0\n"}, "two classes",
+    ),
+    "a list that is a page": (
+        {**TRAIN, **FLAT, "LOC_val_solution.csv": "<!DOCTYPE html>"}, "no list of labels: it is an HTML page",
+    ),
+    "a list in UTF-16": ({**TRAIN, **FLAT, "LOC_val_solution.csv": CSV.encode("utf-16")}, "a text in UTF-16. Save"),
+    "a list of nothing": ({**TRAIN, **FLAT, "LOC_val_solution.csv": CSV.splitlines()[0]}, "lists no image"),
+    "archives of classes": ({"train/a.tar": "x", "train/b.tar": "x"}, "holds a.tar, but no class folders: unpack"),
+    "images alone": ({"1.jpg": JPEG, "2.jpg": JPEG}, "lie in no class folders: sort them"),
+    "seg_train and seg_test": (
+        {f"seg_{s}/seg_{s}/{c}/1.bmp": bmp(1) for s in ("train", "test") for c in "ab"}, "look like parts of a set",
+    ),
+    "a class called train": (
+        {f"{c}/{i}.bmp": bmp(i) for c in ("train", "bus", "car") for i in (1, 2)}, "as bus, car may be, rename it",
+    ),
+    "info.json that swaps class folders": (
+        {**FOLDERS, "info.json": '{"classes": [{"label": 1, "text": "b"}, {"label": 2, "text": "a"}]}'},
+        "calls label 1 'b', which is the folder 'a'",
+    ),
+    "folds": ({f"fold{i}/{c}/1.bmp": bmp(1) for i in (1, 2) for c in "ab"}, "fold1 and fold2, which look like parts"),
+    "a set that was not packed to its end": ({**FOLDERS, "pack.json": "{}"}, "effnet-pack has not finished"),
+    "CIFAR's files twice": (
+        {f"data_batch_1{mark}.bin": bytes(3073) for mark in ("", " (1)")}, "stand for the same images",
+    ),
+    "CIFAR-10 and CIFAR-100": ({"data_batch_1.bin": bytes(3073), "train.bin": bytes(3074)}, "of CIFAR-10 and of"),
+    "names of CIFAR that are a page": (
+        {"data_batch_1.bin": bytes(3073), "batches.meta.txt": "<html> <p>"}, "2 names for 10 classes",
+    ),
+    "an empty file of CIFAR": ({"data_batch_1.bin": bytes(3073), "data_batch_2.bin": ""}, "has 0 bytes"),
+    "a pointer in place of records": (
+        {"train-00000-of-00001": "version https://git-lfs.github.com/spec/v1\n"}, "record 0 of .*pointer of Git LFS",
+    ),
     "CIFAR's labels": ({"data_batch_1.bin": bytes([11]) + bytes(3072)}, "has the label 11; the last one is 9"),
 }  # fmt: skip
 
@@ -190,10 +266,20 @@ OF = "train-{:05d}-of-{:05d}"
 
 
 @pytest.mark.parametrize(
-    "names", [[(0, 1), (0, 2)], [(0, 2), (1, 2), (1, 3)], [(0, 1, " (1)")], [(0, 1, ".bak")]]
+    "names",
+    [
+        [(0, 1), (0, 2)],
+        [(0, 2), (1, 2), (1, 3)],
+        [(0, 1, " (1)")],
+        [(0, 1, ".bak")],
+        ["train-0 (1)"],
+    ],
 )
 def test_records_that_are_there_twice_are_refused(tmp_path, names):
     d.write_tfrecords(tmp_path / OF.format(0, 1 if len(names) == 1 else 2), [record()])
+    if isinstance(names[0], str):
+        d.write_tfrecords(tmp_path / "train-0", [record()])
+        d.write_tfrecords(tmp_path / names.pop(), [record()])
     for number, count, *copy in names:
         d.write_tfrecords(tmp_path / (OF.format(number, count) + "".join(copy)), [record()])
     with pytest.raises(ValueError, match="stand for the same images.*Keep one set") as error:
@@ -243,6 +329,7 @@ def bound(path):
 SPECIAL = {  # kind: (place, how it is made, words, kind of damage)
     "a dead link": ("train/a/x.jpg", lambda p: p.symlink_to("/nowhere/x.jpg"), "link to /nowhere", "1 link"),
     "a link to itself": ("train/a/x.jpg", lambda p: p.symlink_to("x.jpg"), "is a link to x.jpg", "1 link"),
+    "a dead class with a dot": ("train/c.v2", lambda p: p.symlink_to("/nowhere"), "link to /nowhere", "1 link"),
     "a dead class": ("train/c", lambda p: p.symlink_to("/nowhere"), "link to /nowhere", "1 link"),
     "a FIFO": ("train/a/x.jpg", fifo, "is a FIFO", "1 special file"),
     "a socket": ("val/a/x.png", bound, "is a socket", "1 special file"),
@@ -324,6 +411,7 @@ BAD = {  # kind of damage: records
         record(**{**BOX, "image/object/bbox/ymax": [0.1]}),
         record(**{**BOX, "image/object/bbox/ymax": [float("nan")]}),
         record(**{"image/object/bbox/ymin": [0.1]}),
+        record(**{**BOX, "image/object/bbox/ymax": [20.0]}),  # in pixels
     ],
     "image": [record(b"no image"), record(encode(smooth_image())[:-2])],
 }

@@ -12,7 +12,7 @@ from test_gpu_reader import maker
 
 from effnet_repro import data as d
 from effnet_repro.data import decode, gpu_reader, packed
-from effnet_repro.data.files import SquaresJob
+from effnet_repro.data.files import SquaresJob, timm_square
 from effnet_repro.data.request import TrainRequest, ValidationRequest, batch_order
 from effnet_repro.outside import MOST_IMAGE_BYTES, MOST_PIXELS
 
@@ -228,6 +228,24 @@ def test_chunks_that_are_no_pixels_do_not_damage_a_png(kind, damaged):
     for body in bodies[not damaged :]:
         data = plain[:33] + chunk(kind, body, damaged) + plain[33:]
         np.testing.assert_array_equal(decode.decode_image(data, upright=True), smooth_image(8, 8))
+
+
+def test_pillow_is_not_asked_to_start_other_programs():
+    script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
+    with pytest.raises(ValueError, match="it is a PostScript file"):
+        decode.decode_image(script)
+
+
+@pytest.mark.parametrize("shape", [(1, 501), (500, 1), (3, 606)])
+def test_squares_of_very_long_images_are_those_of_the_whole(shape, monkeypatch):
+    pixels = smooth_image(*shape)
+    middle = timm_square(pixels, 64, 0.875)
+    monkeypatch.setattr("effnet_repro.data.files._LONGEST", 10**9)
+    np.testing.assert_allclose(middle, timm_square(pixels, 64, 0.875), atol=1)
+
+
+def test_a_square_takes_no_memory_for_what_is_not_seen():
+    assert timm_square(np.zeros((1, 10**7, 3), np.uint8), 64, 0.875).shape == (64, 64, 3)
 
 
 def jpeg_of(height, width):

@@ -1,8 +1,10 @@
 """Images in, classes out: the same pixels and answers as a validation, damaged files named, every form of output."""
 
+import collections
 import csv
 import io
 import json
+import shutil
 import subprocess
 import sys
 
@@ -280,6 +282,12 @@ def test_folders_are_searched(mixed):
     (mixed / "empty").mkdir()
     names = ["a.jpg", "b.jpg", "below/c.JPG"]
     assert find_images([mixed]) == [f"{mixed}/{name}" for name in names]
+    (mixed / "below" / "again").symlink_to(mixed)  # a link that leads back
+    shutil.copy(mixed / "a.jpg", mixed / "below" / "photo")
+    (mixed / "below" / "x.HEIC").write_bytes(b"\0\0\0\x18ftypheic")
+    left = collections.Counter()
+    assert find_images([mixed], left) == [f"{mixed}/{name}" for name in (*names, "below/photo")]
+    assert left[".heic"] == 1 and left[".txt"] == 1
     given = [mixed / "notes.txt", mixed / "empty", mixed / "gone"]
     assert find_images(given) == [str(path) for path in given]
     _, (text, empty, gone) = SquaresJob(32, "modern")(find_images(given))

@@ -3,7 +3,7 @@
 import json
 
 from effnet_repro.cli.kit import format_table, program, user_path
-from effnet_repro.cli.streams import in_a_line
+from effnet_repro.messages import in_a_line
 from effnet_repro.runs.compare import curves, differing, read_story, scores
 
 

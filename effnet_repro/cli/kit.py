@@ -22,7 +22,7 @@ from effnet_repro.cli.streams import (
 )
 from effnet_repro.config import list_some, unknown_name
 from effnet_repro.distributed import here, is_child
-from effnet_repro.messages import shown
+from effnet_repro.messages import in_a_line
 from effnet_repro.outside import SAVE, file_kind, read_file
 from effnet_repro.paths import local_path
 from effnet_repro.runs.signals import Interrupts
@@ -203,7 +203,7 @@ def one_line(error):
         text = error.strerror
     else:
         text = str(error)
-    text = " ".join(shown(text).split())
+    text = in_a_line(" ".join(text.split()))
     text = text if len(text) <= 800 else text[:800] + " ..."
     if isinstance(error, MemoryError):
         return (

@@ -1,5 +1,6 @@
 """`effnet-predict`: name what images show."""
 
+import collections
 import contextlib
 import csv
 import json
@@ -22,9 +23,10 @@ from effnet_repro.cli.options import (
     precision_of,
     start_keras,
 )
-from effnet_repro.cli.streams import in_a_line
 from effnet_repro.convert import format_of
 from effnet_repro.data.files import find_images
+from effnet_repro.data.places import describe_left
+from effnet_repro.messages import in_a_line
 
 MOST_LIST = 2**28  # Bytes of a list of paths: millions of them
 
@@ -53,11 +55,12 @@ def _predict_arguments(parser):
 
 
 def _listed(paths):
-    "The images that the command line names; `-` stands for the paths on standard input"
+    "The images that the command line names, and what is none in their folders; `-` is the paths on standard input"
     named = []
     for path in paths:
         named += _from_stdin() if path == "-" else [path]
-    return find_images(named)
+    left = collections.Counter()
+    return find_images(named, left), left
 
 
 def _from_stdin():
@@ -185,11 +188,13 @@ def predict_command(args):
     reading = {"weights": args.weights, "arch": args.arch}
     if args.class_names:
         reading["class_names"] = read_lines(args.class_names)
-    images = _listed(args.paths)
+    images, left = _listed(args.paths)
     if not images:
         raise UsageError("No image is named.")
     # What is no network, and what is no image, is told before Keras takes its seconds.
     weights, network, names = _read_network(args, reading), None, ()
+    if left:
+        print(f"note: left out, {describe_left(left)}", file=sys.stderr)
     problems = _all_unreadable(images, weights.case)
     if problems is None:
         start_keras(args)

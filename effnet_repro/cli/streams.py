@@ -23,12 +23,6 @@ _NAMES = "effnet_names"
 codecs.register_error(_NAMES, _escaped)
 
 
-def in_a_line(text) -> str:
-    """Return text as one line that can be printed: line ends and terminal codes become escapes."""
-    plain = lambda c: c if c.isprintable() else c.encode("unicode_escape").decode()
-    return "".join(map(plain, shown(text)))
-
-
 def settle_streams() -> None:
     """Set up the standard streams so that printing never fails because of a character.
 

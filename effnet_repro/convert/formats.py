@@ -12,6 +12,9 @@ FORMATS = ("ours", "tf1", "keras", "torch")
 
 
 _TORCH_ENDINGS = (".pt", ".pth", ".tar", ".bin")
+# What files of weights are by their first bytes, and the ending by which they are read.
+_ENDINGS = {"a safetensors file": ".safetensors", "an HDF5 file": ".h5"}
+_ENDINGS.update({"a ZIP archive": ".pth", "a pickle": ".pth"})
 
 
 def format_of(
@@ -40,9 +43,12 @@ def format_of(
     if path.suffix == ".safetensors":
         header = open_safetensors(path, lambda file: file.metadata() or {})
         return "ours" if "effnet_repro" in header else "torch"
-    endings = (".safetensors", ".keras", ".h5", *_TORCH_ENDINGS, ".index")
+    endings, kind = (".safetensors", ".keras", ".h5", *_TORCH_ENDINGS, ".index"), file_kind(path)
+    ending = _ENDINGS.get(kind)
+    what = "if PyTorch wrote it" if ending == ".pth" else "if it holds weights"
+    hint = f": {what}, call it {path.stem}{ending}" if ending else ""
     raise ValueError(
-        f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder. It is {file_kind(path)}."
+        f"Unknown kind of weights: {path.name}. Legal: {', '.join(endings)}, a run folder. It is {kind}{hint}."
     )
 
 

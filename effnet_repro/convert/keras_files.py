@@ -18,7 +18,15 @@ from pathlib import Path
 from effnet_repro.checkpoint import atomic_write, explain_writing
 from effnet_repro.config import case_to_dict, list_some
 from effnet_repro.convert.recognize import case_for
-from effnet_repro.convert.weights import CASE_KEY, Found, case_in, names_in, needed, object_in
+from effnet_repro.convert.weights import (
+    CASE_KEY,
+    Found,
+    case_in,
+    names_in,
+    needed,
+    object_in,
+    quantized,
+)
 from effnet_repro.network import params
 from effnet_repro.outside import (
     MOST_CLASSES,
@@ -38,8 +46,14 @@ def _h5_shapes(path):
     def note(name, item):
         if getattr(item, "shape", None) is not None:  # a data set, and not an empty one
             check_numbers(path, math.prod(item.shape))
-            if not name.startswith("optimizer"):
-                shapes[name] = item.shape
+            if name.startswith("optimizer"):
+                return
+            shapes[name] = item.shape
+            kinds = (
+                "f" if len(item.shape) in (2, 4) else "fiu"
+            )  # counters and states of chance are whole
+            if item.dtype.kind not in kinds:
+                raise ValueError(quantized(path, item.dtype, name))
 
     if path.suffix == ".keras" and kind_of(head_of(path)) == "a ZIP archive":
         check_archive(path)

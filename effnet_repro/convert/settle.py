@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import numpy as np
 
-from effnet_repro.config import for_one_device
+from effnet_repro.config import for_one_device, list_some
 from effnet_repro.convert.recognize import case_for, network_of
-from effnet_repro.convert.weights import Weights, class_names_of
+from effnet_repro.convert.weights import Weights, class_names_of, quantized
 from effnet_repro.network import check_matches, initial_value, params, spec_of_arrays
 from effnet_repro.scaling import SIZE_TABLE, ModelSpec
 
@@ -74,6 +74,23 @@ def _fit_case(found, guess, given, image_size):
     return case, notes
 
 
+def _check_numbers(path, arrays):
+    "Raise `ValueError` for arrays that are no weights: whole numbers, numbers that are not finite, variances below 0"
+    kinds = {n: a.dtype for n, a in arrays.items() if a.dtype.kind != "f"}
+    if kinds:
+        name = min(kinds)
+        raise ValueError(quantized(path, kinds[name], name))
+    variances = [
+        n
+        for n, a in arrays.items()
+        if n.endswith(("running_var", "moving_variance")) and a.min() < 0
+    ]
+    broken = [n for n, a in arrays.items() if not np.isfinite(a).all()] or variances
+    if broken:
+        what = "a variance below zero" if variances else "numbers that are not finite"
+        raise ValueError(f"{path} holds {what} in {list_some(broken)}: these weights are broken.")
+
+
 def settle(path, found, given, num_classes, image_size, class_names):
     "Check what was found against the network that it must be, and name it as we do"
     shapes = {n: np.shape(a) for n, a in found.arrays.items()}
@@ -87,6 +104,7 @@ def settle(path, found, given, num_classes, image_size, class_names):
     asked = f"asked for: {spec.name} of {case.name}" if given else "nearest"
     hint = f"{path}: {asked}; its arrays look like {guess.name} (shapes: height, width, in, out)."
     check_matches(found.arrays, declared, hint)
+    _check_numbers(path, {n: np.asarray(a) for n, a in found.arrays.items()})
     arrays = {n: np.ascontiguousarray(found.arrays[found.name_of(n)], "float32") for n in own}
     arrays, spec, fresh = _new_classifier(path, arrays, spec, num_classes)
     if found.affine is not None:

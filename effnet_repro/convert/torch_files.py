@@ -5,6 +5,8 @@ A state dict does not tell timm's two kinds apart (`tf_efficientnet_b*` pads as 
 `config.json` beside the file, the file's name or the caller does.
 """
 
+import contextlib
+import importlib
 import io
 import json
 import math
@@ -55,7 +57,7 @@ class TorchOptions:
 _ARCH = re.compile(r"(tf_)?efficientnet_b[0-7]")
 
 
-_STATE_KEYS = ("state_dict", "model_state_dict", "model")
+_STATE_KEYS = ("state_dict", "model_state_dict", "model", "state_dict_ema", "model_ema", "ema")
 
 
 def _known_arch(name):
@@ -84,6 +86,8 @@ _HEADER = "effnet_repro_torch"
 
 def open_safetensors(path, read):
     "Call `read` with an open safetensors file; all errors of the file are raised here"
+    with contextlib.suppress(ImportError):  # which tells NumPy what bfloat16 is
+        importlib.import_module("ml_dtypes")
     try:
         with safe_open(str(path), "np") as file:
             return read(file)
@@ -97,9 +101,16 @@ def open_safetensors(path, read):
 def _read_safetensors(path):
     "State dict of a safetensors file, and what its header says"
     said = open_safetensors(path, lambda file: (file.metadata() or {}).get(_HEADER, "{}"))
-    arrays = lambda file: {n: file.get_tensor(n) for n in file.keys()}
+    plain = lambda a: a.astype("float32") if a.dtype.name == "bfloat16" else a
+    arrays = lambda file: {n: plain(file.get_tensor(n)) for n in file.keys()}
     check_numbers(path, path.stat().st_size // 4)
     return open_safetensors(path, arrays), object_in(said, f"The header of {path}")
+
+
+def _floats(tensor):
+    "A tensor of numbers that NumPy knows; whole ones stay whole"
+    whole = not getattr(tensor, "is_floating_point", lambda: True)()
+    return tensor.detach() if whole else tensor.detach().float()
 
 
 def _read_pth(path):
@@ -111,7 +122,8 @@ def _read_pth(path):
     if kind == "a ZIP archive":
         check_archive(path)
     elif kind not in ("a pickle", "of no known kind") and head_of(path, 2) != b"PK":
-        raise ValueError(f"{path} is {kind}, not a whole file of weights. Copy it again.")
+        hint = "Unpack it" if kind.endswith("archive") else "Copy it again"
+        raise ValueError(f"{path} is {kind}, not a whole file of weights. {hint}.")
     torch = needed("torch", f"Reading {path.name}", way_out)
     try:
         loaded = torch.load(str(path), map_location="cpu", weights_only=True)
@@ -123,17 +135,21 @@ def _read_pth(path):
     if not isinstance(loaded, dict):
         kind = "one tensor" if hasattr(loaded, "detach") else f"a {type(loaded).__name__}"
         raise ValueError(f"{path} holds {kind}, not a dictionary of tensors.")
-    state = next((loaded[k] for k in _STATE_KEYS if isinstance(loaded.get(k), dict)), loaded)
+    states = [k for k in _STATE_KEYS if isinstance(loaded.get(k), dict)]
+    state = loaded[states[0]] if states else loaded
     arch = loaded.get("arch") if isinstance(loaded.get("arch"), str) else None
     tensors = {str(n): v for n, v in state.items() if hasattr(v, "detach")}
     check_numbers(
         path, sum(math.prod(getattr(v, "shape", ())) for v in tensors.values())
     )  # a view may be larger than its file
     try:
-        arrays = {n: v.detach().float().numpy() for n, v in tensors.items()}
+        arrays = {n: _floats(v).numpy() for n, v in tensors.items()}
     except (RuntimeError, TypeError) as e:  # sparse or quantized ones
         raise ValueError(f"{path} holds tensors that are no plain numbers ({e}).") from None
-    return arrays, {"arch": arch}
+    more = (
+        f"Read from {states[0]}; the file also holds {', '.join(states[1:])}." if states[1:] else ""
+    )
+    return arrays, {"arch": arch, "note": more}
 
 
 _DEFAULT_MEAN, _DEFAULT_STD = (0.485, 0.456, 0.406), tuple(s / 255 for s in IMAGENET_STD)
@@ -212,6 +228,7 @@ def find_torch(path, options):
     affine, notes = _torch_affine(said, options.input_mean, options.input_std)
     if (notes and "block0.conv.weight" in state) or (case and case.input_norm != "keras"):
         affine, notes = None, ()  # ours, centered as published unless the header says otherwise
+    notes += (said["note"],) if said.get("note") else ()
     if case and (note := earlier_note(said["case"])):
         notes = (*notes, note)
     about = dict(affine=affine, case=case, class_names=names_in(said, path), notes=notes)

@@ -117,6 +117,14 @@ def names_in(said, what) -> Optional[Tuple[str, ...]]:
     return tuple(names)
 
 
+def quantized(path, dtype, name) -> str:
+    """Return what is said of an array of weights that are no floating point numbers."""
+    return (
+        f"{path} holds numbers of type {dtype} in {name}: quantized weights are not read. Take those from before "
+        "they were quantized."
+    )
+
+
 def class_names_of(n):
     "Placeholders for the names of `n` classes"
     return tuple(f"class {i}" for i in range(n))

@@ -1,5 +1,6 @@
 """What is in a folder: `open_data` lists images, classes and damage as a `DataSet`, which can sum itself up."""
 
+import contextlib
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ from typing import Any, Dict, Optional, Tuple
 
 import numpy as np
 
-from effnet_repro.config import unknown_name
+from effnet_repro.config import list_some, unknown_name
 from effnet_repro.data.damage import leave_out_damaged
 from effnet_repro.data.decoders import check_decoder
 from effnet_repro.data.layouts import OPENERS, recognize
@@ -19,7 +20,7 @@ from effnet_repro.data.places import Listing, Split, count_kinds, without
 from effnet_repro.data.sample import sample_set
 from effnet_repro.data.split import split_off
 from effnet_repro.data.unread import hint_on
-from effnet_repro.messages import say
+from effnet_repro.messages import in_a_line, say
 from effnet_repro.outside import MOST_CLASSES, file_kind, read_json
 from effnet_repro.paths import local_path, no_folder
 
@@ -145,9 +146,9 @@ def _whole(value, most):
 
 
 def _read_info(path):
-    "Number and names of the classes in `info.json`: (None, {}) where there is none"
+    "Number and names of the classes in `info.json`, and images of each split: (None, {}, {}) where there is none"
     if not path.exists():
-        return None, {}
+        return None, {}, {}
     try:
         info = read_json(path)
         if not isinstance(info.get("classes", []), list):
@@ -161,6 +162,8 @@ def _read_info(path):
                 raise ValueError(f"the text of label {label} is none")
             if names.setdefault(label - 1, str(one["text"])) != str(one["text"]):
                 raise ValueError(f"label {label} has two names")
+        splits = info.get("splits") if isinstance(info.get("splits"), dict) else {}
+        counts = {name: one.get("records") for name, one in splits.items() if isinstance(one, dict)}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else str(error)
         what = what.replace(f"{path} ", "it ").rstrip(".")[:200]
@@ -168,14 +171,44 @@ def _read_info(path):
             f"{path} is not a description of classes ({what}). It needs "
             f'{{"num_classes": 10, "classes": [{{"label": 1, "text": "cat"}}, ...]}}, or remove it.'
         ) from None
-    return number, names
+    return number, names, counts
+
+
+def _one_name(label, texts, told):
+    "The name of a class: `told` by info.json, or what all records call it"
+    texts = [texts] if isinstance(texts, str) else texts
+    if told is not None or len(texts) == 1:
+        return texts[0] if told is None else told
+    calls = " and ".join(repr(text) for text in texts[:3])
+    raise ValueError(
+        f"Records of label {label + 1} call it {calls}: a label has one meaning in all files. Mend the records, or "
+        "name the classes in info.json."
+    )
+
+
+def _compare_names(listing, told, names):
+    "Refuse an info.json that gives a class folder the name of another; say it where records call a label otherwise"
+    for label, text in told.items():
+        texts = [names[label]] if isinstance(names.get(label), str) else names.get(label, [])
+        if not set(texts) & (set(told.values()) - {text}):
+            continue
+        path = listing.root / "info.json"
+        if isinstance(names[label], str):
+            raise ValueError(
+                f"{path} calls label {label + 1} {text!r}, which is the folder {texts[0]!r}. Mend it, or remove it."
+            )
+        calls = f"calls label {label + 1} {text!r}, and records call it {texts[0]!r}"
+        return listing.say(f"data: {path} {calls}: info.json counts")
 
 
 def _classes(listing, splits, names):
     "Splits whose labels are checked, and number and names of the classes, by `info.json` if there is one"
     root = listing.root
-    number, told = _read_info(root / "info.json")
-    names = {**names, **told}
+    number, told, counts = _read_info(root / "info.json")
+    _compare_names(listing, told, names)
+    names = {
+        label: _one_name(label, names.get(label), told.get(label)) for label in {*names, *told}
+    }
     most = number or _MOST_CLASSES
     limit = (
         f"the {number} classes of {root}"
@@ -200,7 +233,22 @@ def _classes(listing, splits, names):
             f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}. {hint_on(root)}".rstrip()
         )
     names = {label: name for label, name in names.items() if label < most}
+    for name, split in checked.items():
+        many, missing = counts.get(name), len(split.label) + len(listing.damaged)
+        if isinstance(many, int) and missing < many:
+            listing.say(
+                f"data: info.json in {root} speaks of {many:,} {name} images; {len(split.label):,} are there"
+            )
     return checked, number or max(highest, *names, 0) + 1, names
+
+
+def _other_format(root, data_format):
+    "What a message says where the format that was asked for gave no images and another one fits"
+    with contextlib.suppress(OSError, ValueError):
+        kind = recognize(root)[0]
+        if data_format not in (None, kind):
+            return f" It looks like data_format={kind!r}."
+    return ""
 
 
 def _check_open(data_dir, data_format, on_corrupt):
@@ -226,11 +274,18 @@ def open_data(
     root = sample_set(cache_dir) if data_dir is None else local_path(data_dir, "data_dir")
     if not root.is_dir():
         raise FileNotFoundError(f"{no_folder(root, 'data_dir')} Leave it out for the built-in set.")
+    if os.path.exists(root / "pack.json") and not os.path.exists(root / "info.json"):
+        raise ValueError(
+            f"{root} holds a set that effnet-pack has not finished. Run the same command again: it goes on."
+        )
     kind, root = (data_format, root) if data_format else recognize(root)
-    listing = Listing(root, cache_dir, say, on_corrupt == "skip")
+    listing = Listing(root, cache_dir, lambda text: say(in_a_line(text)), on_corrupt == "skip")
     splits, names = OPENERS[kind](listing)
     splits, validation_split = split_off(splits, root, kind, validation_split)
-    splits, num_classes, names = _classes(listing, splits, names)
+    try:
+        splits, num_classes, names = _classes(listing, splits, names)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}{_other_format(root, data_format)}") from None
     listing.tell_left()
     data = DataSet(
         format=kind,
@@ -258,6 +313,16 @@ def say_found(
     data: DataSet,  # From `open_data`
 ):
     "Print what was found, and the first images that were left out"
-    say(data.describe())
+    say(in_a_line(data.describe()))
     for place in data.damaged[:5]:
-        say(f"  left out: {place}")
+        say(in_a_line(f"  left out: {place}"))
+    shown = {name: set(split.label.tolist()) for name, split in data.splits.items()}
+    for name, other in (("training", "validation"), ("validation", "training")):
+        here, there = (shown[{"training": "train"}.get(n, n)] for n in (name, other))
+        alone = [data.class_names[label] for label in sorted(there - here)]
+        if here and alone:
+            say(
+                in_a_line(
+                    f"data: no {name} images of {list_some(alone)}, though there are {other} images"
+                )
+            )

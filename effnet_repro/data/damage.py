@@ -62,6 +62,8 @@ def _wrong_pixels(places):
     "Images of a packed set whose pixels do not give their checksum"
     found = {}
     for number, path in enumerate(places.files):
+        if number not in places.file:
+            continue
         index = np.load(str(Path(path).with_name(Path(path).name.replace("pixels", "index", 1))))
         index = index[index["boxes"] >= 0]
         crcs = dict(zip(index["offset"].tolist(), index["crc"].tolist()))
@@ -79,6 +81,8 @@ def _wrong_checksums(places):
     found = {}
     for number, path in enumerate(places.files):
         inside = np.flatnonzero(places.file == number)
+        if not len(inside):
+            continue
         records = scan_tfrecord(path, damaged=lambda text: None)  # those are not in the list
         around = np.searchsorted(records[:, 0], places.offset[inside], "right") - 1
         with open(path, "rb") as file:

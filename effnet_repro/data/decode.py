@@ -156,6 +156,19 @@ def _exif_orientation(image):
         return 1
 
 
+#: What Pillow may take a file for. It knows more, such as PostScript, for which it would start another program.
+_FORMATS = set("JPEG MPO PNG BMP DIB GIF WEBP TIFF PPM JPEG2000 TGA PCX AVIF".split())
+
+
+@functools.lru_cache(maxsize=1)
+def _formats():
+    "Those of `_FORMATS` that this Pillow knows"
+    from PIL import Image
+
+    Image.init()
+    return sorted(_FORMATS & set(Image.OPEN))
+
+
 def _decode_accurate(data):
     "An image as it is stored, (H, W, 3) uint8, and its orientation; whatever is wrong with it is one ValueError"
     try:
@@ -168,7 +181,7 @@ def _decode_accurate(data):
     try:
         if data[:2] == b"\xff\xd8" and not is_whole_jpeg(data):
             raise ValueError("a JPEG without an end")  # TensorFlow refuses it, Pillow does not
-        image = Image.open(io.BytesIO(_plain_png(data)))
+        image = Image.open(io.BytesIO(_plain_png(data)), formats=_formats())
         check_pixels(*image.size[::-1])
         jpeg, orientation = data[:2] == b"\xff\xd8", _exif_orientation(image)
         orientation = image_facts(data).orientation if jpeg else orientation

@@ -3,12 +3,12 @@
 import math
 import os
 from dataclasses import dataclass
-from typing import Iterable, Iterator, List, Optional, Sequence, Tuple
+from typing import Counter, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 import numpy as np
 
 from effnet_repro.data.decode import decode_image, rgb_of
-from effnet_repro.data.folders import IMAGE_SUFFIXES, is_image_name
+from effnet_repro.data.folders import IMAGE_SUFFIXES, is_image_inside, is_image_name
 from effnet_repro.data.numpy_reader import PIECE
 from effnet_repro.data.places import left_by_tools
 from effnet_repro.data.request import check_resize
@@ -19,15 +19,16 @@ from effnet_repro.outside import MOST_IMAGE_BYTES, read_file
 from effnet_repro.paths import local_path
 
 
-def find_images(places: Iterable) -> List[str]:
+def find_images(places: Iterable, left: Optional[Counter] = None) -> List[str]:
     """Return the paths of images: files as they are named, and of a folder every image in it or below, sorted.
 
-    What does not exist, and a folder without images, stays in the list: reading it says what is wrong.
+    What does not exist, and a folder without images, stays in the list: reading it says what is wrong. `left` counts
+    by suffix what is in a folder and is no image.
     """
     found = []
     for place in places:
         place = str(local_path(place))
-        inside = list(_images_below(place)) if os.path.isdir(place) else []
+        inside = list(_images_below(place, left)) if os.path.isdir(place) else []
         found += inside or [place]
     return found
 
@@ -37,11 +38,37 @@ def first_image(folder) -> Optional[str]:
     return next(_images_below(str(local_path(folder))), None)
 
 
-def _images_below(folder):
-    for inner, folders, files in os.walk(folder):
+def _images_below(folder, left=None):
+    seen = set()
+
+    def unread(error):
+        if left is not None:
+            left["folder that cannot be read"] += 1
+
+    for inner, folders, files in os.walk(folder, onerror=unread, followlinks=True):
         folders[:] = sorted(name for name in folders if not left_by_tools(name))
-        names = (n for n in sorted(files) if is_image_name(n))
-        yield from (os.path.join(inner, name) for name in names if not left_by_tools(name))
+        if os.path.realpath(inner) in seen:  # a link that leads back
+            folders[:] = []
+            continue
+        seen.add(os.path.realpath(inner))
+        for name in sorted(name for name in files if not left_by_tools(name)):
+            path = os.path.join(inner, name)
+            if is_image_name(name) or is_image_inside(path):
+                yield path
+            elif left is not None:
+                left[os.path.splitext(name)[1].lower() or "without a suffix"] += 1
+
+
+_LONGEST = 16  # Of an image that is resized whole: its long side over its short one
+
+
+def _without_ends(pixels):
+    "An image without the ends of a very long side, whose middle alone is seen"
+    short, long = sorted(pixels.shape[:2])
+    cut = (long - _LONGEST * short) // 2
+    if cut <= 0:
+        return pixels
+    return pixels[cut:-cut] if pixels.shape[0] == long else pixels[:, cut:-cut]
 
 
 def timm_square(pixels: np.ndarray, image_size: int, crop_pct: float) -> np.ndarray:
@@ -51,6 +78,7 @@ def timm_square(pixels: np.ndarray, image_size: int, crop_pct: float) -> np.ndar
     """
     from PIL import Image
 
+    pixels = _without_ends(pixels)
     height, width = pixels.shape[:2]
     short, scaled = min(height, width), math.floor(image_size / crop_pct)
     new = tuple(int(scaled * side / short) for side in (height, width))

@@ -4,7 +4,6 @@ Images may lie deeper inside a class folder. What is an image is told by the suf
 the first bytes. Validation images that are not sorted into class folders are read with Kaggle's list of labels.
 """
 
-import csv
 import os
 import stat
 import unicodedata
@@ -13,9 +12,12 @@ from typing import List, Optional
 
 import numpy as np
 
+from effnet_repro.config import list_some
+from effnet_repro.data.labels import LABELS, TINY, labels_beside, read_labels
 from effnet_repro.data.places import Listing, Split, left_by_tools, listed, make_split
-from effnet_repro.data.unread import folder_of_classes, refuse_splits_as_classes
-from effnet_repro.outside import file_kind, head_of, kind_of, read_file
+from effnet_repro.data.unread import folder_of_classes, refuse_splits_as_classes, tell_same_folders
+from effnet_repro.messages import in_a_line
+from effnet_repro.outside import file_kind, head_of, kind_of
 
 IMAGE_SUFFIXES = tuple(
     ".jpg .jpeg .jpe .jfif .pjpeg .mpo .png .apng .bmp .dib .gif .webp .tif .tiff .ppm .pgm .pbm .pnm "
@@ -23,7 +25,16 @@ IMAGE_SUFFIXES = tuple(
 )
 TRAIN, VALIDATION = ("train", "training"), ("validation", "val", "valid")
 _ASIDE = {"test", "testing", "dev", "eval", "holdout"}
-_BY_CONTENT = {"a JPEG", "a PNG", "a GIF", "a WebP image", "a BMP", "a JPEG 2000 image"}
+_BY_CONTENT = {
+    "a JPEG",
+    "a PNG",
+    "a GIF",
+    "a WebP image",
+    "a BMP",
+    "a JPEG 2000 image",
+    "an AVIF image",
+}
+_ARCHIVES = tuple(".zip .tar .gz .tgz .bz2 .xz .7z .rar".split())
 # Never looked into: files that are not meant as images, or not finished.
 _OTHERS = set(
     ".txt .csv .tsv .json .jsonl .xml .yml .yaml .md .html .htm .log .ini .py .ipynb .npy .npz .mat .pkl .h5 .db "
@@ -31,8 +42,6 @@ _OTHERS = set(
     ".tmp .bak .orig .old .xmp .aae .cr2 .nef .dng .arw".split()
 )
 _DEEPEST = 32  # Folders below a class folder
-LABELS = "LOC_val_solution.csv"  # Kaggle's labels of ImageNet's validation images
-TINY = "val_annotations.txt"  # The same of Tiny ImageNet, whose images lie in val/images
 
 
 def is_image_name(name: str) -> bool:
@@ -56,7 +65,7 @@ def _has_classes(folder):
 def _named(root, names):
     "The folders of these names, in the order of the names; upper case counts as lower case"
     there = [path for path in listed(root) if path.is_dir()]
-    return [path for name in names for path in there if path.name.lower() == name]
+    return [path for name in names for path in there if path.name.strip().lower() == name]
 
 
 def training_folder(root: Path) -> Optional[Path]:
@@ -94,26 +103,42 @@ def deeper_set(root: Path, depth: int = 4) -> Optional[Path]:
     return None
 
 
-def _images(folder, listing):
-    "Path and bytes of each image in a folder or below, by name"
-    found, seen = [], set()
+def _images(folder, listing, seen=None, deep=True):
+    """Path and bytes of each image in a folder, and with `deep` below, by name.
+
+    `seen` keeps which folders were entered, and for which class: one that a link adds to a second class is an error.
+    """
+    found, seen = [], {} if seen is None else seen
 
     def enter(inner, above, depth):
         about = os.stat(inner)
-        if (about.st_dev, about.st_ino) in seen or depth > _DEEPEST:
+        first, owner = seen.setdefault((about.st_dev, about.st_ino), (inner, folder))
+        if owner is not folder:
+            raise ValueError(
+                f"{inner} and {first} are one folder: its images would be of two classes. Remove the link."
+            )
+        if first is not inner:
             return  # a link that leads back
-        seen.add((about.st_dev, about.st_ino))
-        with os.scandir(inner) as entries:
-            for entry in entries:
-                if left_by_tools(entry.name):
-                    continue
-                about, place = _about(entry, listing), (*above, entry.name)
-                if about is None:
-                    continue
-                if stat.S_ISDIR(about.st_mode):
+        if depth > _DEEPEST:
+            return listing.leave(inner, f"folder deeper than {_DEEPEST}")
+        try:
+            with os.scandir(inner) as there:
+                entries = list(there)
+        except OSError as error:
+            return listing.damage_file(inner, error)
+        for entry in entries:
+            if left_by_tools(entry.name):
+                if is_image_name(entry.name) and _looks_like_image(entry.path):
+                    listing.leave(entry.path, "whose name begins with a dot, @ or ~")
+                continue
+            about, place = _about(entry, listing), (*above, entry.name)
+            if about is None:
+                continue
+            if stat.S_ISDIR(about.st_mode):
+                if deep:
                     enter(entry.path, place, depth + 1)
-                elif _is_image(entry, about, listing):
-                    found.append((place, entry.path, about.st_size))
+            elif _is_image(entry, about, listing):
+                found.append((place, entry.path, about.st_size))
 
     enter(str(folder), (), 0)
     return [(path, size) for _, path, size in sorted(found)]
@@ -131,7 +156,7 @@ def _about(entry, listing):
         if entry.is_symlink():
             listing.damage_link(entry.path)
         else:
-            listing.damage("file", f"{entry.path} cannot be read: {error.strerror}.")
+            listing.damage_file(entry.path, error)
         return None
 
 
@@ -144,11 +169,25 @@ def _is_image(entry, about, listing):
         else:
             listing.leave(entry.path, "special file")
         return False
-    suffix = os.path.splitext(entry.name)[1].lower()
-    if named or (suffix not in _OTHERS and kind_of(head_of(entry.path)) in _BY_CONTENT):
+    if named or is_image_inside(entry.path):
         return True
     listing.leave(entry.path)
     return False
+
+
+def is_image_inside(path: str) -> bool:
+    """Return whether a file is an image by its first bytes, if its suffix is none that is known."""
+    suffix = os.path.splitext(path)[1].lower()
+    return suffix not in _OTHERS and _looks_like_image(path, not suffix)
+
+
+def _looks_like_image(path, tiff=False):
+    "Whether the first bytes are those of an image; raw files of cameras are TIFFs, too"
+    try:
+        kind = kind_of(head_of(path))
+    except OSError:  # nothing says that it is meant as one
+        return False
+    return kind in _BY_CONTENT or (tiff and kind == "a TIFF")
 
 
 def _class_folders(folder, listing):
@@ -164,14 +203,17 @@ def _class_folders(folder, listing):
                 )
         elif path.is_dir():
             names.append(path.name)
-        elif path.is_symlink() and not path.exists() and not path.suffix:
+        elif path.is_symlink() and not path.exists() and path.suffix.lower() not in _OTHERS:
             listing.damage_link(path)
     return names
 
 
 def _refuse_splits(folder):
     "Raise `ValueError` for a class folder that holds train/ and val/: splits come before classes here"
-    inside = [path.name for path in _named(folder, ("train", "val", "validation", "test"))]
+    try:
+        inside = [path.name for path in _named(folder, ("train", "val", "validation", "test"))]
+    except OSError:  # `_images` tells it
+        return
     if len(inside) > 1:
         raise ValueError(
             f"The class folder {folder} holds the folders {' and '.join(inside)}. Training and validation images "
@@ -180,13 +222,13 @@ def _refuse_splits(folder):
 
 
 def _list_classes(folder, classes, listing):
-    paths, sizes, labels = [], [], []
+    paths, sizes, labels, seen = [], [], [], {}
     for label, name in enumerate(classes):
         if not (folder / name).is_dir():
             continue
         _refuse_splits(folder / name)
         before, gone = listing.left.copy(), len(listing.damaged)
-        found = _images(folder / name, listing)
+        found = _images(folder / name, listing, seen)
         if not found and len(listing.damaged) == gone:
             other = ", ".join(f"{n} {kind}" for kind, n in (listing.left - before).most_common(5))
             deeper = folder_of_classes(folder, classes, _holds_images)
@@ -211,53 +253,50 @@ def _flat(folder):
     return [p for p in listed(folder) if is_image_name(p.name) and not p.is_dir()]
 
 
-def _labels_beside(root, folder):
-    "A list of labels in the folder of validation images, or in one of those above"
-    above = [folder, folder.parent, root, *root.absolute().parents[:3]]
-    paths = (place / name for name in (LABELS, TINY) for place in above)
-    return next((path for path in paths if path.is_file()), None)
-
-
-def _read_labels(path):
-    "Name of an image, without suffix -> class, of Kaggle's list or Tiny ImageNet's"
-    text = read_file(path).decode("utf-8-sig", "replace")
-    if path.name == TINY:
-        rows = [line.split("\t") for line in text.splitlines()]
-        return {os.path.splitext(row[0])[0]: row[1] for row in rows if len(row) > 1}
-    try:
-        rows = list(csv.DictReader(text.splitlines()))
-        return {row["ImageId"]: row["PredictionString"].split()[0] for row in rows}
-    except (csv.Error, KeyError, AttributeError, IndexError, TypeError):
-        raise ValueError(
-            f"{path} is not Kaggle's list of labels: it needs the columns ImageId and PredictionString, with a "
-            "class first in each. Download it again."
-        ) from None
-
-
 def _list_flat(root, folder, classes, listing):
     "Validation images that are not sorted, with the labels that Kaggle lists"
-    images, path = _flat(folder), _labels_beside(root, folder)
+    path = labels_beside(root, folder)
     if path is None:
         raise ValueError(
-            f"{folder} holds {len(images):,} images, but no class folders: nothing says what they show. Put "
+            f"{folder} holds {len(_flat(folder)):,} images, but no class folders: nothing says what they show. Put "
             f"{LABELS} beside it (Kaggle has it for ImageNet), sort the images into {folder.name}/<class>/, or remove "
             "the folder."
         )
-    known, taken = _read_labels(path), []
-    for image in images:
-        label = known.get(image.stem)
+    known, taken, there = read_labels(path), [], set()
+    for image, size in _images(folder, listing, deep=False):
+        image = Path(image)
+        name = image.stem if image.stem in known else image.name
+        label = known.get(name)
+        there.add(name)
         if label is None:
             listing.damage("label", f"{path} does not list {image.name} of {folder}.")
         elif label not in classes:
             text = f"{path} gives {image.name} the class {label}, for which there is no training folder."
             listing.damage("label", text)
-        elif not image.is_file():
-            listing.damage("link", f"{image} is no file that can be read.")
         else:
-            taken.append((image, image.stat().st_size, classes.index(label)))
+            taken.append((image, size, classes.index(label)))
+    if path.parent == folder:  # it was counted as a file that is no image
+        listing.left.subtract([path.suffix])
     listing.say(f"data: the labels of {folder} are read from {path}")
+    absent = len(set(known) - there)
+    if absent:
+        listing.say(
+            f"data: {absent:,} of the {len(known):,} images that {path} lists are not there"
+        )
     paths, sizes, labels = zip(*taken) if taken else [()] * 3
     return make_split(paths, np.arange(len(paths)), np.zeros(len(paths)), sizes, labels)
+
+
+def _tell_no_folder(root, names, listing):
+    "Say what is called like a split and is no folder of one: an archive, a link to nothing, a list"
+    for path in listed(root):
+        stem, *endings = path.name.lower().split(".")
+        if stem not in names or path.is_dir():
+            continue
+        if path.is_symlink() and not path.exists():
+            listing.damage_link(path)
+        elif not endings or path.name.lower().endswith(_ARCHIVES):
+            listing.say(f"data: {path} is {file_kind(path)}, not a folder: it is not read")
 
 
 def _choose_validation(root, listing):
@@ -266,6 +305,8 @@ def _choose_validation(root, listing):
     full = [folder for folder in there if _holds_images(folder)]
     for folder in full[1:]:
         listing.say(f"data: validation images are read from {full[0]}; {folder} is not read")
+    if not there:
+        _tell_no_folder(root, VALIDATION, listing)
     if not full:
         for path in listed(root) if training_folder(root) else ():
             if path.is_dir() and path.name.lower() in _ASIDE and _holds_images(path):
@@ -275,35 +316,58 @@ def _choose_validation(root, listing):
     return (full or there or [None])[0]
 
 
+def _if_a_class(root, train):
+    "What is said of a folder of training images among folders that look like classes"
+    others = [p for p in listed(root) if p.is_dir() and p != train and _holds_images(p, False)]
+    names = [p.name for p in others if p.name.lower() not in {*VALIDATION, *_ASIDE}]
+    return f" If it is a class, as {list_some(names)} may be, rename it." if names else ""
+
+
 def open_folders(listing: Listing):
     """Open class folders: see `layouts`."""
     root = listing.root
     train, validation = training_folder(root), _choose_validation(root, listing)
+    if train is None:
+        _tell_no_folder(root, TRAIN, listing)
+    for other in _named(root, TRAIN):
+        if train and other != train and _has_classes(other):
+            listing.say(f"data: training images are read from {train}; {other} is not read")
+    if train and validation and os.path.samefile(train, validation):
+        listing.say(f"data: {validation} is {train}: what trains also validates")
     if train is None and validation is None:
         train = root  # nothing but class folders: `split` makes two sets of them
     classes = _class_folders(train, listing)
     inside = _class_folders(validation, listing)
+    above = train if classes or validation is None else validation  # the folder of the classes
     classes = classes or inside
     if inside == ["images"] and (validation / TINY).is_file():
         validation, inside = validation / "images", []
     if train is not None and not classes and _flat(train):
         raise ValueError(
             f"{train} holds {len(_flat(train)):,} images, but no class folders: sort them into "
-            f"{train}/<class>/, a folder for each class."
+            f"{train}/<class>/, a folder for each class.{_if_a_class(root, train)}"
         )
-    refuse_splits_as_classes(train or validation, classes)
-    if len(classes) == 1 and folder_of_classes(train or validation, classes, _holds_images):
+    archives = _archives(train or validation)
+    if not classes and archives:
         raise ValueError(
-            f"{(train or validation) / classes[0]} would be the only class, and holds folders of images. If these are "
+            f"{train or validation} holds {archives[0].name}, but no class folders: unpack the archives there, each "
+            "into a folder of its class."
+        )
+    refuse_splits_as_classes(above, classes, _holds_images)
+    if len(classes) == 1 and folder_of_classes(above, classes, _holds_images):
+        raise ValueError(
+            f"{above / classes[0]} would be the only class, and holds folders of images. If these are "
             "the classes, give that folder."
         )
     extra = sorted(set(inside) - set(classes))
     if extra:
         raise ValueError(
-            f"{validation} has class folders that {train} does not have: {', '.join(extra[:5])}. "
+            f"{validation} has class folders that {train} does not have: {', '.join(map(in_a_line, extra[:5]))}. "
             f"A class has the same name in both{_almost(extra, classes)}."
         )
+    _tell_alike(classes, listing)
     splits = {"train": _sorted_out(train, classes, listing)}
+    tell_same_folders(above, classes, _holds_images, listing)
     if validation is not None and not inside and _flat(validation):
         splits["validation"] = _list_flat(root, validation, classes, listing)
     else:
@@ -311,20 +375,47 @@ def open_folders(listing: Listing):
     return splits, dict(enumerate(classes))
 
 
+def _plain(name):
+    "A name without what hardly shows: letter case, spaces around it, the encoding of accents"
+    return unicodedata.normalize("NFKC", name).casefold().strip()
+
+
 def _almost(extra, classes):
-    "What is said of class folders whose names look alike: in letter case, spaces or the encoding of accents"
-    plain = lambda name: unicodedata.normalize("NFKC", name).casefold().strip()
-    known = {plain(name): name for name in classes}
+    "What is said of class folders whose names look alike"
+    known = {_plain(name): name for name in classes}
     pairs = [
-        f"{name!a} here, {known[plain(name)]!a} there" for name in extra if plain(name) in known
+        f"{name!a} here, {known[_plain(name)]!a} there" for name in extra if _plain(name) in known
     ]
     return f", letter by letter: {'; '.join(pairs[:3])}" if pairs else ""
 
 
+def _tell_alike(classes, listing):
+    "Say which classes differ in nothing that one sees: they may be meant as one"
+    known = {}
+    for name in classes:
+        known.setdefault(_plain(name), []).append(name)
+    for names in known.values():
+        if len(names) > 1:
+            listing.say(
+                f"data: {' and '.join(map(ascii, names))} look alike, and are classes of their own"
+            )
+
+
+def _archives(folder):
+    "The archives that lie in a folder itself"
+    files = (path for path in listed(folder) if path.name.lower().endswith(_ARCHIVES))
+    return [path for path in files if path.is_file()]
+
+
 def _sorted_out(folder, classes, listing) -> Split:
-    "The images of class folders; those that lie beside the class folders are counted"
+    "The images of class folders; what lies beside the class folders is counted or named"
     if folder is None:
         return make_split((), (), (), (), ())
     for path in _flat(folder):
         listing.leave(path, "beside the class folders")
+    packed = [p.name for p in _archives(folder) if not (folder / p.name.split(".")[0]).is_dir()]
+    if packed:
+        listing.say(
+            f"data: archives in {folder} are not read: {list_some(packed)}. Unpack those of classes"
+        )
     return _list_classes(folder, classes, listing)

@@ -14,15 +14,18 @@ from typing import Tuple
 
 import numpy as np
 
+from effnet_repro.config import list_some
 from effnet_repro.data.cache import cache_folder, file_stamp, keep
 from effnet_repro.data.folders import (
     IMAGE_SUFFIXES,
     deeper_set,
     holds_classes,
     is_alone,
+    is_image_name,
     open_folders,
 )
 from effnet_repro.data.places import Damage, Split, left_by_tools, listed, make_split
+from effnet_repro.data.shards import refuse_doubles, tell_missing
 from effnet_repro.data.tfrecord import (
     feature_places,
     is_tfrecord,
@@ -31,12 +34,14 @@ from effnet_repro.data.tfrecord import (
     scan_tfrecord,
 )
 from effnet_repro.data.unread import hint_on
+from effnet_repro.messages import in_a_line
 from effnet_repro.outside import MOST_PIXELS, file_kind, head_of, kind_of, read_file
 
 __all__ = ["IMAGE_SUFFIXES", "INDEX", "LARGE", "OPENERS", "Split", "left_by_tools", "recognize"]
 
 LARGE = 2**31  # Bytes of a split beyond which lists are cached and reading goes in runs
 _SIDES = ("ymin", "xmin", "ymax", "xmax")
+_BEYOND = 1.5  # From an image's middle, in sides: a box that reaches further is one in pixels
 
 
 class _Wrong(ValueError):
@@ -59,9 +64,18 @@ def _record_facts(record):
         name = (facts.get("image/class/text") or [b""])[0].decode("utf-8", "replace")
         begin, end = place
     except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
-        needs = "it needs `image/encoded` (one JPEG) and `image/class/label`."
+        needs = f"it needs `image/encoded` (one JPEG) and `image/class/label`{_keys_of(record)}."
         raise _Wrong("record", f"{{here}} is not an image with a label: {needs}") from None
     return (begin, end), _label(labels), name, _boxes(facts), _original(facts)
+
+
+def _keys_of(record):
+    "What a message says of the keys that a record has"
+    try:
+        keys = [in_a_line(key)[:40] for key, _ in feature_places(record)]
+    except (AttributeError, ArithmeticError, LookupError, TypeError, ValueError):
+        return ""
+    return f". It has {list_some(sorted(keys))}" if keys else ""
 
 
 def _label(labels):
@@ -80,6 +94,7 @@ def _boxes(facts):
     try:
         boxes = np.stack(sides, 1).astype(float).reshape(-1, 4)
         fine = np.isfinite(boxes).all() and (boxes[:, :2] <= boxes[:, 2:]).all()
+        fine = fine and (np.abs(boxes - 0.5) <= _BEYOND).all()
     except (TypeError, ValueError):
         fine = False
     if not fine:
@@ -87,7 +102,7 @@ def _boxes(facts):
         raise _Wrong(
             "box",
             "The boxes `image/object/bbox/` ymin, xmin, ymax and xmax must be as many finite numbers each, ymin up to "
-            f"ymax, xmin up to xmax. Received: {shown} in {{here}}.",
+            f"ymax, xmin up to xmax, in shares of the image's sides. Received: {shown} in {{here}}.",
         )
     return np.clip(boxes, 0, 1)
 
@@ -104,8 +119,22 @@ def _original(facts):
 
 
 def _list_tfrecord(path, damage):
+    "Facts of each record of a file, none of one that cannot be read; see `_facts_of_records`"
+    try:
+        return _facts_of_records(path, damage)
+    except OSError as error:
+        damage("file", f"{path} cannot be read: {error.strerror or error}.")
+        return []
+
+
+def _facts_of_records(path, damage):
     "Facts of each record of a file; the image's place as offset in the file and length"
-    broken = lambda text: damage("file" if text.startswith("Truncated") else "record", text)
+
+    def broken(text):
+        if "record 0 of" in text and (kind := kind_of(head_of(path))) != "of no known kind":
+            text = f"{text} It is {kind}."
+        damage("file" if text.startswith("Truncated") else "record", text)
+
     records, facts = scan_tfrecord(path, damaged=broken).tolist(), []
     if not records:
         return facts
@@ -128,7 +157,9 @@ def _list_tfrecords(paths, damage):
     facts = [fact for found in lists for fact in found]
     offset, length, label, name, boxes, original = zip(*facts) if facts else [()] * 6
     file = np.repeat(np.arange(len(paths)), [len(found) for found in lists])
-    names = {number - 1: text for number, text in zip(label, name) if text}
+    names = {}
+    for number, text in sorted({pair for pair in zip(label, name) if pair[1]}):
+        names.setdefault(number - 1, []).append(text)
     known = original if len(original) and all(len(one) == 2 for one in original) else ()
     sizes = dict(original=np.reshape(known, (-1, 2)))
     label = np.array(label, np.int64) - 1
@@ -140,7 +171,7 @@ def _cached_list(paths, listing):
     kept = cache_folder(listing.cache_dir) / "lists" / f"{file_stamp(paths)}.npz"
     try:
         with np.load(kept) as found:
-            names = {int(k): v for k, v in json.loads(bytes(found["names"])).items()}
+            names = {int(k): list(v) for k, v in json.loads(bytes(found["texts"])).items()}
             arrays = [found[f"split_{key}"] for key in Split._fields[1:]]
             damaged = json.loads(bytes(found["damaged"])) if "damaged" in found else []
         split = Split(tuple(map(str, paths)), *arrays)
@@ -159,7 +190,7 @@ def _cached_list(paths, listing):
     text, made = np.frombuffer(json.dumps(names).encode(), np.uint8), io.BytesIO()
     damaged = np.frombuffer(json.dumps(listing.damaged[before:]).encode(), np.uint8)
     arrays = {f"split_{key}": getattr(split, key) for key in Split._fields[1:]}
-    np.savez(made, names=text, damaged=damaged, **arrays)
+    np.savez(made, texts=text, damaged=damaged, **arrays)
     keep(kept, made.getvalue())
     return split, names
 
@@ -195,23 +226,6 @@ def _record_files(root, split, listing=None):
     return found
 
 
-def _refuse_doubles(paths):
-    "Raise `ValueError` for files of two sets, and for a file that is there twice: its images would count twice"
-    known = {}
-    for path in paths:
-        numbers = re.search(r"-(\d+)-of-(\d+)", path.name)
-        if numbers is None:
-            continue
-        number, count = map(int, numbers.groups())
-        other, total = known.setdefault(number, (path, count))
-        first = next(iter(known.values()))
-        if other is not path or total != first[1]:
-            other = other if other is not path else first[0]
-            raise ValueError(
-                f"{path} and {other} stand for the same images: they are of two sets, or copies. Keep one set."
-            )
-
-
 def _open_tfrecords(listing):
     splits, names, root = {}, {}, listing.root
     others = [p for p in listed(root) if re.match("(val|valid|test|dev)-", p.name) and p.is_file()]
@@ -222,28 +236,40 @@ def _open_tfrecords(listing):
         )
     for split in ("train", "validation"):
         paths = _record_files(root, split, listing)
-        _refuse_doubles(paths)
+        inside = root / split
+        if paths and paths[0].parent == root and inside.is_dir() and listed(inside):
+            listing.say(
+                f"data: the {split} images are read from TFRecords in {root}; {inside} is not read"
+            )
+        refuse_doubles(paths)
+        empty = [path.name for path in paths if not os.path.getsize(path)]
+        if empty:
+            listing.say(f"data: no records are in {list_some(empty)} of {root}")
         large = sum(os.path.getsize(path) for path in paths) > LARGE
         splits[split], found = (
             _cached_list(paths, listing) if large else _list_tfrecords(paths, listing.damage)
         )
-        names.update(found)
-        total = re.search(r"-of-0*(\d+)(\.\w+)?$", paths[0].name) if paths else None
-        if total and int(total[1]) != len(paths):
-            listing.say(f"data: only {len(paths)} of the {total[1]} {split} files are in {root}")
+        for label, texts in found.items():
+            names[label] = sorted({*names.get(label, ()), *texts})
+        tell_missing(paths, f"{split} files", listing)
     return splits, names
 
 
-def _list_cifar(paths, head, classes, listing):
-    "Files of rows of `head` label bytes and 3,072 colors; the last label counts"
+def _list_cifar(paths, total, head, classes, listing):
+    "`total` files of rows of `head` label bytes and 3,072 colors; the last label counts"
+    refuse_doubles(paths)
+    tell_missing(paths, f"files {paths[0].name.replace('1', '*')}" if paths else "", listing, total)
     row, labels, places, counts = 3072 + head, [np.zeros(0, np.uint8)], [np.zeros(0, int)], []
     for path in paths:
         data = np.zeros(0, np.uint8)
-        if path.is_file():
-            data = np.fromfile(path, np.uint8)
-        else:
-            listing.damage("special file", f"{path} is no file that can be read.")
-        if data.size % row:
+        try:
+            if path.is_file():
+                data = np.fromfile(path, np.uint8)
+            else:
+                listing.damage("special file", f"{path} is no file that can be read.")
+        except OSError as error:
+            listing.damage_file(path, error)
+        if data.size % row or (path.is_file() and not os.path.getsize(path)):
             listing.damage(
                 "file",
                 f"Truncated file: {path} has {data.size} bytes, not a multiple of {row}. Copy it again.",
@@ -263,15 +289,19 @@ def _list_cifar(paths, head, classes, listing):
 def _open_cifar(listing):
     root = listing.root
     hundred = (root / "train.bin").exists() or (root / "test.bin").exists()
+    if hundred and any(root.glob("data_batch_*.bin")):
+        raise ValueError(f"{root} holds the files of CIFAR-10 and of CIFAR-100. Keep those of one.")
     train, test = ("train.bin", "test.bin") if hundred else ("data_batch_*.bin", "test_batch.bin")
     how = (2, 100, listing) if hundred else (1, 10, listing)
-    splits = {"train": _list_cifar(sorted(root.glob(train)), *how)}
-    splits["validation"] = _list_cifar(sorted(root.glob(test)), *how)
-    names = root / ("fine_label_names.txt" if hundred else "batches.meta.txt")
-    names = (
-        read_file(names).decode("utf-8", "replace").split() if names.is_file() else range(how[1])
-    )
-    return splits, dict(enumerate(map(str, list(names)[: how[1]])))
+    splits = {"train": _list_cifar(sorted(root.glob(train)), 1 if hundred else 5, *how)}
+    splits["validation"] = _list_cifar(sorted(root.glob(test)), 1, *how)
+    path = root / ("fine_label_names.txt" if hundred else "batches.meta.txt")
+    names = read_file(path).decode("utf-8", "replace").split() if path.is_file() else range(how[1])
+    if len(names) != how[1]:
+        raise ValueError(
+            f"{path} holds {len(names)} names for {how[1]} classes. Copy it again, or remove it."
+        )
+    return splits, dict(enumerate(map(str, names)))
 
 
 # A row for each image of a packed set of raw pixels; then one for each box, whose `boxes` is -1.
@@ -303,6 +333,9 @@ def _read_index(path, pixels):
         fine &= (images["offset"] >= 0) & (images["offset"] + 3 * sizes.prod(1) <= bytes_there)
         if not fine.all() or images["boxes"].sum() != len(flat) or not np.isfinite(flat).all():
             raise ValueError
+        colors = np.load(pixels, mmap_mode="r")
+        if colors.dtype != np.uint8 or colors.ndim != 1:
+            raise ValueError
     except (OSError, ValueError, EOFError):
         text = f"{path} is no index of a packed set, or does not fit {Path(pixels).name}. Pack again with effnet-pack."
         raise ValueError(text) from None
@@ -311,7 +344,10 @@ def _read_index(path, pixels):
 
 def _list_raw(root, split, listing):
     rows, boxes, pixels = [], [], []
-    for path in sorted(root.glob(f"index-{split}-*.npy")):
+    paths = sorted(root.glob(f"index-{split}-*.npy"))
+    refuse_doubles(paths)
+    tell_missing(paths, f"{split} files", listing)
+    for path in paths:
         beside = root / path.name.replace("index", "pixels", 1)
         try:
             images, own = _read_index(path, beside)
@@ -374,7 +410,13 @@ def recognize(root: Path) -> Tuple[str, Path]:
         return "folder", root
     names = [_described(path) for path in listed(root)[:7]]
     packed = any("archive)" in name for name in names)
+    flat = any(is_image_name(path.name) and path.is_file() for path in listed(root))
     hint = hint_on(root) or ("Unpack the archive first." if packed else "")
+    hint = hint or (
+        "Its images lie in no class folders: sort them into a folder for each class."
+        if flat
+        else ""
+    )
     hint = hint or "If it is one of these, name it with `data_format`."
     raise FileNotFoundError(
         f"No data set in {root}. It needs TFRecords (train-*, validation-*), class folders, "

@@ -117,6 +117,10 @@ class Listing:
         """Leave out a link to nothing, or raise `ValueError`, as `damage` does."""
         self.damage("link", f"{path} is a link to {os.readlink(path)}, which is not there.")
 
+    def damage_file(self, path, error: OSError) -> None:
+        """Leave out a file or folder that the disk or its permissions do not give, or raise `ValueError`."""
+        self.damage("file", f"{path} cannot be read: {error.strerror or error}.")
+
     def leave(self, path, kind: str = "") -> None:
         """Count a file that is not meant as an image; its kind is its suffix unless `kind` says otherwise."""
         suffix = os.path.splitext(path)[1].lower()
@@ -124,14 +128,16 @@ class Listing:
 
     def tell_left(self) -> None:
         """Say in one line what was left out, where there is anything."""
-        if not self.left:
-            return
-        kinds = self.left.most_common()
-        heic = any("heic" in kind.lower() or "heif" in kind.lower() for kind in self.left)
-        rest = "" if len(kinds) <= 12 else f", {sum(n for _, n in kinds[12:]):,} of other kinds"
-        self.say(
-            f"data: left out in {self.root}, no images that can be read: "
-            + ", ".join(f"{n:,} {kind}" for kind, n in kinds[:12])
-            + rest
-            + (". HEIC images can be used as JPEGs: convert them first" if heic else "")
-        )
+        text = describe_left(self.left)
+        if text:
+            self.say(f"data: left out in {self.root}, {text}")
+
+
+def describe_left(left: collections.Counter) -> str:
+    """Return how many files of each kind are no images that can be read, the most frequent first; "" for none."""
+    kinds = (+left).most_common()
+    heic = any("heic" in kind.lower() or "heif" in kind.lower() for kind, _ in kinds)
+    rest = "" if len(kinds) <= 12 else f", {sum(n for _, n in kinds[12:]):,} of other kinds"
+    counted = ", ".join(f"{n:,} {kind}" for kind, n in kinds[:12])
+    hint = ". HEIC images can be used as JPEGs: convert them first" if heic else ""
+    return f"no images that can be read: {counted}{rest}{hint}" if kinds else ""

@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 from typing import List, Optional, Sequence
 
+from effnet_repro.config import list_some
 from effnet_repro.data.places import listed
 from effnet_repro.data.tfrecord import is_tfrecord
 
@@ -21,14 +22,45 @@ def _folders(folder: Path) -> List[Path]:
     return [path for path in listed(folder) if path.is_dir()]
 
 
-def refuse_splits_as_classes(folder: Path, classes: Sequence[str]) -> None:
-    """Raise `ValueError` where the class folders are called like splits: `train_images` beside `val_images`."""
+_PARTS = set(
+    "train training test testing val valid validation dev fold part split set subset".split()
+)
+
+
+def _nested(folder, classes, holds_images):
+    "Whether there are several class folders, and all of them hold folders of images and no image themselves"
+    return len(classes) > 1 and not any(holds_images(folder / name, False) for name in classes)
+
+
+def refuse_splits_as_classes(folder: Path, classes: Sequence[str], holds_images) -> None:
+    """Raise `ValueError` where the class folders are called like splits: `train_images` beside `val_images`.
+
+    So are `seg_train` and `seg_test`, or `fold1` and `fold2`, where each holds folders of images.
+    """
     found = {name: _SPLIT.fullmatch(name) for name in classes}
     splits = {name: match["which"].lower() for name, match in found.items() if match}
     if "train" in splits.values() and len(set(splits.values())) > 1:
         names = " and ".join(list(splits)[:3])
         raise ValueError(
             f"{folder} holds {names}, which look like splits, not like classes. Rename them to train and val."
+        )
+    words = [re.split(r"[\W\d_]+", name.lower()) for name in classes]
+    if all(_PARTS & set(some) for some in words) and _nested(folder, classes, holds_images):
+        raise ValueError(
+            f"{folder} holds {' and '.join(classes[:2])}, which look like parts of a set, not like classes. Make a "
+            "folder with train and val of them: class folders lie in each."
+        )
+
+
+def tell_same_folders(folder: Path, classes: Sequence[str], holds_images, listing) -> None:
+    """Say it where every class folder holds the same folders of images: these may be the classes."""
+    if not _nested(folder, classes, holds_images):
+        return
+    inside = [{path.name for path in _folders(folder / name)} for name in classes]
+    same = sorted(set.intersection(*inside))
+    if len(same) > 1:
+        listing.say(
+            f"data: {classes[0]} and {classes[1]} in {folder} are the classes, though each holds {list_some(same)}"
         )
 
 
@@ -46,6 +78,13 @@ def folder_of_classes(folder: Path, names: Sequence[str], holds_images) -> Optio
     return None
 
 
+def _is_records(path):
+    try:
+        return path.is_file() and is_tfrecord(path)
+    except OSError:
+        return False
+
+
 def hint_on(folder: Path) -> str:
     """Return what a folder may be that is no set of images here, and what to do; "" where nothing tells."""
     there = listed(folder)
@@ -54,7 +93,7 @@ def hint_on(folder: Path) -> str:
     names = [path.name for path in there]
     if any(_CIFAR_FOR_PYTHON.fullmatch(name) for name in names):
         return "CIFAR's files for Python are not read: take the binary version (cifar-10-binary.tar.gz)."
-    if any(path.is_file() and is_tfrecord(path) for path in there[:7]):
+    if any(_is_records(path) for path in there[:7]):
         return "TFRecords are read from files called train-* and validation-*: rename these, or link them."
     tables = {os.path.splitext(name)[1].lower() for name in names} & _TABLES
     if tables or any("-ubyte" in name for name in names):

@@ -57,6 +57,10 @@ class Task:
     def course(self) -> Course:
         """Return how long the run is. Raises ValueError when the data set has fewer images than a global batch."""
         case, data = self.case, self.data
+        if not data.train_count:
+            raise ValueError(
+                f"There are no training images in {data.root}, only validation images."
+            )
         per_epoch = data.train_count // case.global_batch_size
         if per_epoch == 0:
             raise ValueError(

@@ -233,7 +233,7 @@ def test_what_vanishes_from_a_run_folder_is_written_anew(
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, caplog):
-    from effnet_repro.data import sample
+    from effnet_repro.data import layouts, sample
 
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EFFNET_REPRO_CACHE", str(tmp_path / "file" / "cache"))
@@ -242,6 +242,11 @@ def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capl
     assert data.builtin and data.train_count == 20
     assert open_data(verbose=False, on_corrupt="skip").train_count == 20
     assert any("the sample set is in" in line for line in warned(caplog))
+    monkeypatch.setattr(layouts, "LARGE", 0)  # the list of a large set is kept there, too
+    for on_corrupt in ("refuse", "skip"):
+        assert open_data(data.root, verbose=False, on_corrupt=on_corrupt).train_count == 20
+    (line,) = [line for line in warned(caplog) if "left out" in line]
+    assert f"cache in {tmp_path / 'file' / 'cache'}: left out" in line
 
 
 def test_no_home_folder_is_no_reason_to_stop(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ tests/test_site.py and tests/test_browser.py say what each part is for."""
 
 import base64
 import copy
+import html
 import io
 import json
 import re
@@ -33,6 +34,7 @@ COLOURS = {
 }
 LONG_WORD = re.compile(r"\S{25,}")
 BLOCKS = re.compile(r"\(?block\w+(?:/\w)?(?:,? block\w+(?:/\w)?){1,3}\)?")
+NAMED = re.compile(r"`([^`]+)`")
 JOINT = re.compile(r"(?<=::)|(?<=[_/.])(?=\w)")
 LONGEST_TABLE = 8000  # characters of a section's tables that can be searched for
 LONGEST_OPEN = 30  # lines of source that a page shows unasked
@@ -111,6 +113,14 @@ def break_points(soup, cell):
         for part in parts[:-1]:
             text.insert_before(NavigableString(part), soup.new_tag("wbr"))
         text.replace_with(NavigableString(parts[-1]))
+
+
+def name_code(cell):
+    "Show names in backticks as code. The message of an error stays as it was printed, so that it can be searched for."
+    text = cell.string
+    if text and "Error: " not in text and NAMED.search(text):
+        marked = NAMED.sub(r"<code>\1</code>", html.escape(text, quote=False))
+        text.replace_with(BeautifulSoup(marked, "html.parser"))
 
 
 def keep_together(text):
@@ -262,6 +272,7 @@ def columns_of(soup, body):
             if cell.name == "th":
                 cell["scope"] = "row"
             columns.setdefault(n, []).append(cell)
+            name_code(cell)
             text = cell.get_text(strip=True)
             if keep_together(text):
                 mark(cell, "whole")

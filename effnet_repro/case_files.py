@@ -65,6 +65,26 @@ class _UniqueKeys(yaml.SafeLoader):
         return node
 
 
+def _as_it_looks(construct):
+    "A constructor of numbers that refuses 017, which YAML takes for 15, and 1:30, which it takes for 90"
+
+    def number(loader, node):
+        value = construct(loader, node)
+        if re.match(r"[-+]?0[0-7_]|.*:", node.value):
+            line = node.start_mark.line + 1
+            raise _Unreadable(
+                f"line {line}: {node.value!r} means {value} in YAML. Write the number itself"
+            )
+        return value
+
+    return number
+
+
+for kind in ("int", "float"):
+    number = _as_it_looks(getattr(yaml.SafeLoader, f"construct_yaml_{kind}"))
+    _UniqueKeys.add_constructor(f"tag:yaml.org,2002:{kind}", number)
+
+
 _SECTIONS = ("sizes", "convolutions", "norms", "layouts", "fits", "plans", "cases", "budgets")
 
 
@@ -158,7 +178,9 @@ def read_sections(
         )
     try:
         data = copy.deepcopy(_parse(_text_of(path)))
-    except (yaml.YAMLError, ValueError, RecursionError) as e:
+    except RecursionError:
+        raise ValueError(f"{path} is not a valid configuration: it is nested too deeply.") from None
+    except (yaml.YAMLError, ValueError) as e:
         mark, problem = getattr(e, "problem_mark", None), getattr(e, "problem", None)
         place = f"line {mark.line + 1}, column {mark.column + 1}: " if mark else ""
         text = " ".join(str(problem or e).split()).rstrip(".")

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 
 from effnet_repro.fields import unknown_name
 from effnet_repro.scaling import ModelSpec, conv_table
@@ -43,10 +44,11 @@ def check_keys(name, values, fields, published, where: str) -> None:
 def check_forms(case, spec: ModelSpec) -> None:
     """Check the name, the loss scale and the filter of a case. Raises ValueError."""
     name = case.name
-    if name in (".", "..") or any(c in "/\\" or ord(c) < 32 for c in name) or len(name) > 200:
+    odd = name in (".", "..") or name.startswith("-") or not name.isprintable()
+    if odd or re.search(r"[/\\]", name) or len(name) > 200:
         raise ValueError(
-            "`name` must be usable as the name of a folder: no slash, at most 200 characters. "
-            f"Received: name={name[:80]!r}."
+            "`name` must be usable as the name of a folder: no slash, no dash at its beginning, at most 200 "
+            f"characters. Received: name={name[:80]!r}."
         )
     if case.loss_scale <= 0 or math.frexp(case.loss_scale)[0] != 0.5:
         raise ValueError(

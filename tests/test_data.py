@@ -122,6 +122,24 @@ def test_refusals(tmp_path, sample):
         d.load_arrays(sample, "test", 32)
 
 
+@pytest.mark.parametrize("read", ["training_batches", "numpy_batches", "validation_batches"])
+@pytest.mark.parametrize(
+    "given, message",
+    [
+        (("images", 32, 8), "`dataset` must come from `open_data`. Received: dataset='images'"),
+        ((None, "32", 8), "`image_size` must be a whole number from 1. Received: image_size='32'"),
+        ((None, 32, 0), "`(batch|global_batch_size)` must be a whole number from 1"),
+    ],
+)
+def test_wrong_arguments_of_readers_are_named(sample, read, given, message):
+    dataset, *sizes = given
+    with pytest.raises(ValueError, match=message):
+        getattr(d, read)(dataset or sample, *sizes)
+    if sizes[1]:
+        with pytest.raises(ValueError, match=message):
+            d.load_arrays(dataset or sample, "train", sizes[0])
+
+
 # --- sample set ------------------------------------------------------------------------------
 
 

@@ -76,7 +76,10 @@ def test_a_field_is_sound_or_refused_by_name(field, value):
         ("cases: {a: {image_size: 32}}", "Case 'a' in .* lacks model_size"),
         ("- 1", "has no section `cases:`"),
         ("cases: {}\ncase: {}", "Unknown section 'case' in .* Did you mean 'cases'"),
-        ("[" * 3000, "is not a valid configuration"),
+        ("[" * 3000, "is not a valid configuration: it is nested too deeply"),
+        ("cases: {a: {epochs: 017}}", "line 1: '017' means 15 in YAML. Write the number itself"),
+        ("cases: {a: {epochs: 1:30}}", "line 1: '1:30' means 90 in YAML"),
+        ("cases: {a: {epochs: 1:30.5}}", "line 1: '1:30.5' means 90.5 in YAML"),
         ("\x00", "is not a valid configuration"),
     ],
 )
@@ -108,6 +111,8 @@ def test_a_configuration_with_one_wrong_character_is_read_or_refused(tmp_path, p
         (dict(micro_batch_size=7, gradient_accumulation=3), "The product is"),
         (dict(micro_batch_size=7), "Use a micro_batch_size that divides"),
         (dict(imagesize=64), "Did you mean 'image_size'"),
+        (dict(name="-a"), "`name` must be usable as the name of a folder"),
+        (dict(name="a\ud800"), "`name` must be usable as the name of a folder"),
         (dict(norm="LNPN"), "Unknown norm 'LNPN'.*Did you mean 'LN_PN'"),
     ],
 )

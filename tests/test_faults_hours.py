@@ -13,9 +13,11 @@ import types
 
 import pytest
 from test_loop import Toy, once, train
+from test_recorder import left
 from tiny import POSIX, PYTHON
 
 from effnet_repro import checkpoint, cli
+from effnet_repro.cli.kit import run_program
 from effnet_repro.data import open_data
 from effnet_repro.messages import BestEffort, say
 from effnet_repro.runs import metrics, read_rows, watch
@@ -25,6 +27,10 @@ from effnet_repro.runs import metrics, read_rows, watch
 def no_events(monkeypatch):
     "TensorBoard would start TensorFlow"
     monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
+
+
+def command(run):
+    return cli.COMMANDS["cases"]._replace(run=run)
 
 
 def warned(caplog):
@@ -200,6 +206,38 @@ def test_a_disk_that_cannot_be_forced_is_written_all_the_same(
     assert train(tmp_path / "run").finished
 
 
+def failing(real, which, number):
+    "A function of the system that fails once, the `which`-th time it is called"
+    calls = []
+
+    def call(*words, **named):
+        calls.append(words)
+        if len(calls) == which:
+            raise OSError(number, os.strerror(number))
+        return real(*words, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(
+    "call, which", [("replace", n) for n in (1, 2, 4, 6, 13, 18)] + [("fsync", 5)]
+)
+def test_each_write_that_fails_costs_a_line_and_no_step(
+    tmp_path, monkeypatch, capsys, no_events, call, which, number
+):
+    "Whichever write it is, the same command goes on to what a run without it leaves."
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    train(tmp_path / "whole")
+    run_dir, run = tmp_path / "run", command(lambda args: not train(tmp_path / "run").finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), which, number))
+        assert run_program(run, []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"effnet-cases: Cannot write {run_dir}/") and "unchanged" in line
+    assert train(run_dir).finished and left(run_dir) == left(tmp_path / "whole")
+
+
 def test_a_folder_that_cannot_be_opened_is_written_all_the_same(tmp_path, monkeypatch):
     opened = os.open
 
@@ -233,7 +271,7 @@ def test_what_vanishes_from_a_run_folder_is_written_anew(
 
 
 def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, caplog):
-    from effnet_repro.data import sample
+    from effnet_repro.data import layouts, sample
 
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("EFFNET_REPRO_CACHE", str(tmp_path / "file" / "cache"))
@@ -242,6 +280,11 @@ def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path, monkeypatch, capl
     assert data.builtin and data.train_count == 20
     assert open_data(verbose=False, on_corrupt="skip").train_count == 20
     assert any("the sample set is in" in line for line in warned(caplog))
+    monkeypatch.setattr(layouts, "LARGE", 0)  # the list of a large set is kept there, too
+    for on_corrupt in ("refuse", "skip"):
+        assert open_data(data.root, verbose=False, on_corrupt=on_corrupt).train_count == 20
+    (line,) = [line for line in warned(caplog) if "left out" in line]
+    assert f"cache in {tmp_path / 'file' / 'cache'}: left out" in line
 
 
 def test_no_home_folder_is_no_reason_to_stop(tmp_path, monkeypatch):

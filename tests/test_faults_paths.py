@@ -1,5 +1,6 @@
 """Paths as users write them, names of any bytes, and places that are not on this machine."""
 
+import argparse
 import os
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 from tiny import POSIX, PYTHON
 
+from effnet_repro import cli
 from effnet_repro.data import open_data
 from effnet_repro.messages import shown
 from effnet_repro.paths import local_path
@@ -137,7 +139,22 @@ FLAGS = [
     (("doctor",), ("--data-dir", "--config-path")),
     (("plan", "CASE"), ("--figure", "--config-path")),
     (("cases",), ("--config-path",)),
+    (("compare",), ("",)),
+    (("compare", "x"), ("",)),
 ]
+#: What a help text calls the value of a flag or argument that is a place.
+A_PLACE = {"DIR", "PATH", "FILE", "SOURCE", "TARGET", "OUT", "RUN_OR_FILE"}
+
+
+@pytest.mark.parametrize("name", sorted({*cli.COMMANDS} - {"compare"}))
+def test_every_flag_that_is_a_place_refuses_one_elsewhere(name):
+    "So one that comes later does."
+    actions = cli.COMMANDS[name].parser()._actions
+    places = [a for a in actions if a.metavar in A_PLACE]
+    assert len(places) > 0
+    for action in places:
+        with pytest.raises(argparse.ArgumentTypeError, match="on this machine"):
+            action.type("s3://bucket/x.png")
 
 
 @pytest.mark.parametrize("words, flag", [(w, f) for w, flags in FLAGS for f in flags])

@@ -122,6 +122,20 @@ def test_a_cut_row_and_a_lost_average_come_back(images, whole, tmp_path):
     same(run_dir, whole.run_dir)
 
 
+def test_keras_json_is_for_layers_of_the_user(images, tmp_path):
+    "float16 or channels_first, there, ended a run in its first step."
+    from keras import config
+
+    try:
+        config.set_floatx("float16")
+        config.set_image_data_format("channels_first")
+        assert train(TINY, images, tmp_path, **{**OPTIONS, "max_steps": 1}).finished
+        assert (config.floatx(), config.image_data_format()) == ("float16", "channels_first")
+    finally:
+        config.set_floatx("float32")
+        config.set_image_data_format("channels_last")
+
+
 # ---------------------------------------------------------------- validation
 
 

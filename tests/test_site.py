@@ -168,6 +168,17 @@ def test_wide_tables_are_set_small_and_long_ones_scroll(tmp_path):
         assert page.select_one("td").get_text() == "1,234,567"
 
 
+@pytest.mark.parametrize(
+    "text, names",
+    [("`-a` in `b`, twice", ["-a", "b"]), ("x `y`", ["y"]), ("plain", []), ("AError: `a` is", [])],
+)
+def test_names_in_cells_are_code(text, names):
+    soup = BeautifulSoup(f"<td>{text}</td>", "html.parser")
+    finish.name_code(soup.td)
+    assert [code.get_text() for code in soup.select("code")] == names
+    assert soup.get_text() == (text.replace("`", "") if names else text)
+
+
 def test_a_merged_cell_of_an_index_counts_as_all_its_rows():
     head = "".join(f"<th>a_number_{i}</th>" for i in range(15))
     row = "<td>1234567.0</td>" * 14

@@ -10,7 +10,7 @@ from images import ROOT, encode, folders, smooth_image
 from tiny import STAGES, TINY, small_network  # noqa: F401
 
 from effnet_repro import cli
-from effnet_repro.config import override
+from effnet_repro.config import load_cases, override
 from effnet_repro.network import initial_weights
 from effnet_repro.scaling import ModelSpec
 
@@ -20,6 +20,7 @@ PAGES = (
     "07_export",
     "08_tasks",
     "41_finetune",
+    "43_commands",
     "46_own_pictures",
     "90_cli",
 )
@@ -47,7 +48,9 @@ def next_lines(text):
 def test_a_page_s_commands_are_understood(page):
     for name, *words in commands(page):
         if "..." not in words:
-            cli.COMMANDS[name.partition("-")[2]].parser().parse_args(words)
+            args = cli.COMMANDS[name.partition("-")[2]].parser().parse_args(words)
+            cases = getattr(args, "case", None) or ()  # a name that is none cannot be pasted
+            assert set([cases] if isinstance(cases, str) else cases) <= set(load_cases()), words
 
 
 def test_there_are_commands_to_look_at():

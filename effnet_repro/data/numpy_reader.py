@@ -13,7 +13,7 @@ import numpy as np
 from effnet_repro.config import unknown_name
 from effnet_repro.data.catalog import DataSet, one_split
 from effnet_repro.data.decode import decode_for, located, read_encoded, wants_fast_dct
-from effnet_repro.data.request import TrainRequest, ValidationRequest, check_resize
+from effnet_repro.data.request import TrainRequest, ValidationRequest, check_request
 from effnet_repro.data.team import Team, into, pays_processes
 from effnet_repro.data.threads import made_ahead
 from effnet_repro.data.transforms import train_image, validation_image
@@ -122,9 +122,9 @@ def load_arrays(
     image_resize: str = "published",  # Or "modern": see `resize`
 ) -> Tuple[np.ndarray, np.ndarray]:  # Images (n, S, S, 3) uint8 and labels (n,) int32
     """Decode a whole split into memory, with the validation crop"""
+    check_request(dataset, image_size, image_resize)
     if split not in dataset.splits:
         raise unknown_name("split", split, dataset.splits)
-    check_resize(image_resize)
     wants_fast_dct(dataset, image_resize)
     labels = dataset.splits[split].label
     if not len(labels):

@@ -20,7 +20,7 @@ from effnet_repro.data.request import (
     ValidationRequest,
     batch_order,
     check_preprocessing,
-    check_resize,
+    check_request,
 )
 
 READERS = {
@@ -58,8 +58,8 @@ def training_batches(
     """Stream shuffled training batches"""
     if reader not in _ALL:
         raise unknown_name("reader", reader, READERS)
+    check_request(dataset, image_size, image_resize, global_batch_size=global_batch_size)
     check_preprocessing(image_size, area_min, preprocessing)
-    check_resize(image_resize)
     order = batch_order(dataset, global_batch_size, seed, shard)
     random = preprocessing == "train"
     rest = random, area_min, first_update, tuple(gpus)
@@ -104,7 +104,7 @@ def validation_batches(
     able = [name for name, module in READERS.items() if hasattr(module, "validation_stream")]
     if reader not in able:
         raise unknown_name("reader", reader, able)
-    check_resize(image_resize)
+    check_request(dataset, image_size, image_resize, batch=batch)
     request = ValidationRequest(dataset, image_size, batch, shard, image_resize)
     return READERS[reader].validation_stream(request)
 

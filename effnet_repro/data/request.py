@@ -17,6 +17,7 @@ from effnet_repro.data.decode import read_image, turned_boxes
 from effnet_repro.data.order import BatchOrder, validation_ids
 from effnet_repro.data.places import Split
 from effnet_repro.data.transforms import ASPECTS, RESIZES, draw_crops, draw_flips
+from effnet_repro.fields import check_whole
 
 _PREPROCESSING = ("train", "validation")
 
@@ -25,6 +26,15 @@ def check_resize(image_resize: str) -> None:
     """Raise `ValueError` unless `image_resize` is "published" or "modern"."""
     if image_resize not in RESIZES:
         raise unknown_name("image_resize", image_resize, RESIZES)
+
+
+def check_request(dataset: DataSet, image_size: int, image_resize: str, **counts) -> None:
+    """Raise `ValueError` unless these can be read; `counts` are numbers of images, by the name of the argument."""
+    if not isinstance(dataset, DataSet):
+        raise ValueError(f"`dataset` must come from `open_data`. Received: dataset={dataset!r}.")
+    for name, value in {"image_size": image_size, **counts}.items():
+        check_whole(1, **{name: value})
+    check_resize(image_resize)
 
 
 def check_preprocessing(image_size: int, area_min: float, preprocessing: str) -> None:

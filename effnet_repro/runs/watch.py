@@ -45,7 +45,7 @@ class ProgressBar:
         with self.effort:
             from tqdm import tqdm
 
-            how = dict(unit="update", mininterval=2, dynamic_ncols=True)
+            how = dict(unit="step", mininterval=2, dynamic_ncols=True)
             self.bar = tqdm(total=total, initial=done, disable=not shown, **how)
         if self.effort.failed:
             _free_lock()

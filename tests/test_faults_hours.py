@@ -13,9 +13,11 @@ import types
 
 import pytest
 from test_loop import Toy, once, train
+from test_recorder import left
 from tiny import POSIX, PYTHON
 
 from effnet_repro import checkpoint, cli
+from effnet_repro.cli.kit import run_program
 from effnet_repro.data import open_data
 from effnet_repro.messages import BestEffort, say
 from effnet_repro.runs import metrics, read_rows, watch
@@ -25,6 +27,10 @@ from effnet_repro.runs import metrics, read_rows, watch
 def no_events(monkeypatch):
     "TensorBoard would start TensorFlow"
     monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
+
+
+def command(run):
+    return cli.COMMANDS["cases"]._replace(run=run)
 
 
 def warned(caplog):
@@ -198,6 +204,38 @@ def test_a_disk_that_cannot_be_forced_is_written_all_the_same(
 
     monkeypatch.setattr(os, "fsync", refuse)
     assert train(tmp_path / "run").finished
+
+
+def failing(real, which, number):
+    "A function of the system that fails once, the `which`-th time it is called"
+    calls = []
+
+    def call(*words, **named):
+        calls.append(words)
+        if len(calls) == which:
+            raise OSError(number, os.strerror(number))
+        return real(*words, **named)
+
+    return call
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EIO])
+@pytest.mark.parametrize(
+    "call, which", [("replace", n) for n in (1, 2, 4, 6, 13, 18)] + [("fsync", 5)]
+)
+def test_each_write_that_fails_costs_a_line_and_no_step(
+    tmp_path, monkeypatch, capsys, no_events, call, which, number
+):
+    "Whichever write it is, the same command goes on to what a run without it leaves."
+    monkeypatch.setattr(watch, "save_curves", lambda run_dir: None)
+    train(tmp_path / "whole")
+    run_dir, run = tmp_path / "run", command(lambda args: not train(tmp_path / "run").finished)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, call, failing(getattr(os, call), which, number))
+        assert run_program(run, []) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"effnet-cases: Cannot write {run_dir}/") and "unchanged" in line
+    assert train(run_dir).finished and left(run_dir) == left(tmp_path / "whole")
 
 
 def test_a_folder_that_cannot_be_opened_is_written_all_the_same(tmp_path, monkeypatch):

@@ -90,6 +90,23 @@ def test_validation_images_that_train_are_told(tmp_path, capsys):
     assert "what trains also validates" in capsys.readouterr().out
 
 
+def test_a_class_that_is_left_out_whole_is_said(tmp_path, capsys):
+    root = folders(tmp_path / "r", {**FOLDERS, "train/c/0.jpg": b"", "train/c/1.jpg": JPEG[:-2]})
+    for _ in range(2):  # found, and remembered
+        assert d.open_data(root, cache_dir=tmp_path, on_corrupt="skip").train_count == 4
+        assert "all train images of c are damaged" in capsys.readouterr().out
+
+
+def test_records_with_other_bytes_than_were_written_are_called_damaged(tmp_path):
+    write(tmp_path, "train", [record(), record(label=0)])
+    path = tmp_path / "train-00000-of-00001"
+    path.write_bytes(path.read_bytes().replace(b"image/class/label", b"image/class/lable"))
+    with pytest.raises(ValueError, match="checksum of record 0 of .*00001 is wrong. Copy"):
+        d.open_data(tmp_path)
+    with pytest.raises(FileNotFoundError, match="left out: 2 records.$"):
+        d.open_data(tmp_path, cache_dir=tmp_path / "c", on_corrupt="skip")
+
+
 # ---------------------------------------------------------------- packed sets
 
 

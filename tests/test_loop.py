@@ -356,6 +356,7 @@ def in_threads(run_dir, monkeypatch, count=2, at=None, case=CASE):
     "Train in threads that stand for processes; `at`: what the second one does at an event."
     together, runs, failed = Together(count), {}, []
     monkeypatch.setattr(StopSignals, "__enter__", lambda self: self)  # threads get no signals
+    monkeypatch.setattr(StopSignals, "__exit__", lambda self, *error: None)  # and give none back
 
     def process(index):
         try:

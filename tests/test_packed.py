@@ -162,6 +162,15 @@ def test_damaged_pixels_are_left_out(source, tmp_path):
     assert len(left.splits["train"].original) == len(left.splits["train"].stored) == 10
 
 
+def test_an_image_too_long_for_a_jpeg_is_packed(tmp_path):
+    long = encode(smooth_image(40, 65_600), "PNG")
+    source = d.open_data(folders(tmp_path / "a", {"train/a/x.png": long}), verbose=False)
+    packed.pack(source, tmp_path / "b", packing("jpeg", short_side=32), 1, say=lambda line: None)
+    found = d.open_data(tmp_path / "b", verbose=False)
+    (ours, _), (theirs, _) = (d.load_arrays(x, "train", 8, "modern") for x in (found, source))
+    assert np.abs(ours.astype(int) - theirs).mean() < 12
+
+
 def test_several_writers_write_the_same(source, tmp_path):
     for name, workers in (("a", 1), ("b", 2)):
         packed.pack(source, tmp_path / name, packing("jpeg"), workers, say=lambda line: None)

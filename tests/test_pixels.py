@@ -230,6 +230,13 @@ def test_chunks_that_are_no_pixels_do_not_damage_a_png(kind, damaged):
         np.testing.assert_array_equal(decode.decode_image(data, upright=True), smooth_image(8, 8))
 
 
+@pytest.mark.parametrize("kind", ["PNG", "GIF", "TIFF"])
+def test_an_image_with_a_damaged_header_is_called_one(kind):
+    data = encode(smooth_image(8, 8), kind)[:10] + bytes(99)
+    with pytest.raises(ValueError, match=f"it begins as a {kind}"):
+        decode.decode_image(data)
+
+
 def test_pillow_is_not_asked_to_start_other_programs():
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n"
     with pytest.raises(ValueError, match="it is a PostScript file"):
@@ -296,6 +303,8 @@ def test_a_file_larger_than_any_image_is_not_read(tmp_path):
         (b"not found\n", "a text"),
         (b"PK\x03\x04" + bytes(99), "a ZIP archive"),
         (bytes(999), "a file of zeros"),
+        (b"8BPS\0\1" + bytes(99), "a Photoshop file"),
+        (b"\xff\x0a" + bytes(99), "a JPEG XL image"),
     ],
 )
 def test_a_file_that_is_no_image_is_called_what_it_is(tmp_path, data, kind):

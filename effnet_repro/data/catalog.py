@@ -229,9 +229,9 @@ def _classes(listing, splits, names):
     if highest < 0:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:6])
         gone = count_kinds([one.kind for one in listing.damaged])
-        raise FileNotFoundError(
-            f"No images in {root}. Found: {there}{f'; left out: {gone}' if gone else ''}. {hint_on(root)}".rstrip()
-        )
+        left = f"; left out: {gone}" if gone else ""
+        hint = "" if gone else hint_on(root)
+        raise FileNotFoundError(f"No images in {root}. Found: {there}{left}. {hint}".rstrip())
     names = {label: name for label, name in names.items() if label < most}
     for name, split in checked.items():
         many, missing = counts.get(name), len(split.label) + len(listing.damaged)

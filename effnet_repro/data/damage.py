@@ -13,6 +13,7 @@ from typing import Callable, Dict
 
 import numpy as np
 
+from effnet_repro.config import list_some
 from effnet_repro.data.cache import cache_folder, file_stamp, keep
 from effnet_repro.data.decode import HINT, decode_image, located, read_encoded
 from effnet_repro.data.places import without
@@ -115,6 +116,10 @@ def leave_out_damaged(
             found = {i: text.replace(f" {HINT}", "") for i, text in find(dataset, name).items()}
             keep(kept, json.dumps(found).encode())
         splits[name] = without(places, sorted(found)) if found else places
+        gone = sorted({*places.label.tolist()} - {*splits[name].label.tolist()})
+        if gone:
+            classes = list_some(dataset.class_names[label] for label in gone)
+            say(f"data: all {name} images of {classes} are damaged")
         damaged += [found[i] for i in sorted(found)]
         kinds += ["image"] * len(found)
     counts = {f"{name}_count": len(split.label) for name, split in splits.items()}

@@ -156,6 +156,10 @@ def _exif_orientation(image):
         return 1
 
 
+_OF_IMAGES = {
+    f"a {name}" for name in ("JPEG", "PNG", "GIF", "TIFF", "BMP", "WebP image", "JPEG 2000 image")
+}
+_OF_IMAGES.add("an AVIF image")
 #: What Pillow may take a file for. It knows more, such as PostScript, for which it would start another program.
 _FORMATS = set("JPEG MPO PNG BMP DIB GIF WEBP TIFF PPM JPEG2000 TGA PCX AVIF".split())
 
@@ -196,7 +200,8 @@ def _decode_accurate(data):
         if isinstance(error, Image.DecompressionBombError):
             text = f"too many pixels: at most {MOST_PIXELS:,} are read"
         if type(error).__name__ == "UnidentifiedImageError":
-            text = f"it is {kind_of(data[:64])}"
+            kind = kind_of(data[:64])
+            text = f"it begins as {kind}" if kind in _OF_IMAGES else f"it is {kind}"
         raise ValueError(f"Not an image that can be decoded ({text}).") from None
 
 

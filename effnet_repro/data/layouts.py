@@ -9,6 +9,7 @@ import json
 import mmap
 import os
 import re
+import struct
 from pathlib import Path
 from typing import Tuple
 
@@ -29,6 +30,7 @@ from effnet_repro.data.shards import refuse_doubles, tell_missing
 from effnet_repro.data.tfrecord import (
     feature_places,
     is_tfrecord,
+    masked_crc,
     message_fields,
     read_feature,
     scan_tfrecord,
@@ -145,7 +147,13 @@ def _facts_of_records(path, damage):
                     with view[at : at + length] as record:
                         (begin, end), *rest = _record_facts(record)
                 except _Wrong as wrong:
-                    text = str(wrong).replace("{here}", f"record {i} of {path}")
+                    here, text = f"record {i} of {path}", str(wrong)
+                    if (
+                        struct.pack("<I", masked_crc(view[at : at + length]))
+                        != view[at + length :][:4]
+                    ):
+                        text = "Damaged file: the checksum of {here} is wrong. Copy the file again."
+                    text = text.replace("{here}", here)
                     damage(wrong.kind, text[0].upper() + text[1:])
                 else:
                     facts.append((at + begin, end - begin, *rest))

@@ -40,6 +40,7 @@ from effnet_repro.outside import read_json
 from effnet_repro.paths import local_path
 
 FORMS = ("jpeg", "raw")
+_LONGEST_JPEG = 65_500  # Pixels a side that libjpeg writes
 IN_A_PART = 1250  # Images; ImageNet's training set comes in 1,024 parts of as many
 _NAME = "{kind}-{part:05d}-of-{parts:05d}"
 
@@ -157,11 +158,12 @@ class _Part:
         from PIL import Image
 
         number, data, pixels, original, size, turn = image
+        kind = "JPEG" if data is not None or max(size) <= _LONGEST_JPEG else "PNG"
         if data is None:
             file, exif = io.BytesIO(), Image.Exif()
             exif[0x112] = turn
             kept = {"exif": exif} if turn > 1 else {}
-            Image.fromarray(pixels).save(file, "JPEG", quality=self.how.quality, **kept)
+            Image.fromarray(pixels).save(file, kind, quality=self.how.quality, **kept)
             data = file.getvalue()
         label = int(self.dataset.splits[split].label[number])
         boxes = self._boxes(split, number).T
@@ -169,7 +171,7 @@ class _Part:
         return make_example(
             {
                 "image/encoded": data,
-                "image/format": "JPEG",
+                "image/format": kind,
                 "image/class/label": label + 1,
                 "image/class/text": self.dataset.class_names[label],
                 "image/height": int(size[0]),

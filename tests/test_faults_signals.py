@@ -68,7 +68,7 @@ def test_a_second_signal_while_the_stop_is_written_down(
 
 
 UNHEARD = """
-import hashlib, os, signal, sys, threading
+import hashlib, os, signal, sys, threading, time
 from test_loop import Toy, once, train
 from effnet_repro import cli
 from effnet_repro.cli.kit import run_program
@@ -79,20 +79,26 @@ watch.save_curves = watch.Events.write = lambda *_: None
 def compile(name):  # what nothing interrupts, as a compiler
     if name == sys.argv[2]:
         threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGTERM)).start()
-        hashlib.pbkdf2_hmac("sha256", b"", b"", int(sys.argv[3]))
+        rounds = int(sys.argv[3])
+        hashlib.pbkdf2_hmac("sha256", b"", b"", rounds) if rounds else time.sleep(60)
 
 def command(args):
     return 0 if train(sys.argv[1], Toy(at=compile)).finished else 130
 
 sys.exit(run_program(cli.COMMANDS["cases"]._replace(run=command), [], alone=True))
 """
-LONG, SHORT = 2 * 10**9, 10**6  # rounds that nothing interrupts
+LONG, SHORT, HEARD = (
+    2 * 10**9,
+    10**6,
+    0,
+)  # rounds that nothing interrupts; or Python hears the signal
 
 
 @pytest.mark.parametrize(
     "event, rounds, newest, says",
     [
         ("step 1", LONG, None, "effnet-cases: interrupted"),
+        ("step 1", HEARD, None, "effnet-cases: interrupted"),
         ("validate 3", LONG, "epoch-0001.safetensors", "effnet-cases: interrupted"),
         ("step 5", SHORT, "epoch-0001-update-000005.safetensors", "stopping after this step"),
     ],

@@ -239,7 +239,7 @@ class _Loop:
 
     def _stop_here(self):
         "Save what was trained since the last checkpoint, and say so"
-        recorder = self.recorder
+        recorder, self.stop.unsaved = self.recorder, lambda: True  # let it end as it does
         self._read()
         if not recorder.ends_epoch():
             self._share_sums()

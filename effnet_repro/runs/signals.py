@@ -1,7 +1,6 @@
 """Requests to stop: answered after the current training step, or outside a loop by an end with one line."""
 
 import contextlib
-import math
 import os
 import signal
 import sys
@@ -38,7 +37,6 @@ class StopSignals:
             raise Stopped
 
     def _ask(self, number, frame):
-        _HEARD.append(time.monotonic())
         if self.follow.stop_requested:
             raise KeyboardInterrupt("stopped within a step; the last checkpoint is good")
         self.follow.stop_requested = True
@@ -57,7 +55,7 @@ class Interrupts:
 
     A `StopSignals` within takes over, and gives back. `asked` tells whether a signal came: libraries may turn the
     exception into one of their own, or lose it. `line` is for a process that is nothing but this command: see
-    `_end_unheard`.
+    `_end_without_loss`.
     """
 
     def __init__(self, line: str = ""):
@@ -66,11 +64,10 @@ class Interrupts:
     def __enter__(self):
         self.old = _handle(_stop_signals(), self._interrupt)
         if self.old and self.line:
-            _end_unheard(self.line)
+            _end_without_loss(self.line)
         return self
 
     def _interrupt(self, number, frame):
-        _HEARD.append(time.monotonic())
         if self.status is not None:  # all is done and said: only Python itself has to end
             os._exit(self.status)
         self.asked = True
@@ -81,17 +78,17 @@ class Interrupts:
             _restore(self.old)
 
 
-#: Seconds in which Python calls a signal's handler, unless a compiler has the main thread.
+#: Seconds after a signal in which a run that loses nothing may still end by itself.
 PATIENCE = 3.0
-#: When the handlers of this module were called, and the `StopSignals` that are entered.
-_HEARD, _RUNNING = [-math.inf], []
+#: The `StopSignals` that are entered.
+_RUNNING = []
 
 
-def _end_unheard(line: str) -> None:
-    """Let a signal that Python cannot answer end this process with `line` and status 130, if a run loses nothing.
+def _end_without_loss(line: str) -> None:
+    """Let a signal end this process with `line` and status 130, if a run still goes on then and loses nothing.
 
-    A compiler keeps the main thread for minutes, and the handlers wait for it. Before the first training step and
-    after a checkpoint there is nothing that they could save.
+    A compiler keeps the main thread for minutes: Python's handlers wait for it, and so does the end of the step. Before
+    the first training step and after a checkpoint there is nothing to save.
     """
     if not hasattr(os, "set_blocking"):  # Windows, before Python 3.12
         return
@@ -104,9 +101,8 @@ def _end_unheard(line: str) -> None:
         while True:
             if not numbers.intersection(os.read(came, 64)):
                 continue
-            unheard = time.monotonic() - 1  # a handler may have been quicker than this thread
             time.sleep(PATIENCE)
-            if _HEARD[-1] < unheard and _RUNNING and not any(s.unsaved() for s in _RUNNING):
+            if _RUNNING and not any(s.unsaved() for s in _RUNNING):
                 with contextlib.suppress(OSError):
                     os.write(2, f"{line}\n".encode())
                 os._exit(130)

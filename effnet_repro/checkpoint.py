@@ -128,16 +128,14 @@ def explain_writing(
     try:
         yield
     except OSError as e:
-        way_out = "Choose another folder, or change its rights."
+        hint = "Choose another folder, or change its rights."
         if e.errno in _FULL:
             there = next(p for p in (path, *path.absolute().parents) if p.exists())
             free = shutil.disk_usage(str(there)).free
-            way_out = f"Needed: {size / 1e6:,.1f} MB, free: {free / 1e6:,.1f} MB. Make room."
+            hint = f"Needed: {size / 1e6:,.1f} MB, free: {free / 1e6:,.1f} MB. Make room."
         elif e.errno in (errno.EIO, None):
-            way_out = "Check the disk."
-        text = (
-            f"Cannot write {path}: {e.strerror or e}. {way_out} What was there before is unchanged."
-        )
+            hint = "Check the disk."
+        text = f"Cannot write {path}: {e.strerror or e}. {hint} What was there before is unchanged."
         raise OSError(e.errno or errno.EIO, text) from None
 
 # %% ../nbs/33_checkpoint.ipynb #16434b1d

@@ -286,9 +286,9 @@ RUN_FIELDS = tuple(
 )
 
 # %% ../nbs/00_config.ipynb #5a817206
-def _refuse(case, rule: str, way_out: str, *fields: str):
+def _refuse(case, rule: str, hint: str, *fields: str):
     received = ", ".join(f"{f}={getattr(case, f)!r}" for f in fields)
-    raise ValueError(f"{rule} Received: {received} ({case.name}). {way_out}")
+    raise ValueError(f"{rule} Received: {received} ({case.name}). {hint}")
 
 # %% ../nbs/00_config.ipynb #048f3973
 def validate(
@@ -312,8 +312,8 @@ def validate(
         hint = f"Use a global batch of at most {limit}, or a smaller rmsprop_decay_exponent."
         _refuse(case, rule, hint, "global_batch_size")
     if case.num_stages != len(case.pipeline_splits) + 1:
-        way_out = f"Name {case.num_stages - 1} segments in pipeline_splits."
-        _refuse(case, "A split begins a stage.", way_out, "num_stages", "pipeline_splits")
+        hint = f"Name {case.num_stages - 1} segments in pipeline_splits."
+        _refuse(case, "A split begins a stage.", hint, "num_stages", "pipeline_splits")
     if case.norm in ("LN", "LN_PN") and case.norm_groups != 1:
         _refuse(case, "Layer norm has one group.", "Use norm GN.", "norm", "norm_groups")
     try:

@@ -315,7 +315,7 @@ def _nearest(missing, unexpected):
 def check_matches(
     arrays,  # Name -> array
     params,  # Iterable of parameters: what the network declares
-    way_out: str = _OWN_CASE,  # What to do about it: the end of the message
+    hint: str = _OWN_CASE,  # What to do about it: the end of the message
 ):  # None; raises ValueError that names missing, unexpected and wrongly shaped arrays
     "Check that `arrays` are exactly the parameters that a network declares"
     declared = {p.name: tuple(p.shape) for p in params}
@@ -329,7 +329,7 @@ def check_matches(
     found = [f"{len(names)} {kind}: {list_some(names)}" for kind, names in kinds.items() if names]
     found += _nearest(missing, unexpected)
     if found:
-        raise ValueError(f"These weights are not this network's. {'. '.join(found)}. {way_out}")
+        raise ValueError(f"These weights are not this network's. {'. '.join(found)}. {hint}")
 
 # %% ../nbs/14_network.ipynb #a79ef5c1
 STATISTICS_TOLERANCE = 1e-5  # Float32 against float64; an average differs by 1e-4 and more

@@ -53,6 +53,14 @@ def refused(run):
 
 
 @pytest.fixture
+def no_events(monkeypatch):
+    "TensorBoard would start TensorFlow"
+    from effnet_repro.runs import watch
+
+    monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
+
+
+@pytest.fixture
 def graph():
     "An empty graph of TensorFlow 1 to build in"
     tf = pytest.importorskip("tensorflow")

@@ -23,12 +23,6 @@ from effnet_repro.messages import BestEffort, say
 from effnet_repro.runs import metrics, read_rows, watch
 
 
-@pytest.fixture
-def no_events(monkeypatch):
-    "TensorBoard would start TensorFlow"
-    monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
-
-
 def command(run):
     return cli.COMMANDS["cases"]._replace(run=run)
 

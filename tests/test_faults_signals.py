@@ -6,23 +6,13 @@ import subprocess
 import sys
 
 import pytest
+from test_faults_hours import command
 from test_loop import Toy, once, train
 from tiny import PYTHON
 
-from effnet_repro import checkpoint, cli
+from effnet_repro import checkpoint
 from effnet_repro.cli.kit import run_program
 from effnet_repro.runs import watch
-
-
-@pytest.fixture
-def no_events(monkeypatch):
-    "TensorBoard would start TensorFlow"
-    monkeypatch.setattr(watch.Events, "write", lambda self, row: None)
-
-
-def command(run):
-    return cli.COMMANDS["cases"]._replace(run=run)
-
 
 SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU")
 

@@ -116,15 +116,15 @@ def _floats(tensor):
 def _read_pth(path):
     "State dict of a file that torch.save wrote, and what stands beside it"
     save_there = "safetensors.torch.save_file(state_dict, 'model.safetensors')"
-    way_out = f"Install torch, or save the state dict where it is: {save_there}."
+    hint = f"Install torch, or save the state dict where it is: {save_there}."
     check_numbers(path, path.stat().st_size // 4)
     kind = file_kind(path)
     if kind == "a ZIP archive":
         check_archive(path)
     elif kind not in ("a pickle", "of no known kind") and head_of(path, 2) != b"PK":
-        hint = "Unpack it" if kind.endswith("archive") else "Copy it again"
-        raise ValueError(f"{path} is {kind}, not a whole file of weights. {hint}.")
-    torch = needed("torch", f"Reading {path.name}", way_out)
+        do = "Unpack it" if kind.endswith("archive") else "Copy it again"
+        raise ValueError(f"{path} is {kind}, not a whole file of weights. {do}.")
+    torch = needed("torch", f"Reading {path.name}", hint)
     try:
         loaded = torch.load(str(path), map_location="cpu", weights_only=True)
     except Exception as e:  # torch raises what its unpickler, archive reader or allocator raise
@@ -309,8 +309,8 @@ _OWN_NOTE = "timm has no such network: names are ours, as on the page of `effnet
 
 
 def _pth_bytes(path, state):
-    way_out = "Write .safetensors instead: safetensors.torch.load_file reads it."
-    torch = needed("torch", f"Writing {path.name}", way_out)
+    hint = "Write .safetensors instead: safetensors.torch.load_file reads it."
+    torch = needed("torch", f"Writing {path.name}", hint)
     file = io.BytesIO()
     torch.save({n: torch.from_numpy(np.array(v)) for n, v in state.items()}, file)
     return file.getvalue()

@@ -57,7 +57,7 @@ CASE_KEY = "effnet_repro/case"  # Where a file of another format keeps the case,
 def needed(
     package,  # To import
     what,  # What asks for it, e.g. "A Keras file"
-    way_out="In the project's folder, run: pip install -e '.[keras]'.",
+    hint="In the project's folder, run: pip install -e '.[keras]'.",
 ):
     "Import a package that only some formats need"
     try:
@@ -67,7 +67,7 @@ def needed(
                 importlib.import_module(package).zeros(1)
         return importlib.import_module(package)
     except ImportError:
-        raise ImportError(f"{what} needs {package}, which is not installed. {way_out}") from None
+        raise ImportError(f"{what} needs {package}, which is not installed. {hint}") from None
 
 
 def text_of(path):

@@ -40,10 +40,10 @@ def memory_warning(case):
         return None
     fits = lambda n: not case.global_batch_size % n and needed_gib(case, n) <= found
     most = max(filter(fits, range(1, case.micro_batch_size)), default=None)
-    way_out = f"micro_batch_size={most} would fit" if most else "not even one image would fit"
+    hint = f"micro_batch_size={most} would fit" if most else "not even one image would fit"
     return (
         f"{case.micro_batch_size} images of {case.image_size} pixels at a time need about {needed:.1f} "
-        f"GiB of memory, and there are {found:.1f}: the system may end the run without a word. {way_out}."
+        f"GiB of memory, and there are {found:.1f}: the system may end the run without a word. {hint}."
     )
 
 

@@ -206,8 +206,8 @@ def use_devices(
     if have > 1:
         odd = [f"its {k} micro-batches (micro_batch_size)"] * bool(k % have)
         odd += [f"its {groups} groups of mixed images (mix_group_size)"] * bool(groups % have)
-        way_out = f": {have} do not divide {' and '.join(odd)}" if odd else ""
-        say(f"devices: {n} of {have} share the {k} micro-batches of a step{way_out}")
+        hint = f": {have} do not divide {' and '.join(odd)}" if odd else ""
+        say(f"devices: {n} of {have} share the {k} micro-batches of a step{hint}")
     if n == 1:
         return contextlib.nullcontext()
     names = [f"{d.platform}:{d.id}" for d in devices[:n]]

@@ -190,8 +190,7 @@ def once_listed(monkeypatch):
     for name, names in STARTS.items():
         for each in names:
             monkeypatch.setattr(modules[name], each, stop)
-    for module in (preflight, modules["resolve"]):
-        monkeypatch.setattr(module, "open_data", listed)
+    monkeypatch.setattr(preflight, "open_data", listed)
     yield folder
     shutil.rmtree(folder)
 
@@ -199,7 +198,7 @@ def once_listed(monkeypatch):
 #: Module of a command -> what it begins to compute with.
 STARTS = {
     **dict.fromkeys(("options", "train", "finetune", "validate", "predict"), ["start_keras"]),
-    **{"doctor": ["start_keras"], "pack": ["pack", "open_data"], "resolve": []},
+    **{"doctor": ["start_keras"], "pack": ["pack", "open_data"]},
 }
 
 

@@ -140,8 +140,9 @@ def alone(monkeypatch):
         (("--distributed", "--processes", 2, "--process", 0), "--coordinator missing"),
         (("--distributed", "--coordinator", "a:1", "--processes", 2), "--process missing"),
         (("--distributed", "--coordinator", "a", "--processes", 2, "--process", 0), "host:port"),
-        (("--distributed", "--restarts", -1), "--restarts must be at least 0"),
-        (("--distributed", "--join-timeout", 0), "--join-timeout at least 1"),
+        (("--distributed", "--restarts", -1), "--restarts must be from 0 to"),
+        (("--distributed", "--restarts", 2**31), "--restarts must be from 0 to 2,147,483,647"),
+        (("--distributed", "--join-timeout", 0), "--join-timeout from 1"),
         (("--checkpoint-every", 0), "--checkpoint-every must be minutes above 0"),
     ],
 )

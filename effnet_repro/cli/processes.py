@@ -70,7 +70,9 @@ def check_distributed(args, on_ipus: bool = False) -> bool:
     if on_ipus:
         raise UsageError("--distributed is for CPUs and GPUs. On IPUs: --print-poprun.")
     if not 0 <= args.restarts < 2**31 or not 1 <= args.join_timeout < 2**31:
-        raise UsageError("--restarts must be from 0 to 2**31 - 1, --join-timeout from 1.")
+        raise UsageError(
+            "--restarts must be from 0 to 2,147,483,647, --join-timeout from 1 to as many."
+        )
     backend = args.backend or os.environ.get("KERAS_BACKEND") or "jax"
     if backend != "jax":
         raise UsageError(

@@ -125,7 +125,7 @@ LINES = {  # kind -> [(words after `train CASE --dry-run`, words of the answer)]
             "must be host:port",
         ),
         ([*DISTRIBUTED, "--join-timeout", str(10**12)], "--join-timeout from 1"),
-        ([*DISTRIBUTED, "--restarts", str(10**12)], "--restarts must be from 0 to 2**31 - 1"),
+        ([*DISTRIBUTED, "--restarts", str(10**12)], "--restarts must be from 0 to 2,147,483,647"),
         (["--processes", "2"], "--processes: for --distributed"),
     ],
     "a flag that does not exist": [

@@ -47,18 +47,24 @@ class _RecipeOptimizer(keras.optimizers.Optimizer):
         return {**super().get_config(), **self.constants}
 
 # %% ../../nbs/22_optimizer.ipynb #0a71000e
-def _fused_step(optimizer, gradient, variable, learning_rate):
+def _handles(optimizer, variable, names):
+    "What an operation of TensorFlow needs to change a weight and its slots; `names`: its argument -> slot"
+    i = optimizer._get_variable_index(variable)
+    slots = {argument: optimizer.slots[name][i] for argument, name in names.items()}
+    bare = lambda v: v if hasattr(v, "handle") else v.value  # without Keras' wrapper
+    return {k: bare(v).handle for k, v in {"var": variable, **slots}.items()}
+
+
+def _fused_rmsprop(optimizer, gradient, variable, learning_rate):
     "Apply RMSProp by TensorFlow's own operation"
     import tensorflow as tf
 
-    i, c = optimizer._get_variable_index(variable), optimizer.constants
-    variable = getattr(variable, "value", variable) if not hasattr(variable, "handle") else variable
-    slots = {
-        k: optimizer.slots[n][i].value.handle
-        for k, n in (("ms", "mean_square"), ("mom", "momentum"))
-    }
+    c, places = (
+        optimizer.constants,
+        _handles(optimizer, variable, {"ms": "mean_square", "mom": "momentum"}),
+    )
     rates = dict(lr=learning_rate, rho=c["decay"], momentum=c["momentum"], epsilon=c["epsilon"])
-    tf.raw_ops.ResourceApplyRMSProp(var=variable.handle, grad=gradient, **slots, **rates)
+    tf.raw_ops.ResourceApplyRMSProp(grad=gradient, **places, **rates)
 
 # %% ../../nbs/22_optimizer.ipynb #f3f73a23
 @keras.saving.register_keras_serializable(package="effnet_repro")
@@ -80,7 +86,7 @@ class RMSpropTF(_RecipeOptimizer):
 
     def update_step(self, gradient, variable, learning_rate):
         fused = keras.backend.backend() == "tensorflow"
-        step = functools.partial(_fused_step, self) if fused else super().update_step
+        step = functools.partial(_fused_rmsprop, self) if fused else super().update_step
         step(gradient, variable, learning_rate)
 
     def get_config(self):
@@ -102,6 +108,21 @@ class MomentumSGD(_RecipeOptimizer):
         super().__init__(sgd_step, {"momentum": 0.0}, constants, learning_rate, **kwargs)
 
 # %% ../../nbs/22_optimizer.ipynb #0a710011
+def _fused_adam(optimizer, gradient, variable, learning_rate):
+    "Apply Adam by TensorFlow's own operation"
+    import tensorflow as tf
+
+    kind = variable.dtype
+    number = tf.cast(optimizer.iterations + 1, kind)
+    betas = tf.constant(optimizer.beta_1, kind), tf.constant(optimizer.beta_2, kind)
+    places = _handles(optimizer, variable, {"m": "momentum", "v": "velocity"})
+    powers = dict(beta1_power=betas[0] ** number, beta2_power=betas[1] ** number)
+    rates = dict(
+        lr=tf.cast(learning_rate, kind), beta1=betas[0], beta2=betas[1], epsilon=optimizer.epsilon
+    )
+    tf.raw_ops.ResourceApplyAdam(grad=tf.cast(gradient, kind), **places, **powers, **rates)
+
+
 @keras.saving.register_keras_serializable(package="effnet_repro")
 class AdamW(keras.optimizers.AdamW):
     "Keras' AdamW, which names its slots"
@@ -109,6 +130,11 @@ class AdamW(keras.optimizers.AdamW):
     def build(self, variables):
         super().build(variables)
         self.slots = {"momentum": self._momentums, "velocity": self._velocities}
+
+    def update_step(self, gradient, variable, learning_rate):
+        fused = keras.backend.backend() == "tensorflow" and not self.amsgrad
+        step = functools.partial(_fused_adam, self) if fused else super().update_step
+        step(gradient, variable, learning_rate)
 
 # %% ../../nbs/22_optimizer.ipynb #0a71000a
 def make_optimizer(

@@ -200,7 +200,7 @@ def _as_list(images) -> list:
 def suitable_batch(spec, image_size: int) -> int:
     """Return how many images at a time suit the device: a power of two that its memory holds."""
     from effnet_repro.training.device import has_jax_gpu
-    from effnet_repro.training.estimation import found_gib
+    from effnet_repro.training.memory import found_gib
 
     gpu = has_jax_gpu()
     found = (memory_of_gpu() or 0) / 2**30 if gpu else found_gib()

@@ -1,4 +1,4 @@
-"""The micro-batch that a GPU gets: it fits, divides, keeps mixing groups whole, and stays what a run began with."""
+"""The micro-batch that a machine gets: it fits, divides, keeps mixing groups whole, and stays what a run began with."""
 
 import csv
 from dataclasses import replace
@@ -8,8 +8,8 @@ import pytest
 
 from effnet_repro.config import get_case
 from effnet_repro.runs import resolve_training
+from effnet_repro.training import memory, settle_run
 from effnet_repro.training import micro_batch as module
-from effnet_repro.training import settle_run
 
 RESULTS = Path(__file__).parents[1] / "results"
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
@@ -30,7 +30,7 @@ def _peaks():
 
 @pytest.mark.parametrize("name, images, peak", _peaks())
 def test_the_model_of_memory_covers_what_was_measured(name, images, peak):
-    modelled = module.needed_bytes(get_case(name), images) / GIB
+    modelled = memory.needed_bytes(get_case(name), images) / GIB
     assert peak < modelled < 1.25 * peak
 
 
@@ -86,6 +86,23 @@ def test_what_was_asked_for_or_begun_stays(gpus, tmp_path):
         assert settle_run(one, "bfloat16") is one
 
 
-def test_a_machine_without_gpus_keeps_the_case(tmp_path):
+@pytest.mark.parametrize(
+    "gib, size, micro", [(64, 160, 96), (12, 160, 48), (4, 160, 24), (16, 64, 96), (None, 64, 24)]
+)
+def test_a_cpu_takes_many_images_where_there_is_memory(monkeypatch, tmp_path, gib, size, micro):
+    monkeypatch.setattr(module, "found_gib", lambda: gib)
+    monkeypatch.setattr(module, "has_jax_gpu", lambda: False)
+    monkeypatch.setattr(module, "is_tensorflow_cpu", lambda: True)
+    run = resolve_training(CASE, tmp_path, "case", True, image_size=size)
+    case = settle_run(run).case
+    assert case.micro_batch_size == micro and case.micro_batch_size % case.mix_group_size == 0
+    assert case.micro_batch_size * case.gradient_accumulation == 768
+    if micro > 24:
+        assert memory.needed_gib(case, micro) <= module.CPU_SHARE * gib
+
+
+def test_jax_on_a_cpu_keeps_the_case(monkeypatch, tmp_path):
+    monkeypatch.setattr(module, "has_jax_gpu", lambda: False)
+    monkeypatch.setattr(module, "is_tensorflow_cpu", lambda: False)
     run = resolve_training(CASE, tmp_path, "case", True)
     assert settle_run(run) is run

@@ -296,13 +296,13 @@ def test_folders_are_searched(mixed):
 
 
 def test_batches_suit_the_device(monkeypatch):
-    from effnet_repro.training import device, estimation
+    from effnet_repro.training import device, memory
 
     large, small = ModelSpec.from_name("B7-G1-BN"), ModelSpec.from_name("B0-G1-BN")
-    monkeypatch.setattr(estimation, "found_gib", lambda: 8.0)
+    monkeypatch.setattr(memory, "found_gib", lambda: 8.0)
     cpu = suitable_batch(large, 600), suitable_batch(small, 224)
     assert cpu[0] < cpu[1] <= 64 and all(n & (n - 1) == 0 for n in cpu)
-    monkeypatch.setattr(estimation, "found_gib", lambda: 0.01)
+    monkeypatch.setattr(memory, "found_gib", lambda: 0.01)
     assert suitable_batch(large, 600) == 1
     monkeypatch.setattr(device, "has_jax_gpu", lambda: True)
     monkeypatch.setattr("effnet_repro.predict.memory_of_gpu", lambda: 80 * 2**30)

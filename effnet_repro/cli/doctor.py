@@ -136,7 +136,8 @@ def _peak_memory_gib():
 
 def _cost(plan, data, args):
     "What the planned run would take here: modelled, then measured"
-    from effnet_repro.training.estimation import estimate, found_gib, memory_warning
+    from effnet_repro.training.estimation import estimate, memory_warning
+    from effnet_repro.training.memory import found_gib
 
     e = estimate(plan.case, data)
     cost = {"training steps": e["updates"], "epochs": plan.case.epochs}

@@ -116,6 +116,15 @@ def has_jax_gpu() -> bool:
     return jax.default_backend() == "gpu"
 
 
+def is_tensorflow_cpu() -> bool:
+    """Return whether Keras computes with TensorFlow on a CPU."""
+    if keras.backend.backend() != "tensorflow":
+        return False
+    import tensorflow as tf
+
+    return not tf.config.list_physical_devices("GPU")
+
+
 def has_other_processes() -> bool:
     """Return whether Keras computes with JAX in one of several processes that joined each other."""
     if keras.backend.backend() != "jax":
@@ -150,11 +159,7 @@ def environment() -> dict:  # What `environment.json` holds
 
 def _computes_float16() -> bool:
     "Whether the backend has every operation in float16 here"
-    if keras.backend.backend() != "tensorflow":
-        return True
-    import tensorflow as tf
-
-    return bool(tf.config.list_physical_devices("GPU"))
+    return not is_tensorflow_cpu()
 
 
 @contextlib.contextmanager

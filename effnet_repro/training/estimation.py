@@ -13,24 +13,7 @@ from effnet_repro.messages import say
 from effnet_repro.recipe import steps_per_epoch, total_updates
 from effnet_repro.scaling import count
 from effnet_repro.training.device import choose_precision, device_name, has_jax_gpu
-from effnet_repro.training.micro_batch import needed_bytes
-
-
-def needed_gib(case, images):
-    "Memory of a run with so many images at a time. Ours: a fit to what was measured on a CPU"
-    cost = count(case, case.image_size)
-    return 1.14 + (12.6 * cost.params + 2.51 * cost.activations * images) * 4 / 2**30
-
-
-def found_gib():
-    "Memory that this process may use, by the machine and its control group; None where nothing tells"
-    found = []
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # no such file, or no limit
-            found.append(int(Path(path).read_text()))
-    with contextlib.suppress(AttributeError, OSError, ValueError):  # not on Windows
-        found.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    return min(found) / 2**30 if found else None
+from effnet_repro.training.memory import found_gib, needed_bytes, needed_gib
 
 
 def memory_warning(case):

@@ -1,8 +1,9 @@
-"""The micro-batch of a GPU: the largest that fits, among those that divide a training step over the GPUs.
+"""The micro-batch of this machine: the largest that fits, among those that divide a training step over its devices.
 
-What a training step needs is modelled (`needed_bytes`) and was checked against the peaks of `results/gpu_speed.csv`.
-Neither the norms of the published cases nor what is drawn depend on the micro-batch, so a larger one changes only the
-order of sums. Batch norm does depend on it, and so do runs of earlier versions (`mix_group_size` 0): these keep theirs.
+What a training step needs is modelled (`memory.needed_bytes` for a GPU, checked against the peaks of
+`results/gpu_speed.csv`; `memory.needed_gib` for a CPU). Neither the norms of the published cases nor what is drawn
+depend on the micro-batch, so a larger one changes only the order of sums. Batch norm does depend on it, and so do runs
+of earlier versions (`mix_group_size` 0): these keep theirs.
 """
 
 from dataclasses import replace
@@ -12,25 +13,20 @@ from effnet_repro.config import Case
 from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.messages import say
 from effnet_repro.runs import Resolved
-from effnet_repro.scaling import ModelSpec, blocks, count
-from effnet_repro.training.device import choose_precision, has_jax_gpu, has_other_processes
+from effnet_repro.scaling import ModelSpec, blocks
+from effnet_repro.training.device import (
+    choose_precision,
+    has_jax_gpu,
+    has_other_processes,
+    is_tensorflow_cpu,
+)
+from effnet_repro.training.memory import found_gib, needed_bytes, needed_gib
 
-#: Bytes that a training step keeps of each number that the layers write, in 16 bits. Ours: 3.5 to 4.05 were measured.
-KEPT_BYTES = 4.1
 #: Share of a GPU's memory that a step may take; a resident set has an eighth, and an allocator wastes some.
 SHARE = 0.8
-
-
-def needed_bytes(
-    case: Case,  # Network and image size
-    images: int,  # At a time
-    precision: str = "bfloat16",  # Type to compute in; float32 takes twice the memory
-) -> float:  # Bytes at the peak of a training step
-    """Model the memory of a training step on a GPU: weights, slots, gradients, images and activations."""
-    cost, wide = count(case, case.image_size), 2 if precision == "float32" else 1
-    state = 4 * (3 + 2) * cost.params
-    each = KEPT_BYTES * wide * cost.activations + 8 * case.image_size**2
-    return state + each * images
+#: The same of a computer's own memory, where other programs run, too; and images at a time, up to which steps of
+#: TensorFlow on a CPU were measured to get faster (by 1.2 to 1.4 from 32 to 128 images of 64 to 128 pixels)
+CPU_SHARE, CPU_IMAGES = 0.25, 128
 
 
 def most_images(case: Case) -> int:
@@ -58,11 +54,23 @@ def largest_micro_batch(
     precision: str = "bfloat16",  # Type to compute in
 ) -> int:  # Images at a time on one device
     """Return the largest micro-batch that fits and divides; one of whole mixing groups, where there is one."""
-    own = case.global_batch_size // share_out(case, devices)
     fits = lambda m: needed_bytes(case, m, precision) <= SHARE * memory and m <= most_images(case)
-    sizes = [m for m in range(1, own + 1) if own % m == 0 and fits(m)] or [1]
-    group = case.mix_groups[1]
-    return max([m for m in sizes if m % group == 0] or sizes)
+    return _largest_part(case, case.global_batch_size // share_out(case, devices), fits)
+
+
+def largest_on_cpu(
+    case: Case,  # Laid out for one process
+    memory: float,  # Of the computer, GiB
+) -> int:  # Images at a time
+    """Return the largest micro-batch that leaves room for other programs; never a smaller one than the case's."""
+    fits = lambda m: m <= CPU_IMAGES and needed_gib(case, m) <= CPU_SHARE * memory
+    return max(_largest_part(case, case.global_batch_size, fits), case.micro_batch_size)
+
+
+def _largest_part(case, images, fits):
+    "The largest divisor of so many images that fits; one of whole mixing groups, where there is one"
+    sizes = [m for m in range(1, images + 1) if images % m == 0 and fits(m)] or [1]
+    return max([m for m in sizes if m % case.mix_groups[1] == 0] or sizes)
 
 
 def settle_micro_batch(
@@ -70,20 +78,31 @@ def settle_micro_batch(
     given: Sequence[str] = (),  # Fields that the user named
     precision: str = "auto",  # Type to compute in
 ) -> Case:
-    """Give a case the micro-batch of the GPUs here, and say so; elsewhere, or where one was asked for, do nothing."""
-    if not _may_change(case, given) or not has_jax_gpu():
+    """Give a case the micro-batch of the devices here, and say so; where one was asked for, do nothing."""
+    if not _may_change(case, given):
         return case
+    m = _on_gpus(case, precision) if has_jax_gpu() else _on_cpu(case)
+    if m == case.micro_batch_size:
+        return case
+    say(f"micro-batch: {m} images at a time, the largest that fits (--micro-batch-size)")
+    return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
+
+
+def _on_gpus(case, precision):
+    "The micro-batch for the GPUs here; the case's, if they do not tell their memory"
     import jax
 
     devices = jax.devices() if has_other_processes() else jax.local_devices()
     count, memory = len(devices), memory_of_gpu()
     if memory is None:
-        return case
-    m = largest_micro_batch(case, count, memory, choose_precision(precision))
-    if m == case.micro_batch_size:
-        return case
-    say(f"micro-batch: {m} images at a time, the largest that fits (--micro-batch-size)")
-    return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
+        return case.micro_batch_size
+    return largest_micro_batch(case, count, memory, choose_precision(precision))
+
+
+def _on_cpu(case):
+    "The micro-batch for TensorFlow on a CPU; elsewhere the case's"
+    memory = found_gib() if is_tensorflow_cpu() else None
+    return case.micro_batch_size if memory is None else largest_on_cpu(case, memory)
 
 
 def _may_change(case, given):
@@ -116,7 +135,7 @@ def settle_run(
     run: Resolved,  # Before it begins
     precision: str = "auto",  # Type to compute in
 ) -> Resolved:
-    """Give a new run the micro-batch of the GPUs here; a run that was begun, or was settled before, stays as it is.
+    """Give a new run the micro-batch of the devices here; a run that was begun, or was settled before, stays as it is.
 
     Where several processes train, its micro-batches must be shared by all their devices, even if it was begun.
     """

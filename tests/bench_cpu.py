@@ -37,7 +37,8 @@ SPEED = (
 )
 SEED = 0  # of images and weights, in every process
 ARMS = ("G1-GN-Native", "G16-LN_PN-Native", "G16-LN_PN-Half")
-PART_NAMES = ("speed", "operations", "sizes", "reader", "timm", "grouped")
+PART_NAMES = ("speed", "operations", "sizes", "reader", "timm", "grouped", "micro")
+STEP, MICRO = 128, (32, 64, 128)  # images of a training step, and at a time
 GROUPED = ("tf.nn.conv2d", "keras.ops.conv")  # ways to a group convolution under TensorFlow
 OPERATIONS = (("Conv2D", "convolutions"), ("MatMul", "matrix products"), ("", "other operations"))
 
@@ -51,14 +52,14 @@ def _images(size, batch):
     return images, rng.integers(0, 10, batch).astype("int32")
 
 
-def _case(name, batch):
+def _case(name, batch, micro=None):
     from effnet_repro.config import for_one_device, load_cases
 
     case = next(c for n, c in load_cases().items() if n.startswith(f"{name}_"))
-    return for_one_device(case, micro_batch_size=batch, global_batch_size=batch)
+    return for_one_device(case, micro_batch_size=micro or batch, global_batch_size=batch)
 
 
-def _our_training(name, images, labels):
+def _our_training(name, images, labels, micro=None):
     from effnet_repro.augment import draw_mixing
     from effnet_repro.efficientnet import build_model
     from effnet_repro.network import segments
@@ -67,7 +68,7 @@ def _our_training(name, images, labels):
 
     configure()
 
-    case = _case(name, len(images))
+    case = _case(name, len(images), micro)
     spec = ModelSpec.from_case(case)
     trained = tuple(s.name for s in segments(spec))
     network = build_model(spec, image_size=images.shape[1], dtype="float32")
@@ -75,7 +76,8 @@ def _our_training(name, images, labels):
     mixing = dict(
         mixup_alpha=case.mixup_alpha, cutmix_lambda=case.cutmix_lambda, seed=SEED, update=0
     )
-    batch = draw_mixing(**mixing, groups=1, group_size=len(images))
+    groups, group_size = case.mix_groups
+    batch = draw_mixing(**mixing, groups=groups, group_size=group_size)
     batch.update(update=np.int32(0), learning_rate=np.float32(1e-4), images=images, labels=labels)
     return model, batch
 
@@ -96,10 +98,10 @@ def _peer_training(images, labels):
     return model, (images.astype("float32"), labels)
 
 
-def training(name, size, batch):
+def training(name, size, batch, micro=None):
     """A function that makes k steps through `model.fit` and gives the seconds of each but the first."""
     images, labels = _images(size, batch)
-    make = _peer_training if name == PEER else lambda *data: _our_training(name, *data)
+    make = _peer_training if name == PEER else lambda *data: _our_training(name, *data, micro)
     model, example = make(images, labels)
     import keras
     import tensorflow as tf
@@ -118,6 +120,11 @@ def training(name, size, batch):
         return np.diff(clock.times, axis=0)
 
     return run
+
+
+def step(name, size, micro):
+    """The same of training steps of `STEP` images, so many at a time."""
+    return training(name, size, STEP, micro)
 
 
 def _folded(name, size):
@@ -224,7 +231,7 @@ def grouped(name, size, batch):
 
 def work(kind, name, size, batch):
     """Answer each number of steps on a line of standard input with what they took."""
-    kinds = {f.__name__: f for f in (training, inference, operations, timm, grouped)}
+    kinds = {f.__name__: f for f in (training, step, inference, operations, timm, grouped)}
     run = kinds[kind](name, size, batch)
     run(1)
     first = {"first_s": time.perf_counter() - STARTED, "first_cpu_s": time.process_time()}
@@ -455,7 +462,35 @@ def bench_grouped(a):
     write(a.results, "cpu_grouped.csv", rows, ("way", "channels", "kernel_size", "image_size"))
 
 
-MEASURE = (bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm, bench_grouped)
+def bench_micro(a):
+    """A training step of so many images, more or fewer of them at a time."""
+    if a.quick:
+        print("micro: skipped, it takes minutes", flush=True)
+        return
+    for size in (64, 96, 128):
+        workers = [Worker("step", "B0-G16-LN_PN-Native", size, m) for m in MICRO]
+        take_turns(workers, a.rounds, a.updates)
+        rows, first = [], [r["wall_s"] for r in workers[0].rounds]
+        for w in workers:
+            wall, cpu = ([r[k] for r in w.rounds] for k in ("wall_s", "cpu_s"))
+            row = {**w.label, "images": STEP, **spread([STEP / s for s in wall], "images_per_s")}
+            row.update(spread([STEP / s for s in cpu], "images_per_cpu_s"))
+            row.update(spread([f / s for f, s in zip(first, wall)], "ratio"))
+            row.update(peak_gib=round(w.rounds[-1]["peak_gib"], 3), rounds=len(wall))
+            rows.append({**row, **circumstances(len(wall), w.versions)})
+            w.close()
+        write(a.results, "cpu_micro_batch.csv", rows, LABEL)
+
+
+MEASURE = (
+    bench_speed,
+    bench_operations,
+    bench_sizes,
+    bench_reader,
+    bench_timm,
+    bench_grouped,
+    bench_micro,
+)
 PARTS = dict(zip(PART_NAMES, MEASURE))
 
 

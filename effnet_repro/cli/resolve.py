@@ -149,6 +149,20 @@ def settled_on_device(plan: CommandPlan, precision: str) -> CommandPlan:
     return plan if resolved is plan.resolved else plan_of(resolved, plan.reasons.get)
 
 
+def micro_batch_note(plan: CommandPlan) -> tuple:
+    """Return what to say of the micro-batch before Keras has been started; empty where it is settled."""
+    case, asked = (
+        plan.case,
+        {"micro_batch_size", "gradient_accumulation"} & set(plan.resolved.named),
+    )
+    if plan.resolved.begun or asked or case.norm == "BN" or case.gradient_accumulation == 1:
+        return ()
+    return (
+        f"TensorFlow on a CPU takes more than {case.micro_batch_size} images at a time where memory allows "
+        "(--micro-batch-size)",
+    )
+
+
 def checked_early(args, plan: CommandPlan, init=None) -> CommandPlan:
     """Check what a run needs before Keras takes its seconds, and return the plan with its data.
 

@@ -20,6 +20,7 @@ from effnet_repro.cli.options import (
 from effnet_repro.cli.processes import check_distributed, launch, lead_plan
 from effnet_repro.cli.resolve import (
     checked_early,
+    micro_batch_note,
     named_start,
     plan_training,
     settled_on_device,
@@ -82,23 +83,31 @@ def train_command(args):
         start_keras(args)
     plan = lead_plan(lambda: plan_training(args, run_dir))
     plan = checked_early(args, plan, args.init_path)
-    if chosen_backend(args) == "jax":  # which may compute on a GPU
+    notes = check_start(args, plan.resolved, args.init_path) if args.dry_run else ()
+    if args.restore_path:
+        here().lead(lambda: load_metadata(args.restore_path))
+    warning = _size_warning(args, plan.case)
+    if not args.dry_run or chosen_backend(args) == "jax":  # which may compute on a GPU
         start_keras(args)
         plan = settled_on_device(plan, precision_of(args))
-    notes = check_start(args, plan.resolved, args.init_path) if args.dry_run else ()
+    else:
+        notes = (*notes, *micro_batch_note(plan))
     print(f"{plan.case.name}, {plan.resolved.why or f'budget {plan.budget}'}")
     show_plan(plan)
     show_notes(notes)
-    if args.restore_path:
-        here().lead(lambda: load_metadata(args.restore_path))
-    if args.init_path:
-        trained = case_from_dict(here().lead(lambda: load_metadata(args.init_path))["case"])
-        warning = mod32_warning(trained.image_size, plan.case.image_size)
-        print("" if not warning else f"warning: {warning}", end="\n" if warning else "", flush=True)
+    print(warning, end="\n" if warning else "", flush=True)
     if args.dry_run:
         return 0
-    start_keras(args)
     from effnet_repro.training import train
 
     run = train(plan.resolved, data_dir_of(args), init=args.init_path, **options)
     return finish_run(run, args)
+
+
+def _size_warning(args, case):
+    "What to say of the image size of a run that begins from other weights"
+    if not args.init_path:
+        return ""
+    trained = case_from_dict(here().lead(lambda: load_metadata(args.init_path))["case"])
+    warning = mod32_warning(trained.image_size, case.image_size)
+    return f"warning: {warning}" if warning else ""

@@ -24,8 +24,8 @@ from effnet_repro.training.memory import found_gib, needed_bytes, needed_gib
 
 #: Share of a GPU's memory that a step may take; a resident set has an eighth, and an allocator wastes some.
 SHARE = 0.8
-#: The same of a computer's own memory, where other programs run, too; and images at a time, up to which steps of
-#: TensorFlow on a CPU were measured to get faster (by 1.2 to 1.4 from 32 to 128 images of 64 to 128 pixels)
+#: The same of a computer's own memory, where other programs run, too; and the most images at a time with which steps of
+#: TensorFlow on a CPU were measured (`results/cpu_micro_batch.csv`)
 CPU_SHARE, CPU_IMAGES = 0.25, 128
 
 

@@ -53,14 +53,14 @@ def validate(
     batch = None if batch is None else check_whole(1, batch=batch)
     image_size = image_size and check_whole(32, image_size=image_size)
     source, scores, evaluator = local_path(source, "source"), {}, None
+    files = _weight_files(source, weights)
+    say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
     reading = Reading(data_dir, data_format, decoder, validation_split, on_corrupt)
     data = data_dir if isinstance(data_dir, DataSet) else reading.open(source)
     say_found(data)
     data = settle_decoder(data)
     is_run, place, table = source.is_dir(), None, BestEffort("validation.csv", LOG)
     run_dir = source.parent if source.name == "checkpoints" else source
-    files = _weight_files(source, weights)
-    say_earlier(source, load_metadata(next(iter(files.values()))[0])["case"])
     for name, (path, kind) in files.items():
         metadata = load_metadata(path)
         data, case = match_classes(path, metadata, data), case_from_dict(metadata["case"])

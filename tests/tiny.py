@@ -37,3 +37,13 @@ def small_network():
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_graphs():
+    """For tests of what a run keeps, refuses and says: tracing a step costs more than doing ten."""
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)

@@ -13,6 +13,7 @@ import pytest
 import yaml
 from PIL import Image
 from test_cli import CASE, ROOT, subprocess_run
+from tiny import without_graphs  # noqa: F401
 
 from effnet_repro import cli
 from effnet_repro.checkpoint import load_metadata

@@ -7,7 +7,7 @@ from dataclasses import replace
 import keras
 import numpy as np
 import pytest
-from tiny import PYTHON, STAGES, TINY, small_network  # noqa: F401
+from tiny import ONE_BLOCK, PYTHON, STAGES, small_network  # noqa: F401
 
 from effnet_repro.config import override
 from effnet_repro.data import open_data
@@ -72,7 +72,7 @@ def training_model(**fields):
     "Our own training step around a small network with batch norm, and its data"
     small = dict(norm="BN", group_size=1, micro_batch_size=4, global_batch_size=8)
     layout = dict(num_replicas=1, num_stages=1, pipeline_splits=(), norm_groups=1)
-    case = override(TINY, **small, **layout, **fields)
+    case = override(ONE_BLOCK, **small, **layout, **fields)
     data = open_data()
     spec = ModelSpec.from_case(case, num_classes=data.num_classes)
     trained = trained_segments([s.name for s in segments(spec)], case.variable_filter)

@@ -179,7 +179,7 @@ def test_averages_and_epochs(tmp_path):
         "epochs": 2,
         "max_steps": 4,
     }
-    run = train(TINY, run_dir=tmp_path, keep=5, **options)
+    run = train(ONE_BLOCK, run_dir=tmp_path, keep=5, **options)
     files = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     assert [p.name for p in files] == ["epoch-0001.safetensors", "epoch-0002.safetensors"]
     first, second = (checkpoint.load(p, "all/")[0] for p in files)

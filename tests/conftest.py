@@ -9,6 +9,9 @@ from images import ROOT
 
 from effnet_repro import data as d
 
+# JAX optimizes for seconds what runs for milliseconds; the notebooks run its optimized code.
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
 
 def pytest_collection_finish():
     "Where a test has imported Keras, set what it reads once, before any of them computes"

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 from images import encode, record, smooth_image, write
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint, training
 from effnet_repro.classes import match_classes, new_labels

@@ -13,10 +13,12 @@ import pytest
 import yaml
 from PIL import Image
 from test_cli import CASE, ROOT, subprocess_run
+from tiny import without_graphs  # noqa: F401
 
 from effnet_repro import cli
 from effnet_repro.checkpoint import load_metadata
 from effnet_repro.cli.validate import validation_rows
+from effnet_repro.config import case_to_dict, get_case, override
 
 COMMANDS = yaml.safe_load((ROOT / "tests" / "data" / "commands.yml").read_text())
 DOCUMENT = """
@@ -24,6 +26,18 @@ export REPO export DATA_DIR export CONFIG_PATH train.py validation.py poprun --c
 --no-validation --restore-path --batch-size --image-size --gradient-accumulation-count --init-path --replicas
 --shards --lr-schedule --epochs --train-with-valid-preprocessing --base-learning-rate --variable-filter
 """.split()
+
+
+# Every block that a command names, one of each, and narrow.
+STAGES = (
+    "r1_k3_s1_e1_i16_o16",
+    "r1_k3_s2_i16_o16",
+    "r1_k5_s2_i16_o16",
+    "r2_k3_s2_i16_o16",
+    "r1_k5_s1_i16_o16",
+    "r1_k5_s2_i16_o16",
+    "r1_k3_s1_i16_o16",
+)
 
 
 def test_nothing_of_the_document_is_left_out():
@@ -47,11 +61,20 @@ def image_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def translated(image_folder, tmp_path_factory):
+def config_path(tmp_path_factory):
+    "A configuration with the published case, its network made small"
+    small = override(get_case(CASE), net_stages=STAGES, top_filters=32)
+    path = tmp_path_factory.mktemp("config") / "config.yml"
+    path.write_text(json.dumps({"cases": {CASE: case_to_dict(small)}}))
+    return path
+
+
+@pytest.fixture(scope="module")
+def translated(image_folder, config_path, tmp_path_factory):
     "Run every translated command in the order of the document: title -> (status, stdout, stderr)"
     variables = {
         "CASE": CASE,
-        "CONFIG_PATH": str(ROOT / "config.yml"),
+        "CONFIG_PATH": str(config_path),
         "RESTORE_PATH": str(tmp_path_factory.mktemp("run")),
         "BATCH_SIZE": "2",
         "GRAD_ACC": "1",

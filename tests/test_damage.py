@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from images import encode, quick, record, smooth_image, write
 from PIL import Image
 from test_faults import one_line
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import data as d
 from effnet_repro.config import for_one_device

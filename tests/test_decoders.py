@@ -8,7 +8,7 @@ import keras
 import numpy as np
 import pytest
 from images import bmp, encode, record, smooth_image, write
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro import data as d

@@ -1,15 +1,14 @@
 """Keras models: published weights, keras.applications, folding, and the backends' agreement."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import keras
 import keras_models
 import numpy as np
 import parity_vectors
 import pytest
+from tiny import PYTHON, SMALL
 
 from effnet_repro.efficientnet import (
     build_model,
@@ -23,8 +22,6 @@ from effnet_repro.norms import group_statistics
 from effnet_repro.ops import get_ops
 from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import relative_error, test_allclose
-
-ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("name", ["B0-G1-GN_64", "B0-G16-LN_PN_76"])
@@ -111,12 +108,14 @@ import sys
 import numpy as np
 import keras
 from effnet_repro.efficientnet import GroupConv2D, MBConv, ProxyNormAct, build_model
+from effnet_repro.scaling import ModelSpec
 from effnet_repro.testing import check_layer
+from tiny import SMALL
 assert keras.backend.backend() == "jax"
 x = np.random.default_rng(0).standard_normal((2, 7, 5, 16)).astype("float32")
 for layer, kwargs in ((GroupConv2D, {}), (ProxyNormAct, {}), (MBConv, dict(filters=16))):
     np.save(f"{sys.argv[1]}/{layer.__name__}.npy", check_layer(layer, kwargs, x))
-model = build_model("CIFAR-G16-LN_PN", num_classes=10)
+model = build_model(ModelSpec.from_name("CIFAR-G16-LN_PN", num_classes=10, **SMALL))
 images = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 np.save(f"{sys.argv[1]}/model.npy", model.predict(images, verbose=0))
 """
@@ -124,7 +123,7 @@ np.save(f"{sys.argv[1]}/model.npy", model.predict(images, verbose=0))
 
 def test_layers_and_models_on_jax(tmp_path):
     """The same lessons on the other backend; a process of its own, since Keras has one backend a process."""
-    env = {**os.environ, "KERAS_BACKEND": "jax", "PYTHONPATH": str(ROOT)}
+    env = {**PYTHON, "KERAS_BACKEND": "jax"}
     run = subprocess.run(
         [sys.executable, "-c", JAX, str(tmp_path)], env=env, capture_output=True, text=True
     )
@@ -136,7 +135,8 @@ def test_layers_and_models_on_jax(tmp_path):
         theirs = np.load(tmp_path / f"{layer.__name__}.npy")
         assert relative_error(layer(**kwargs)(x), theirs) < 1e-5, layer.__name__
     images = np.random.default_rng(1).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
-    ours = build_model("CIFAR-G16-LN_PN", num_classes=10).predict(images, verbose=0)
+    spec = ModelSpec.from_name("CIFAR-G16-LN_PN", num_classes=10, **SMALL)
+    ours = build_model(spec).predict(images, verbose=0)
     assert relative_error(ours, np.load(tmp_path / "model.npy")) < 1e-4
 
 

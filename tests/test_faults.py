@@ -19,7 +19,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from images import encode, quick, record, smooth_image, write
-from tiny import PYTHON, ROOT, SMOKE, TINY, small_network  # noqa: F401
+from tiny import PYTHON, ROOT, SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro import data as d
@@ -56,7 +56,8 @@ def test_a_field_is_sound_or_refused_by_name(field, value):
     try:
         new = dataclasses.replace(case, **{field: value})
     except ValueError as error:
-        assert case.name in one_line(error) or field == "name" or repr(value) in str(error)
+        said = one_line(error)
+        assert f"`{field}`" in said or case.name in said or field == "name" or repr(value) in said
     else:
         kept = getattr(new, field)
         assert not isinstance(kept, float) or np.isfinite(kept)

@@ -10,7 +10,7 @@ import signal
 import numpy as np
 import pytest
 from images import noise_folders
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro.runs import watch
@@ -22,15 +22,6 @@ OPTIONS["validate_every"] = 1
 
 # A damaged checkpoint costs a line of the run's own, not Python's warning with lines of source.
 pytestmark = pytest.mark.filterwarnings("error::UserWarning:effnet_repro")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def without_graphs():
-    import tensorflow as tf
-
-    tf.config.run_functions_eagerly(True)
-    yield
-    tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""All thirty cases build as Graphcore programs, at their real size, precision and options."""
+"""Cases build as Graphcore programs, at their real size, precision and options; all thirty in the long run."""
 
 import pytest
 
@@ -33,22 +33,43 @@ def build(case):
     return spec, program, machine
 
 
-def only_smaller(name):
-    "Whether a case differs from its native twin in image size and micro-batch alone, as six do: built in the long run"
-    half = CASES[name]
-    twin = CASES.get(name.replace("-Half_", "-Native_"), half)
-    layout = lambda case: (case.pipeline_splits, case.num_stages, case.precision)
-    return twin is not half and layout(twin) == layout(half)
+def facts(case):
+    "What a program may depend on, each by itself"
+    names = """model_size num_stages precision enable_conv_dithering offload_fp32_weight_copy
+    disable_variable_offloading internal_exchange_optimisation_target"""
+    arm = (case.group_size, case.norm, case.norm_groups)
+    found = {n: getattr(case, n) for n in names.split()}
+    found.update(arm=arm, half="-Half_" in case.name, shares=len(case.available_memory_proportion))
+    return set(found.items())
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.long) if only_smaller(n) else n for n in CASES]
-)
-def test_case_builds_with_its_options(name):
-    case = CASES[name]
-    spec, program, machine = build(case)
-    half = case.precision == "16.16"
-    (config,), (made,) = machine.calls["configure_ipu_system"], machine.calls["pipeline"]
+def fewest(cases):
+    "Names of cases that have every fact of all of them: the others are built in the long run"
+    seen, found = set(), []
+    for name, case in cases.items():
+        if not facts(case) <= seen:
+            seen |= facts(case)
+            found.append(name)
+    return found
+
+
+def test_every_fact_is_built():
+    built = fewest(CASES)
+    assert len(built) < 10
+    assert set.union(*(facts(CASES[n]) for n in built)) == set.union(*map(facts, CASES.values()))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_s_machine_has_its_options(name):
+    "Of all thirty: no network is needed for it"
+    with ipu_standin.install(shallow=True) as machine:
+        case = CASES[name]
+        ipu.configure(ipu.Graphcore(), ipu.machine_options(case, 16), case.num_stages)
+        check_options(case, machine)
+
+
+def check_options(case, machine):
+    (config,) = machine.calls["configure_ipu_system"]
     share = case.available_memory_proportion
     convolutions = {"partialsType": "half"}
     if len(share) == 1:
@@ -64,6 +85,18 @@ def test_case_builds_with_its_options(name):
     target = {"opt.internalExchangeOptimisationTarget": case.internal_exchange_optimisation_target}
     target["target.deterministicWorkers"] = "false"
     assert config["compilation_poplar_options"] == target
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n if n in fewest(CASES) else pytest.param(n, marks=pytest.mark.long) for n in CASES],
+)
+def test_case_builds_with_its_options(name):
+    case = CASES[name]
+    spec, program, machine = build(case)
+    half = case.precision == "16.16"
+    check_options(case, machine)
+    (made,), share = machine.calls["pipeline"], case.available_memory_proportion
     assert made["schedule"].name == case.pipeline_schedule == "Grouped"
     assert made["gradient_accumulation_count"] == case.gradient_accumulation
     assert made["mapping"] == list(range(case.num_stages)) and made["repeat_count"] == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import parity_vectors
 import pytest
+from tiny import SMALL
 
 from effnet_repro import mbconv, scaling
 from effnet_repro.network import initial_weights, params, run, segments
@@ -77,7 +78,7 @@ def test_equals_the_published_network(name):
 
 def test_back_ends_agree_on_a_whole_network():
     """Logits, every gradient and every segment of a proxy-normalised network, with the same masks."""
-    spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10)
+    spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10, **SMALL)
     weights = initial_weights(spec, seed=3)
     images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 
@@ -96,7 +97,7 @@ def test_back_ends_agree_on_a_whole_network():
     (logits, loss, gradients, outputs), (logits2, loss2, gradients2, outputs2) = runs
     assert relative_error(logits, logits2) < 1e-4 and abs(loss - loss2) < 1e-4
     for name in gradients:
-        # float32 through 50 layers; a gradient that is itself noise is judged by the network's scale
+        # float32 through many layers; a gradient that is itself noise is judged by the network's scale
         scale = max(np.linalg.norm(gradients[name]), 1e-4)
         assert np.linalg.norm(gradients[name] - gradients2[name]) < 2e-3 * scale, name
     for name in outputs:

@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import parity_vectors
 import pytest
-from tiny import SMALL, small_network  # noqa: F401
+from tiny import SMALL, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint, convert
 from effnet_repro.efficientnet import build_model, fold, load_published, to_published

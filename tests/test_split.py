@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from images import bmp, folders
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro.data import open_data

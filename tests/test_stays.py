@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiny
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import cli
 
@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 LIST = ROOT / "tests" / "data" / "stays.json"
 KEPT = json.loads(LIST.read_text())
 RUNS = ("40_train", "41_finetune", "42_validate")
-EPOCH = {"global_batch_size": 600, "micro_batch_size": 60, "epochs": 1, "max_steps": 2}
+EPOCH = {"global_batch_size": 600, "micro_batch_size": 300, "epochs": 1, "max_steps": 2}
 
 
 def lost(kept, found, where=""):

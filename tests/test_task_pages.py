@@ -7,7 +7,7 @@ import shlex
 import pytest
 from conversions import convert, write_timm
 from images import ROOT, encode, folders, smooth_image
-from tiny import STAGES, TINY, small_network  # noqa: F401
+from tiny import STAGES, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import cli
 from effnet_repro.config import load_cases, override

@@ -13,7 +13,7 @@ import types
 
 import numpy as np
 import pytest
-from tiny import EPOCHS_OF_THREE, PYTHON, SMOKE, TINY, small_network  # noqa: F401
+from tiny import EPOCHS_OF_THREE, ONE_BLOCK, PYTHON, SMOKE, TINY, eagerly, small_network  # noqa: F401
 
 from effnet_repro import checkpoint
 from effnet_repro.config import for_one_device, get_case, override
@@ -66,9 +66,9 @@ LOOPS = {
 
 def test_a_run_goes_on_inside_a_device_loop(tmp_path):
     """Loops of four training steps, cut after the sixth; the second command need not name the loop."""
-    whole = train(TINY, run_dir=tmp_path / "whole", **LOOPS, device_loop=4, max_steps=8)
-    train(TINY, run_dir=tmp_path / "cut", **LOOPS, device_loop=4, max_steps=6)
-    resumed = train(TINY, run_dir=tmp_path / "cut", **LOOPS, max_steps=8)
+    whole = train(ONE_BLOCK, run_dir=tmp_path / "whole", **LOOPS, device_loop=4, max_steps=8)
+    train(ONE_BLOCK, run_dir=tmp_path / "cut", **LOOPS, device_loop=4, max_steps=6)
+    resumed = train(ONE_BLOCK, run_dir=tmp_path / "cut", **LOOPS, max_steps=8)
     assert resumed.case.device_loop == 4
     _same_bytes(resumed.checkpoint, whole.checkpoint)
     stored = json.loads((tmp_path / "cut" / "config.json").read_text())["case"]
@@ -93,7 +93,7 @@ def test_a_signal_finishes_the_update_and_saves(tmp_path, capfd):
     sender = threading.Thread(target=_once_there_is_a_checkpoint, args=(tmp_path, send))
     try:
         sender.start()
-        run = train(TINY, run_dir=tmp_path, **EPOCHS_OF_THREE)
+        run = train(ONE_BLOCK, run_dir=tmp_path, **EPOCHS_OF_THREE)
     finally:
         sender.join()
         signal.signal(signal.SIGTERM, old)
@@ -108,7 +108,7 @@ KILLED = """
 import sys, tiny
 tiny.shrink()
 from effnet_repro.training import train
-train(tiny.TINY, run_dir=sys.argv[1], **tiny.EPOCHS_OF_THREE)
+train(tiny.ONE_BLOCK, run_dir=sys.argv[1], **tiny.EPOCHS_OF_THREE)
 """
 
 
@@ -124,14 +124,17 @@ def _kill_after_the_first_checkpoint(run_dir):
 def test_a_killed_process_goes_on_to_the_same_bytes(tmp_path):
     """Three steps an epoch: killed after the first checkpoint, then resumed; against a run nobody killed."""
     assert _kill_after_the_first_checkpoint(tmp_path / "cut") == -signal.SIGKILL
-    resumed = train(TINY, run_dir=tmp_path / "cut", **{**EPOCHS_OF_THREE, "max_steps": 5})
-    straight = train(TINY, run_dir=tmp_path / "straight", **{**EPOCHS_OF_THREE, "max_steps": 5})
+    resumed = train(ONE_BLOCK, run_dir=tmp_path / "cut", **{**EPOCHS_OF_THREE, "max_steps": 5})
+    straight = train(
+        ONE_BLOCK, run_dir=tmp_path / "straight", **{**EPOCHS_OF_THREE, "max_steps": 5}
+    )
     assert resumed.update == straight.update == 5
     _same_bytes(resumed.checkpoint, straight.checkpoint)
     _same_bytes(resumed.average, straight.average)
     assert list(read_metrics(tmp_path / "cut")["update"])[-1] == 5
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_micro_batches_do_not_matter(tmp_path):
     """One update of 8 images at once and as 4 x 2: the gradient in the slot agrees to rounding."""
     plain = dict(mixup_alpha=0.0, drop_path_rate=0.0, max_steps=1)
@@ -145,6 +148,7 @@ def test_micro_batches_do_not_matter(tmp_path):
         assert np.linalg.norm(a - slots[1][name]) <= 5e-3 * np.linalg.norm(a) + 1e-7, name
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_frozen_variables_do_not_move(whole, tmp_path):
     run = finetune(
         whole.run_dir,
@@ -164,17 +168,18 @@ def test_frozen_variables_do_not_move(whole, tmp_path):
     assert {n.split("/")[3] for n in slots} == {"Top", "block3a"}
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_averages_and_epochs(tmp_path):
     """Two epochs: a checkpoint each, and an average that is theirs."""
     options = {
         **SMOKE,
         "validate_every": 0,
         "global_batch_size": 600,
-        "micro_batch_size": 60,
+        "micro_batch_size": 300,
         "epochs": 2,
         "max_steps": 4,
     }
-    run = train(TINY, run_dir=tmp_path, keep=5, **options)
+    run = train(ONE_BLOCK, run_dir=tmp_path, keep=5, **options)
     files = checkpoint.list_checkpoints(tmp_path / "checkpoints")
     assert [p.name for p in files] == ["epoch-0001.safetensors", "epoch-0002.safetensors"]
     first, second = (checkpoint.load(p, "all/")[0] for p in files)
@@ -204,6 +209,7 @@ def test_averages_and_epochs(tmp_path):
     assert path == run.average and weights["all/Top/proxy/beta"].dtype == np.float32
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_a_run_begins_from_given_weights_and_need_not_validate(whole, tmp_path):
     """With a learning rate of almost nothing, they are still there afterwards."""
     still = {"max_steps": 1, "base_learning_rate_exponent": -60, "validate_every": None}
@@ -216,6 +222,7 @@ def test_a_run_begins_from_given_weights_and_need_not_validate(whole, tmp_path):
         train(override(TINY, norm="LN"), run_dir=tmp_path / "ln", init=whole.run_dir, **SMOKE)
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_batch_norm_trains_with_accumulation(tmp_path):
     case = override(TINY, norm="BN", group_size=1, expand_ratio=6)
     run = train(case, run_dir=tmp_path, **SMOKE)
@@ -337,6 +344,7 @@ def test_auto_is_bfloat16_on_a_gpu_under_jax(monkeypatch, backend, device, chose
     assert choose_precision("float32") == "float32"
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_measuring_counts_every_image_once(whole):
     arrays, metadata, _ = load_weights(whole.run_dir, "last")
     data = open_data(verbose=False)
@@ -344,7 +352,7 @@ def test_measuring_counts_every_image_once(whole):
 
     spec = ModelSpec.from_case(whole.case, num_classes=10)
     evaluate = Evaluator(spec).evaluate
-    some = [evaluate(arrays, data, 32, batch) for batch in (7, 300)]
+    some = [evaluate(arrays, data, 32, batch) for batch in (70, 300)]
     assert [s.pictures for s in some] == [300, 300]
     assert some[0].top1 == some[1].top1 and abs(some[0].loss - some[1].loss) < 1e-4
     assert (some[0].confusion == some[1].confusion).all() and some[0].confusion.sum() == 300
@@ -409,6 +417,7 @@ def test_bad_input_gets_one_clear_answer(whole, tmp_path, monkeypatch, call, err
         call(whole)
 
 
+@pytest.mark.usefixtures("eagerly")
 def test_a_broken_loss_stops_and_names_the_update(tmp_path):
     with pytest.raises(FloatingPointError, match="The loss of step [1-9]"):
         train(

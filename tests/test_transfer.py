@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from conversions import write_body
 from images import encode, folders, smooth_image
-from tiny import SMOKE, TINY, small_network  # noqa: F401
+from tiny import SMOKE, TINY, small_network, without_graphs  # noqa: F401
 
 from effnet_repro import checkpoint, convert, transfer
 from effnet_repro.config import override

@@ -15,6 +15,7 @@ POSIX = {"LC_ALL": "POSIX", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 STAGES = ("r1_k3_s2_e1_i32_o16", "r2_k3_s2_i16_o24", "r1_k5_s2_i24_o40")
 SMALL = dict(net_stages=STAGES, top_filters=128)
 TINY = override(get_case("B0-G16-LN_PN-Half_16IPU_2x8"), model_size="cifar", image_size=32, **SMALL)
+ONE_BLOCK = override(TINY, net_stages=STAGES[:1])  # where tracing it several times is the point
 SMOKE = dict(budget="smoke", precision="float32", progress=False, validate_every=None)
 EPOCHS_OF_THREE = {
     **SMOKE,
@@ -37,3 +38,23 @@ def small_network():
     with pytest.MonkeyPatch.context() as patch:
         shrink(patch.setattr)
         yield
+
+
+def _eagerly():
+    import tensorflow as tf
+
+    tf.config.run_functions_eagerly(True)
+    yield
+    tf.config.run_functions_eagerly(False)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def without_graphs():
+    """For files about what a run keeps, refuses and says: tracing a step costs more than doing ten."""
+    yield from _eagerly()
+
+
+@pytest.fixture
+def eagerly():
+    """The same for single tests."""
+    yield from _eagerly()

@@ -9,8 +9,14 @@ from images import ROOT
 
 from effnet_repro import data as d
 
-# JAX optimizes for seconds what runs for milliseconds; the notebooks run its optimized code.
-os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+def pytest_configure(config):
+    """Spare JAX the seconds in which it optimizes what runs for milliseconds; not in the long run.
+
+    The notebooks run its optimized code.
+    """
+    if config.option.markexpr == "not long":
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
 
 
 def pytest_collection_finish():

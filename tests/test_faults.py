@@ -343,6 +343,7 @@ def test_a_set_without_validation_images_trains(tmp_path, capsys):
         (lambda r: train(TINY, on_corrupt="yes", **SMOKE), "Unknown on_corrupt 'yes'"),
         (lambda r: train(TINY, epochs=float("nan"), **SMOKE), "`epochs` must be a finite number"),
         (lambda r: train(TINY, data_dir="nowhere", **SMOKE), "`data_dir` must be a folder"),
+        (lambda r: validate("gone", "nowhere"), "There is no file or folder gone"),
         (lambda r: validate(r.run_dir, batch=0), "`batch` must be a whole number from 1"),
         (lambda r: validate(r.run_dir, image_size=16), "`image_size` must be .* from 32"),
         (lambda r: finetune(r.run_dir, image_size=20, **SMOKE), "`image_size` must be"),

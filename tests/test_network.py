@@ -76,9 +76,10 @@ def test_equals_the_published_network(name):
         test_allclose(got, np.float64(norm), rtol=2e-3, msg=variable)
 
 
-def test_back_ends_agree_on_a_whole_network():
+@pytest.mark.parametrize("size", [SMALL, pytest.param({}, marks=pytest.mark.long, id="all of B0")])
+def test_back_ends_agree_on_a_whole_network(size):
     """Logits, every gradient and every segment of a proxy-normalised network, with the same masks."""
-    spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10, **SMALL)
+    spec = ModelSpec.from_name("B0-G16-LN_PN", num_classes=10, **size)
     weights = initial_weights(spec, seed=3)
     images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype("float32")
 

@@ -1,0 +1,138 @@
+"""Compile a training step for an H100 on a computer that has none, and count the programs that it starts.
+
+`python tests/compile_for_gpu.py B0-G16-LN_PN-Half_16IPU_2x8 --images 192`, after `pip install "jax[cuda13]"`. Nothing
+runs: this shows that the kernels compile for the GPU, and how a change moves the number of programs and the memory.
+Seconds of compiling are shorter than on a GPU, where XLA also tries out which products are fastest.
+"""
+
+import argparse
+import collections
+import os
+import re
+import time
+
+os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
+
+# What XLA asks a GPU about itself, answered for an H100 with 80 GB
+H100 = """
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+  l2_cache_size: 52428800
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+}
+runtime_version { major: 13 }
+dnn_version_info { major: 9 minor: 10 }
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+KINDS = {
+    "triton": "our kernels",
+    "cublas": "matrix products of the library",
+    "cudnn": "convolutions",
+}
+
+
+def training_model(case):
+    "The model whose step is compiled, with our kernels although there is no GPU"
+    from effnet_repro import keras_layers
+    from effnet_repro.efficientnet import build_model
+    from effnet_repro.kernels import tiles
+    from effnet_repro.kernels.ops import GPUOps
+    from effnet_repro.network import segments
+    from effnet_repro.scaling import ModelSpec
+    from effnet_repro.training import Program, TrainingModel
+
+    ops = GPUOps()
+    keras_layers.jax_ops, tiles.interpreted = lambda: ops, lambda: False
+    spec = ModelSpec.from_case(case)
+    network = build_model(spec, image_size=case.image_size, dtype="float32", seed=0)
+    trained = tuple(s.name for s in segments(spec))
+    return TrainingModel(network, Program(case, spec, trained, "bfloat16", 0))
+
+
+def arguments(model, case):
+    "Shapes of the step's state and batch, on a GPU that is only described"
+    import jax
+    from jax.experimental import topologies
+
+    (gpu,) = topologies.get_topology_desc(
+        "h100", "cuda", target_config=H100, topology="1x1x1"
+    ).devices
+    place = jax.sharding.SingleDeviceSharding(gpu)
+    of = lambda shape, kind: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+    slots, metrics = model.optimizer.variables, model.metrics_variables
+    state = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
+    state = tuple([of(tuple(v.shape), v.dtype) for v in some] for some in state)
+    n, side = case.global_batch_size, case.image_size
+    batch = dict(images=of((n, side, side, 3), "uint8"), labels=of((n,), "int32"))
+    batch.update(update=of((), "int32"), learning_rate=of((), "float32"))
+    if case.mixup_alpha:
+        batch["mixup"] = of(case.mix_groups, "float32")
+    return state, (batch,)
+
+
+def programs(text):
+    "Kind -> how many programs of it the compiled step starts; `text`: as XLA prints it"
+    found = collections.Counter()
+    entry = text[text.index("\nENTRY ") :]
+    for line in entry.splitlines():
+        rest = line.partition(" = ")[2]
+        if not re.search(r" (fusion|custom-call|copy)\(", rest):
+            continue
+        target = re.search(r'custom_call_target="([^"]+)"', rest)
+        named = (name for part, name in KINDS.items() if target and part in target[1])
+        found[next(named, target[1] if target else "XLA's own: element-wise, sums, copies")] += 1
+    return found
+
+
+def main(words=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("case", help="a published name")
+    p.add_argument(
+        "--images", type=int, default=256, help="of a training step, in one micro-batch (256)"
+    )
+    a = p.parse_args(words)
+    import jax
+
+    from effnet_repro.config import for_one_device, get_case, override
+    from effnet_repro.kernels.ops import add_xla_flags
+
+    os.environ["XLA_FLAGS"] = (
+        add_xla_flags(os.environ.get("XLA_FLAGS", "")) + " --xla_gpu_autotune_level=0"
+    )
+    case = override(for_one_device(get_case(a.case), a.images, a.images), cutmix_lambda=None)
+    model, clock = training_model(case), [time.perf_counter()]
+    traced = jax.jit(model.train_step, donate_argnums=0).trace(*arguments(model, case))
+    clock.append(time.perf_counter())
+    lowered = traced.lower(lowering_platforms=("cuda",))
+    clock.append(time.perf_counter())
+    compiled = lowered.compile()
+    clock.append(time.perf_counter())
+    names = "traced", "lowered", "compiled"
+    print(", ".join(f"{n} in {b - a:.1f} s" for n, a, b in zip(names, clock, clock[1:])))
+    found = programs(compiled.as_text())
+    for name, count in found.most_common():
+        print(f"{count:6,}  {name}")
+    print(f"{found.total():6,}  programs a step")
+    print(
+        f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:6.2f}  GiB of activations and temporary values"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -122,11 +122,6 @@ def training(name, size, batch, micro=None):
     return run
 
 
-def step(name, size, micro):
-    """The same of training steps of `STEP` images, so many at a time."""
-    return training(name, size, STEP, micro)
-
-
 def _folded(name, size):
     from effnet_repro.efficientnet import build_model, get_weights
     from effnet_repro.scaling import ModelSpec
@@ -231,7 +226,8 @@ def grouped(name, size, batch):
 
 def work(kind, name, size, batch):
     """Answer each number of steps on a line of standard input with what they took."""
-    kinds = {f.__name__: f for f in (training, step, inference, operations, timm, grouped)}
+    kinds = {f.__name__: f for f in (training, inference, operations, timm, grouped)}
+    kinds["step"] = lambda name, size, micro: training(name, size, STEP, micro)
     run = kinds[kind](name, size, batch)
     run(1)
     first = {"first_s": time.perf_counter() - STARTED, "first_cpu_s": time.process_time()}
@@ -338,6 +334,8 @@ def take_turns(workers, rounds, updates):
     for i in range(rounds):
         for worker in workers if i % 2 == 0 else workers[::-1]:
             worker.measure(updates)
+    for worker in workers:
+        worker.close()
 
 
 LABEL = ("kind", "network", "image_size", "micro_batch")
@@ -352,15 +350,10 @@ def bench_speed(a):
         take_turns(workers, a.rounds, a.updates)
         write(a.results, "cpu_speed.csv", speed_rows(workers, {kind: workers[0]}), LABEL)
         write(a.results, "cpu_memory.csv", memory_rows(workers), LABEL)
-        for worker in workers:
-            worker.close()
 
 
 def bench_operations(a):
     """Where a forward pass spends its time, and what a second core does for each kind of operation."""
-    if a.quick:
-        print("operations: skipped, they take minutes", flush=True)
-        return
     cores = num_cores()
     for _, name, size in (arm for arm in SPEED if arm[0] == "inference"):
         arm = ("operations", name, size, 16)
@@ -374,8 +367,6 @@ def bench_operations(a):
             row.update(ms_one_thread=round(one, 2), ms_all_threads=round(all_, 2), threads=cores)
             rows.append({**row, "rounds": a.rounds, **together})
         write(a.results, "cpu_operations.csv", rows, ("operation", *LABEL[1:]))
-        for worker in pair:
-            worker.close()
 
 
 def bench_sizes(a):
@@ -395,7 +386,6 @@ def bench_sizes(a):
                 row.update(spread([r[k] / batch for r in worker.rounds], f"{k}_per_image"))
             row.update(rounds=len(worker.rounds), n=len(worker.rounds))
             write(a.results, "cpu_sizes.csv", [row], LABEL)
-            worker.close()
 
 
 def bench_reader(a):
@@ -434,16 +424,12 @@ def bench_timm(a):
         print(f"timm: skipped, {a.torch_python} has no timm", flush=True)
         return
     for kind in ("training", "inference"):
-        peer, other = (
-            Worker(kind, PEER, 224, 16),
-            Worker("timm", kind, 224, 16, a.torch_python),
-        )
+        peer = Worker(kind, PEER, 224, 16)
+        other = Worker("timm", kind, 224, 16, a.torch_python)
         take_turns([peer, other], a.rounds, a.updates)
         other.label.update(kind=kind, network="timm efficientnet_b0 (PyTorch, eager)")
         rows = speed_rows([peer, other], {kind: peer})
         write(a.results, "cpu_speed.csv", rows[1:], LABEL)
-        for worker in (peer, other):
-            worker.close()
 
 
 def bench_grouped(a):
@@ -458,15 +444,11 @@ def bench_grouped(a):
         )
         row.update(spread([1e3 * r["wall_s"] for r in w.rounds], "ms"), rounds=len(w.rounds))
         rows.append({**row, **circumstances(len(w.rounds), w.versions)})
-        w.close()
     write(a.results, "cpu_grouped.csv", rows, ("way", "channels", "kernel_size", "image_size"))
 
 
 def bench_micro(a):
     """A training step of so many images, more or fewer of them at a time."""
-    if a.quick:
-        print("micro: skipped, it takes minutes", flush=True)
-        return
     for size in (64, 96, 128):
         workers = [Worker("step", "B0-G16-LN_PN-Native", size, m) for m in MICRO]
         take_turns(workers, a.rounds, a.updates)
@@ -478,20 +460,11 @@ def bench_micro(a):
             row.update(spread([f / s for f, s in zip(first, wall)], "ratio"))
             row.update(peak_gib=round(w.rounds[-1]["peak_gib"], 3), rounds=len(wall))
             rows.append({**row, **circumstances(len(wall), w.versions)})
-            w.close()
         write(a.results, "cpu_micro_batch.csv", rows, LABEL)
 
 
-MEASURE = (
-    bench_speed,
-    bench_operations,
-    bench_sizes,
-    bench_reader,
-    bench_timm,
-    bench_grouped,
-    bench_micro,
-)
-PARTS = dict(zip(PART_NAMES, MEASURE))
+MEASURE = [bench_speed, bench_operations, bench_sizes, bench_reader, bench_timm, bench_grouped]
+PARTS = dict(zip(PART_NAMES, [*MEASURE, bench_micro]))
 
 
 def main(words=None):
@@ -499,9 +472,7 @@ def main(words=None):
     p.add_argument("parts", nargs="*", help=f"of {', '.join(PARTS)}; all when none is named")
     p.add_argument("--rounds", type=int, default=7, help="turns of each network (7)")
     p.add_argument("--updates", type=int, default=3, help="timed updates in a turn (3)")
-    p.add_argument(
-        "--sizes", nargs="*", type=int, default=range(6), help="of B0 to B5; all (0 to 5)"
-    )
+    p.add_argument("--sizes", nargs="*", type=int, default=range(6), help="of B0 to B5 (0 to 5)")
     p.add_argument("--data", nargs="*", help="data folders for the reader; default: the sample set")
     p.add_argument("--results", default=str(ROOT / "results"), help="where the CSV files are")
     p.add_argument("--torch-python", default=sys.executable, help="a Python that has timm")
@@ -513,7 +484,10 @@ def main(words=None):
         a.rounds, a.updates = 1, 1
     Path(a.results).mkdir(parents=True, exist_ok=True)
     for name in a.parts or PARTS:
-        PARTS[name](a)
+        if a.quick and name in ("operations", "micro"):
+            print(f"{name}: skipped, it takes minutes", flush=True)
+        else:
+            PARTS[name](a)
 
 
 if __name__ == "__main__":

@@ -71,8 +71,8 @@ def _check_filter(case, names):
         if not any(name.startswith(part) for name in names):
             raise ValueError(
                 f"`variable_filter` names no segment: {part!r}. Legal: {', '.join(LEGAL_FILTERS)}, "
-                f"block for all blocks, or one such as block6c. This network ends with "
-                f"{', '.join(names[-4:])}."
+                f"block for all blocks, or one such as block6c. This network ({case.name}) ends "
+                f"with {', '.join(names[-4:])}."
             )
 
 

@@ -56,8 +56,7 @@ def test_a_field_is_sound_or_refused_by_name(field, value):
     try:
         new = dataclasses.replace(case, **{field: value})
     except ValueError as error:
-        said = one_line(error)
-        assert f"`{field}`" in said or case.name in said or field == "name" or repr(value) in said
+        assert case.name in one_line(error) or field == "name" or repr(value) in str(error)
     else:
         kept = getattr(new, field)
         assert not isinstance(kept, float) or np.isfinite(kept)

@@ -27,6 +27,7 @@ from effnet_repro.runs import (
     Resolved,
     check_run,
     choose_budget,
+    may_change_micro_batch,
     resolve_training,
     training_folder,
 )
@@ -151,11 +152,9 @@ def settled_on_device(plan: CommandPlan, precision: str) -> CommandPlan:
 
 def micro_batch_note(plan: CommandPlan) -> tuple:
     """Return what to say of the micro-batch before Keras has been started; empty where it is settled."""
-    case, asked = (
-        plan.case,
-        {"micro_batch_size", "gradient_accumulation"} & set(plan.resolved.named),
-    )
-    if plan.resolved.begun or asked or case.norm == "BN" or case.gradient_accumulation == 1:
+    case, run = plan.case, plan.resolved
+    free = not run.begun and may_change_micro_batch(case, run.named)
+    if case.gradient_accumulation == 1 or not free:
         return ()
     return (
         f"TensorFlow on a CPU takes more than {case.micro_batch_size} images at a time where memory allows "

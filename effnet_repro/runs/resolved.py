@@ -38,6 +38,15 @@ class Resolved:
     data: Optional[DataSet] = field(default=None, repr=False, compare=False)  # Where it was opened
 
 
+def may_change_micro_batch(
+    case: Case,  # Laid out for one process
+    named: Sequence[str],  # Fields that the user named
+) -> bool:
+    """Return whether the micro-batch of a case changes only rounding, and nobody asked for one."""
+    asked = {"micro_batch_size", "gradient_accumulation"} & set(named)
+    return not asked and case.norm != "BN" and case.mix_group_size != 0
+
+
 def _named(overrides):
     return tuple(name for name, value in overrides.items() if value is not None)
 

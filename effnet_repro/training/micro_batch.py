@@ -12,7 +12,7 @@ from typing import Sequence
 from effnet_repro.config import Case
 from effnet_repro.data.device import memory_of_gpu
 from effnet_repro.messages import say
-from effnet_repro.runs import Resolved
+from effnet_repro.runs import Resolved, may_change_micro_batch
 from effnet_repro.scaling import ModelSpec, blocks
 from effnet_repro.training.device import (
     choose_precision,
@@ -79,7 +79,7 @@ def settle_micro_batch(
     precision: str = "auto",  # Type to compute in
 ) -> Case:
     """Give a case the micro-batch of the devices here, and say so; where one was asked for, do nothing."""
-    if not _may_change(case, given):
+    if not may_change_micro_batch(case, given):
         return case
     m = _on_gpus(case, precision) if has_jax_gpu() else _on_cpu(case)
     if m == case.micro_batch_size:
@@ -105,12 +105,6 @@ def _on_cpu(case):
     return case.micro_batch_size if memory is None else largest_on_cpu(case, memory)
 
 
-def _may_change(case, given):
-    "Whether the micro-batch of a case changes only rounding, and nobody asked for one"
-    asked = {"micro_batch_size", "gradient_accumulation"} & set(given)
-    return not asked and case.norm != "BN" and case.mix_group_size != 0
-
-
 def divided_micro_batch(
     case: Case,  # Laid out for one process
     devices: int,  # Of all processes together
@@ -120,13 +114,12 @@ def divided_micro_batch(
 
     Where none does it, or one was asked for, the case stays, and `use_devices` refuses it.
     """
-    if case.gradient_accumulation % devices == 0 or not _may_change(case, given):
+    if case.gradient_accumulation % devices == 0 or not may_change_micro_batch(case, given):
         return case
-    own = case.global_batch_size // devices
-    sizes = [m for m in range(1, min(own, case.micro_batch_size) + 1) if own % m == 0]
-    if case.global_batch_size % devices or not sizes:
+    if case.global_batch_size % devices:
         return case
-    m = max([m for m in sizes if m % case.mix_groups[1] == 0] or sizes)
+    fits = lambda m: m <= case.micro_batch_size
+    m = _largest_part(case, case.global_batch_size // devices, fits)
     say(f"micro-batch: {m} images at a time, so that {devices} devices share a training step")
     return replace(case, micro_batch_size=m, gradient_accumulation=case.global_batch_size // m)
 

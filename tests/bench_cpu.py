@@ -308,7 +308,7 @@ def speed_rows(workers, peers):
     for worker in workers:
         wall, cpu = ([r[k] for r in worker.rounds] for k in ("wall_s", "cpu_s"))
         peer = peers[worker.label["kind"]].rounds
-        batch, row = worker.label["micro_batch"], dict(worker.label)
+        batch, row = worker.label.get("images", worker.label["micro_batch"]), dict(worker.label)
         row.update(spread([batch / s for s in wall], "images_per_s"))
         row.update(spread([batch / s for s in cpu], "images_per_cpu_s"))
         row.update(spread([p["wall_s"] / s for p, s in zip(peer, wall)], "ratio"))
@@ -451,15 +451,12 @@ def bench_micro(a):
     """A training step of so many images, more or fewer of them at a time."""
     for size in (64, 96, 128):
         workers = [Worker("step", "B0-G16-LN_PN-Native", size, m) for m in MICRO]
+        for worker in workers:
+            worker.label["images"] = STEP
         take_turns(workers, a.rounds, a.updates)
-        rows, first = [], [r["wall_s"] for r in workers[0].rounds]
-        for w in workers:
-            wall, cpu = ([r[k] for r in w.rounds] for k in ("wall_s", "cpu_s"))
-            row = {**w.label, "images": STEP, **spread([STEP / s for s in wall], "images_per_s")}
-            row.update(spread([STEP / s for s in cpu], "images_per_cpu_s"))
-            row.update(spread([f / s for f, s in zip(first, wall)], "ratio"))
-            row.update(peak_gib=round(w.rounds[-1]["peak_gib"], 3), rounds=len(wall))
-            rows.append({**row, **circumstances(len(wall), w.versions)})
+        rows = speed_rows(workers, {"step": workers[0]})
+        for row, worker in zip(rows, workers):
+            row["peak_gib"] = round(worker.rounds[-1]["peak_gib"], 3)
         write(a.results, "cpu_micro_batch.csv", rows, LABEL)
 
 

@@ -11,8 +11,6 @@ import os
 import re
 import time
 
-os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
-
 # What XLA asks a GPU about itself, answered for an H100 with 80 GB
 H100 = """
 gpu_device_info {
@@ -107,6 +105,7 @@ def main(words=None):
         "--images", type=int, default=256, help="of a training step, in one micro-batch (256)"
     )
     a = p.parse_args(words)
+    os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     import jax
 
     from effnet_repro.config import for_one_device, get_case, override

@@ -184,17 +184,8 @@ STAGES = (
 FIVE = (*STAGES[:2], "r2_k5_s2_i8_o16", "r1_k3_s2_i16_o24")  # blocks, one of them residual
 
 
-@pytest.fixture
-def quick_compiler():
-    "JAX compiles for minutes what runs for a second: leave optimizations out"
-    jax = pytest.importorskip("jax")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 def network(norm, drop_path_rate=0.0, stages=STAGES):
-    "Eight blocks, one of them residual, a quarter as wide as B0"
+    "These blocks, one of them residual, a quarter as wide as B0's"
     arm = dict(norm=norm, norm_groups=4 if norm == "GN" else 1, drop_path_rate=drop_path_rate)
     small = dict(net_stages=stages, top_filters=320, image_size=32, dropout_rate=0.0)
     return ModelSpec("B0", num_classes=10, **arm, **small)
@@ -261,7 +252,7 @@ def numpy_update(weights, gradients, spec):
 
 @pytest.mark.parametrize("norm", ["GN", "LN_PN"])
 @pytest.mark.parametrize("backend", ["tensorflow", "jax"])
-def test_staged_step_equals_unstaged_step(backend, norm, unstaged, quick_compiler):
+def test_staged_step_equals_unstaged_step(backend, norm, unstaged):
     "Float32 sums in another order: 1e-5 for all gradients together, 1e-3 for each (some nearly cancel)"
     spec = network(norm, stages=FIVE)
     splits = ["block2a", "block3a"] if norm == "GN" else ["block4a/b"]

@@ -95,7 +95,8 @@ def train_command(args):
     print(f"{plan.case.name}, {plan.resolved.why or f'budget {plan.budget}'}")
     show_plan(plan)
     show_notes(notes)
-    print(warning, end="\n" if warning else "", flush=True)
+    if warning:
+        print(warning, flush=True)
     if args.dry_run:
         return 0
     from effnet_repro.training import train

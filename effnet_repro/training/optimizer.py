@@ -59,10 +59,8 @@ def _fused_rmsprop(optimizer, gradient, variable, learning_rate):
     "Apply RMSProp by TensorFlow's own operation"
     import tensorflow as tf
 
-    c, places = (
-        optimizer.constants,
-        _handles(optimizer, variable, {"ms": "mean_square", "mom": "momentum"}),
-    )
+    c = optimizer.constants
+    places = _handles(optimizer, variable, {"ms": "mean_square", "mom": "momentum"})
     rates = dict(lr=learning_rate, rho=c["decay"], momentum=c["momentum"], epsilon=c["epsilon"])
     tf.raw_ops.ResourceApplyRMSProp(grad=gradient, **places, **rates)
 

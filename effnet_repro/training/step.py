@@ -226,12 +226,27 @@ def with_images(
     return {**batch, "images": cut_images(batch.pop("pixels"), batch.pop("cuts"), **how)}
 
 
+def _as_one(values, axis=None):
+    """Join a tree of arrays to one vector, sum it over the devices of an axis, and cut it up again.
+
+    One exchange instead of several: XLA would begin with the first gradient that is there, and what a GPU computes
+    while an exchange is under way is not part of a CUDA graph. Without an axis it pays as well: updates of weights of
+    one shape become one kernel, as all read the same vector.
+    """
+    import jax
+    from jax.flatten_util import ravel_pytree
+
+    flat, parts = ravel_pytree(values)
+    return parts(jax.lax.psum(flat, axis) if axis else jax.lax.optimization_barrier(flat))
+
+
 def _shared_gradients(program, names, weights, batch):
     "Gradients of the images of a batch, on the devices of Keras' distribution"
     distribution, count = keras.distribution.distribution(), program.case.gradient_accumulation
     if distribution is None:
         batch = micro_batches(program, with_images(program, batch))
-        return _jax_gradients(program, names, weights, batch)
+        *sums, moving = _jax_gradients(program, names, weights, batch)
+        return (*_as_one(sums), moving)
     import jax
 
     mesh, axis = distribution.device_mesh.backend_mesh, distribution.batch_dim_name
@@ -242,7 +257,8 @@ def _shared_gradients(program, names, weights, batch):
         batch = micro_batches(program, with_images(program, batch), devices)
         first = jax.lax.axis_index(axis) * (count // devices)
         *sums, moving = _jax_gradients(program, names, weights, batch, first)
-        return (*jax.lax.psum(sums, axis), jax.lax.pmean(moving, axis))
+        sums, moving = _as_one((sums, moving), axis)
+        return (*sums, {n: v / devices for n, v in moving.items()})
 
     batch = {n: v for n, v in batch.items() if program.case.mixes or n not in DRAWS}
     how = jax.tree.map(lambda v: share if v.ndim else whole, batch)

@@ -402,3 +402,33 @@ def test_all_processes_stop_after_the_same_step(tmp_path, monkeypatch, step, unt
     asked.clear()
     in_threads(tmp_path / "cut", monkeypatch)
     assert left(tmp_path / "cut") == left(tmp_path / "whole")
+
+
+def test_the_next_batch_is_made_while_a_step_is_started(monkeypatch):
+    from effnet_repro.training import steps
+
+    monkeypatch.setattr(steps, "_placement", lambda: lambda batch: batch)
+    made, begun = threading.Event(), threading.Event()
+
+    def stream():
+        yield 0
+        assert begun.wait(20)  # the step of batch 0 is being started
+        made.set()
+        yield 1
+        raise OSError("the disk is gone")
+
+    def train_function(state, batches):
+        begun.set()
+        assert made.wait(20)
+        loss = SimpleNamespace(value=next(batches), copy_to_host_async=lambda: None)
+        return {"loss": loss}, state
+
+    none = dict.fromkeys(["trainable_variables", "non_trainable_variables", "metrics_variables"], ())
+    model = SimpleNamespace(train_function=train_function, make_train_function=lambda: None, **none)
+    model.optimizer = SimpleNamespace(variables=())
+    running = steps.JaxSteps(model, stream())
+    assert running.do()["loss"].value == 0
+    assert running.do()["loss"].value == 1  # what follows is broken, this is not
+    with pytest.raises(OSError, match="the disk is gone"):
+        running.do()
+    running.close()

@@ -179,4 +179,6 @@ class KerasRuntime(Runtime):
         """Leave the devices as they were. What still compiles is waited for: an exit meanwhile could crash."""
         if self.compiling is not None:
             self.compiling.join()
+        if self.steps is not None:
+            self.steps.close()
         self.devices.close()

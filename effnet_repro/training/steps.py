@@ -3,6 +3,8 @@
 Keras compiles the step (`make_train_function`); so a step costs what it costs in `model.fit`.
 """
 
+from concurrent.futures import ThreadPoolExecutor
+
 import keras
 import numpy as np
 
@@ -34,17 +36,25 @@ class TensorFlowSteps:
     def sync(self):
         """Do nothing: the variables are up to date."""
 
+    def close(self):
+        """Do nothing: there is no thread."""
+
 
 class JaxSteps:
     """Steps from one state to the next. A step takes over the memory of the state before.
 
-    The next batch is taken from the stream, and sent to the devices, once the step before has been started.
+    While a step is being started, a thread takes the next batch from the stream and sends it to the devices: on GPUs
+    both take milliseconds of Python, about as long as a small step.
     """
 
     def __init__(self, model: TrainingModel, stream):
         model.make_train_function()
         self.model, self.batches, self.waiting = model, iter(stream), None
-        self.place = _placement()
+        self.place, self.ahead = _placement(), None
+        if self.place is not None:
+            known = keras.distribution.distribution()  # each thread has its own
+            set_it = keras.distribution.set_distribution
+            self.ahead = ThreadPoolExecutor(1, "next batch", set_it, (known,))
         slots, metrics = model.optimizer.variables, model.metrics_variables
         self.variables = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
         place = on_all_devices if has_other_processes() else lambda value: value
@@ -52,12 +62,12 @@ class JaxSteps:
 
     def do(self) -> dict:
         """Start a step and return its logs; their way to the host begins as soon as they are there."""
-        batch = self._next() if self.waiting is None else self.waiting
+        batch = self._next() if self.waiting is None else self.waiting.result()
+        if self.ahead is not None:
+            self.waiting = self.ahead.submit(self._next)
         logs, self.state = self.model.train_function(self.state, iter([batch]))
         for value in logs.values():
             value.copy_to_host_async()
-        if self.place is not None:
-            self.waiting = self._next()
         return logs
 
     def _next(self):
@@ -69,6 +79,11 @@ class JaxSteps:
         for variables, values in zip(self.variables, self.state):
             for variable, value in zip(variables, values):
                 variable.assign(value if value.is_fully_addressable else value.addressable_data(0))
+
+    def close(self):
+        """Wait for the batch that is being made, and end the thread."""
+        if self.ahead is not None:
+            self.ahead.shutdown(cancel_futures=True)
 
 
 def _placement():

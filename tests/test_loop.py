@@ -423,7 +423,9 @@ def test_the_next_batch_is_made_while_a_step_is_started(monkeypatch):
         loss = SimpleNamespace(value=next(batches), copy_to_host_async=lambda: None)
         return {"loss": loss}, state
 
-    none = dict.fromkeys(["trainable_variables", "non_trainable_variables", "metrics_variables"], ())
+    none = dict.fromkeys(
+        ["trainable_variables", "non_trainable_variables", "metrics_variables"], ()
+    )
     model = SimpleNamespace(train_function=train_function, make_train_function=lambda: None, **none)
     model.optimizer = SimpleNamespace(variables=())
     running = steps.JaxSteps(model, stream())

@@ -6,12 +6,15 @@ is trained again at that length. Each is a line of JSON in --out.
 
     python tests/tune_small.py trials --data-dir imagenette128 --out FILE --drop-path 0.2 0.004,0.3,0.2,0.2,60 best,150
     python tests/tune_small.py command --data-dir imagenette128 --out FILE --first-seed 0 --seeds 1
+    python tests/tune_small.py cores --data-dir imagenette128 --out FILE
     python tests/tune_small.py norm --data-dir imagenette128 --out FILE --seeds 3
     python tests/tune_small.py rows FILE ...
 
 trials   with our network, or with timm's efficientnet_b0 (--network timm); --final: all training images, judged by the
          validation images
 command  `effnet-train` as a user would start it, timed from its start to its end
+cores    the same for a computer without a GPU: two runs, of small images and then of larger ones, and `effnet-validate`
+         at 128 pixels, timed together
 norm     B0 with batch norm of 256 images, trained with statistics over all of them at once and through groups of
          --norm-batch: top-1 with moving averages, with averages taken anew over training images, and with statistics
          of the judged images themselves
@@ -39,8 +42,13 @@ from small_runs import Peer, Trial, without_held_back  # noqa: E402
 from effnet_repro.config import override  # noqa: E402
 from effnet_repro.data import open_data  # noqa: E402
 from effnet_repro.results import origin, write_rows  # noqa: E402
+from effnet_repro.runs import read_case  # noqa: E402
 
 CASE = "B0-G16-LN_PN-Half_16IPU_2x8"
+CORES = (  # Of `effnet-train`, one run after the other; the second begins with the weights of the first
+    {"image-size": 64, "epochs": 29, "max-steps": 696},  # 12 epochs, at a rate that stays high
+    {"image-size": 96, "epochs": 17, "warmup-epochs": 1},
+)
 KEY = (
     "network",
     "kind",
@@ -129,6 +137,36 @@ def command(args, write):
             write(row_of_run(folder, seed))
 
 
+def cores(args, write):
+    "Small images first, then larger ones: what two CPU cores have time for"
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        with tempfile.TemporaryDirectory() as temporary:
+            row = on_cores(args.runs or Path(temporary), seed, args)
+        write({**row, "network": "ours", "kind": "cores", "seed": seed})
+
+
+def on_cores(runs, seed, args):
+    "The runs of a seed, one after the other, and what the last one's weights reach"
+    began, start = time.time(), []
+    program = [sys.executable, "-m", "effnet_repro.cli"]
+    data = ["--data-dir", args.data_dir] if args.data_dir else []
+    quick = {"image-size": args.quick, "max-steps": 2} if args.quick else {}
+    for i, fields in enumerate(CORES):
+        folder = runs / f"{seed}-{i}"
+        words = ["train", CASE, "--budget", "small", "--seed", str(seed), *start, *data]
+        words += [word for n, v in {**fields, **quick}.items() for word in (f"--{n}", str(v))]
+        words += ["--run-dir", str(folder), "--no-validation", "--no-progress"]
+        subprocess.run([*program, *words], check=True)
+        start = ["--init-path", str(folder)]
+    words = ["validate", str(folder), "--weights", "last", "--json", *data]
+    words += ["--image-size", str(args.quick or 128)]
+    said = subprocess.run([*program, *words], check=True, stdout=subprocess.PIPE, text=True).stdout
+    (found,) = json.loads(said)
+    seconds = time.time() - began
+    row = dict(top1=found["top1"], judged_loss=found["loss"], seconds=seconds, parts=len(CORES))
+    return {**row, "epochs": read_case(folder).epochs, "batch": read_case(folder).global_batch_size}
+
+
 def timed(words, folder, args):
     "Start or go on with a run, and say whether it ended well; its seconds are kept beside it"
     clock, began = folder.with_name(f"{folder.name}-seconds"), time.time()
@@ -146,8 +184,6 @@ def timed(words, folder, args):
 
 def row_of_run(folder, seed):
     "What a run that has ended says of itself"
-    from effnet_repro.runs import read_case
-
     case = read_case(folder)
     with open(folder / "validation.csv", newline="", encoding="utf-8") as lines:
         found = {row["weights"]: row for row in csv.DictReader(lines)}
@@ -253,7 +289,7 @@ def norm(args, write):
 
 def parse(words):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("task", choices=("trials", "command", "norm", "rows"))
+    parser.add_argument("task", choices=("trials", "command", "cores", "norm", "rows"))
     parser.add_argument("what", nargs="*", help="trials, or best,EPOCHS; rows: files")
     parser.add_argument("--data-dir")
     parser.add_argument("--out", help="a line of JSON for each training")
@@ -307,7 +343,8 @@ def main(words=None):
             flush=True,
         )
 
-    {"trials": trials, "command": command, "norm": norm, "rows": rows}[args.task](args, write)
+    tasks = dict(trials=trials, command=command, cores=cores, norm=norm, rows=rows)
+    tasks[args.task](args, write)
     return 0
 
 

@@ -284,7 +284,7 @@ def _write(a, one, found):
     if not a.rehearse:
         command = ["python", "tests/bench_processes.py", *sys.argv[1:]]
         about = origin(found["device"], command, SEED, ROUNDS)
-        key = ("case", "kind", "gpus", "processes", "device")
+        key = ("case", "kind", "gpus", "processes", "device", "revision")
         write_rows(a.results / "process_speed.csv", [row], key, about)
 
 

@@ -19,8 +19,8 @@ IMAGENET = 1281167  # Training images
 _READERS = {
     "photographs": "photographs, GPU",
     "photographs, cores alone": "photographs",
-    "packed, jpeg 256": "jpeg 256, GPU",
-    "packed, jpeg 256, cores alone": "jpeg 256",
+    "packed, jpeg 256": "jpeg 256",
+    "packed, jpeg 256, GPU": "jpeg 256, GPU",
     "packed, raw 192": "raw 192",
 }
 RATES = "gpu_rates.json"

@@ -169,6 +169,8 @@ def commands(a, work):
             found.append(Measured("photographs", case, stored("photographs"), few(steps)))
         for form in PACKED:
             found.append(Measured(f"packed, {form}", a.case, stored(form), few(a.steps)))
+        words = *stored("jpeg 256"), "--decoder", "nvimagecodec"
+        found.append(Measured("packed, jpeg 256, GPU", a.case, words, few(a.steps)))
     if a.resident:
         resident = ("--data-dir", str(work / "resident"), "--epochs", str(a.epochs))
         small = ("--data-dir", str(a.resident), "--epochs", "2", *SMALL)

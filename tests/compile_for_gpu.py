@@ -1,15 +1,19 @@
-"""Compile a training step for an H100 on a computer that has none, and count the programs that it starts.
+"""Compile a training step for H100s on a computer that has none, and count the programs that it starts.
 
-`python tests/compile_for_gpu.py B0-G16-LN_PN-Half_16IPU_2x8 --images 192`, after `pip install "jax[cuda13]"`. Nothing
-runs: this shows that the kernels compile for the GPU, and how a change moves the number of programs and the memory.
-Seconds of compiling are shorter than on a GPU, where XLA also tries out which products are fastest.
+`python tests/compile_for_gpu.py B0-G16-LN_PN-Half_16IPU_2x8 --images 192 --gpus 2`, after `pip install "jax[cuda13]"`.
+Nothing runs: this shows that the kernels compile for the GPU, and how a change moves the number of programs, the
+exchanges between GPUs and the memory. With `--results results` it writes a row of gpu_programs.csv. Seconds of compiling
+are shorter than on a GPU, where XLA also tries out which products are fastest.
 """
 
 import argparse
 import collections
 import os
 import re
+import sys
 import time
+from pathlib import Path
+from types import SimpleNamespace
 
 # What XLA asks a GPU about itself, answered for an H100 with 80 GB
 H100 = """
@@ -38,6 +42,7 @@ dnn_version_info { major: 9 minor: 10 }
 platform_name: "CUDA"
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+EXCHANGES = "exchanges between GPUs"
 KINDS = {
     "triton": "our kernels",
     "cublas": "matrix products of the library",
@@ -63,32 +68,47 @@ def training_model(case):
     return TrainingModel(network, Program(case, spec, trained, "bfloat16", 0))
 
 
-def arguments(model, case):
-    "Shapes of the step's state and batch, on a GPU that is only described"
+def described(gpus):
+    "A mesh of GPUs that are only described"
     import jax
+    import numpy as np
     from jax.experimental import topologies
 
-    (gpu,) = topologies.get_topology_desc(
-        "h100", "cuda", target_config=H100, topology="1x1x1"
-    ).devices
-    place = jax.sharding.SingleDeviceSharding(gpu)
-    of = lambda shape, kind: jax.ShapeDtypeStruct(shape, kind, sharding=place)
+    how = dict(target_config=H100, topology=f"1x1x{gpus}")
+    devices = topologies.get_topology_desc("h100", "cuda", **how).devices
+    return jax.sharding.Mesh(np.array(devices), ("batch",))
+
+
+def share_steps(mesh):
+    "Let the GPUs of a mesh share a training step, as Keras' distribution would"
+    import keras
+
+    shared = SimpleNamespace(device_mesh=SimpleNamespace(backend_mesh=mesh), batch_dim_name="batch")
+    keras.distribution.distribution = lambda: shared
+
+
+def arguments(model, case, mesh):
+    "Shapes of the step's state and batch, on the GPUs of a mesh"
+    import jax
+
+    place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
+    of = lambda shape, kind, *axes: jax.ShapeDtypeStruct(shape, kind, sharding=place(*axes))
     slots, metrics = model.optimizer.variables, model.metrics_variables
     state = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
     state = tuple([of(tuple(v.shape), v.dtype) for v in some] for some in state)
     n, side = case.global_batch_size, case.image_size
-    batch = dict(images=of((n, side, side, 3), "uint8"), labels=of((n,), "int32"))
+    batch = dict(images=of((n, side, side, 3), "uint8", "batch"), labels=of((n,), "int32", "batch"))
     batch.update(update=of((), "int32"), learning_rate=of((), "float32"))
     if case.mixup_alpha:
-        batch["mixup"] = of(case.mix_groups, "float32")
+        batch["mixup"] = of(case.mix_groups, "float32", "batch")
     return state, (batch,)
 
 
 def programs(text):
     "Kind -> how many programs of it the compiled step starts; `text`: as XLA prints it"
     found = collections.Counter()
-    entry = text[text.index("\nENTRY ") :]
-    for line in entry.splitlines():
+    for line in text[text.index("\nENTRY ") :].splitlines():
+        found[EXCHANGES] += bool(re.search(r" all-reduce(-start)?\(", line))
         rest = line.partition(" = ")[2]
         if not re.search(r" (fusion|custom-call|copy)\(", rest):
             continue
@@ -101,9 +121,9 @@ def programs(text):
 def main(words=None):
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("case", help="a published name")
-    p.add_argument(
-        "--images", type=int, default=256, help="of a training step, in one micro-batch (256)"
-    )
+    p.add_argument("--images", type=int, default=256, help="of a GPU's part of a training step")
+    p.add_argument("--gpus", type=int, default=1, help="that share a training step")
+    p.add_argument("--results", type=Path, help="folder of gpu_programs.csv; default: none")
     a = p.parse_args(words)
     os.environ.update(KERAS_BACKEND="jax", JAX_PLATFORMS="cpu")
     import jax
@@ -114,9 +134,12 @@ def main(words=None):
     os.environ["XLA_FLAGS"] = (
         add_xla_flags(os.environ.get("XLA_FLAGS", "")) + " --xla_gpu_autotune_level=0"
     )
-    case = override(for_one_device(get_case(a.case), a.images, a.images), cutmix_lambda=None)
-    model, clock = training_model(case), [time.perf_counter()]
-    traced = jax.jit(model.train_step, donate_argnums=0).trace(*arguments(model, case))
+    case = for_one_device(get_case(a.case), a.images, a.images * a.gpus)
+    case, mesh = override(case, cutmix_lambda=None), described(a.gpus)
+    model = training_model(case)
+    share_steps(mesh) if a.gpus > 1 else None
+    clock = [time.perf_counter()]
+    traced = jax.jit(model.train_step, donate_argnums=0).trace(*arguments(model, case, mesh))
     clock.append(time.perf_counter())
     lowered = traced.lower(lowering_platforms=("cuda",))
     clock.append(time.perf_counter())
@@ -127,10 +150,22 @@ def main(words=None):
     found = programs(compiled.as_text())
     for name, count in found.most_common():
         print(f"{count:6,}  {name}")
-    print(f"{found.total():6,}  programs a step")
-    print(
-        f"{compiled.memory_analysis().temp_size_in_bytes / 2**30:6.2f}  GiB of activations and temporary values"
-    )
+    total = found.total() - found[EXCHANGES]
+    gib = compiled.memory_analysis().temp_size_in_bytes / 2**30
+    print(f"{total:6,}  programs a step")
+    print(f"{gib:6.2f}  GiB of activations and temporary values")
+    if a.results:
+        row = dict(case=a.case, images=a.images, gpus=a.gpus, programs=total, gib=round(gib, 3))
+        write(a.results, {**row, "exchanges": found[EXCHANGES], "ours": found["our kernels"]})
+
+
+def write(folder, row):
+    "Write a row of gpu_programs.csv; rows of other revisions stay"
+    from effnet_repro.results import NO_SEED, origin, write_rows
+
+    command = ["python", "tests/compile_for_gpu.py", *sys.argv[1:]]
+    about = origin("an H100 that was only described", command, NO_SEED, 1)
+    write_rows(folder / "gpu_programs.csv", [row], ("case", "images", "gpus", "revision"), about)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several processes cost: the bytes of a training step, modelled; and the speed of a step, measured on GPUs.
+"""What several processes cost: the bytes of a training step, modeled; and the speed of a step, measured on GPUs.
 
     python tests/bench_processes.py model --results results
     python tests/bench_processes.py measure --gpus 1 2 4 [--data FOLDER] --results results
@@ -43,7 +43,7 @@ GPUS_OF_A_LINK, LINKS = (1, 8), (10, 100, 400)  # Gbit/s
 B0, B4 = "B0-G16-LN_PN-Half_16IPU_2x8", "B4-G16-LN_PN-Half_16IPU_4x4"
 
 
-# ---------------------------------------------------------------- modelled
+# ---------------------------------------------------------------- modeled
 
 
 def model(a):
@@ -66,7 +66,7 @@ def model(a):
                 row[f"weak_share_{gbit}"] = round(gradient_share(case, alone, 16, gpus, gbit), 4)
             rows.append(row)
     words = "python tests/bench_processes.py model --results results"
-    about = origin(f"modelled from {known['device']}", words, NO_SEED, 1)
+    about = origin(f"modeled from {known['device']}", words, NO_SEED, 1)
     write_rows(a.results / "process_traffic.csv", rows, ("case", "gpus_of_a_link"), about)
     for row in rows:
         print(row)

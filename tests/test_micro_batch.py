@@ -30,8 +30,8 @@ def _peaks():
 
 @pytest.mark.parametrize("name, images, peak", _peaks())
 def test_the_model_of_memory_covers_what_was_measured(name, images, peak):
-    modelled = memory.needed_bytes(get_case(name), images) / GIB
-    assert peak < modelled < 1.25 * peak
+    modeled = memory.needed_bytes(get_case(name), images) / GIB
+    assert peak < modeled < 1.25 * peak
 
 
 @pytest.fixture

@@ -90,7 +90,7 @@ def test_every_case_is_predicted_and_planned(name, rows):
     spec = ModelSpec.from_case(case)
     ours = predict(spec, Plan.from_case(case))
     assert ours.plan.num_stages == case.num_stages and ours.plan.global_batch_size == 768
-    assert ours.images_per_s == pytest.approx(float(row["modelled_images_per_s"]), rel=1e-4)
+    assert ours.images_per_s == pytest.approx(float(row["modeled_images_per_s"]), rel=1e-4)
     assert float(row["published_images_per_s"]) == PUBLISHED[name]
     assert 0 < ours.busy <= 1 and str(ours.fits) == row["fits"]
     assert sum(time_by_kind(spec, ours.plan).values()) == pytest.approx(16e6 / ours.images_per_s)
@@ -165,7 +165,7 @@ def test_a_plan_can_be_drawn():
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("Agg")
     axes = plot_plan(plan(B0, 160))
-    assert "modelled" in axes[0].get_title() and "modelled" in axes[1].get_title()
+    assert "modeled" in axes[0].get_title() and "modeled" in axes[1].get_title()
     matplotlib.pyplot.close("all")
 
 
@@ -226,7 +226,7 @@ def test_the_command_prints_both_plans_of_every_case(name, rows):
     status, out, err = command(name, "--json")
     assert (status, err) == (0, "")
     told = json.loads(out)
-    for key, column in (("published plan", "modelled"), ("best plan", "best")):
+    for key, column in (("published plan", "modeled"), ("best plan", "best")):
         wanted = float(rows[name][f"{column}_images_per_s"])
         assert told[key]["images/s"] == pytest.approx(wanted, rel=1e-4)
         assert len(told[key]["stages"]) == int(told[key]["stages x replicas"].split(" x ")[0])
@@ -238,7 +238,7 @@ def test_the_command_for_other_machines_and_sizes(tmp_path):
     for ipus in ("4", "16", "64"):
         status, out, err = command(name, "--ipus", ipus, "--image-size", "300")
         assert (status, err) == (0, "") and f"300 px, {ipus} IPUs" in out
-        assert "best plan" in out and "published plan" not in out and "modelled" in out
+        assert "best plan" in out and "published plan" not in out and "modeled" in out
     figure = tmp_path / "plan.png"
     assert command(name, "--figure", str(figure))[0] == 0 and figure.stat().st_size > 5000
 

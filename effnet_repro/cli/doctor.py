@@ -135,15 +135,15 @@ def _peak_memory_gib():
 
 
 def _cost(plan, data, args):
-    "What the planned run would take here: modelled, then measured"
+    "What the planned run would take here: modeled, then measured"
     from effnet_repro.training.estimation import estimate, memory_warning
     from effnet_repro.training.memory import found_gib
 
     e = estimate(plan.case, data)
     cost = {"training steps": e["updates"], "epochs": plan.case.epochs}
     cost["images a step"] = plan.case.global_batch_size
-    cost["modelled: training step (s)"] = round(e["seconds_per_update"], 3)
-    cost["modelled: memory (GiB)"] = round(e["memory_gib"], 2)
+    cost["modeled: training step (s)"] = round(e["seconds_per_update"], 3)
+    cost["modeled: memory (GiB)"] = round(e["memory_gib"], 2)
     cost["memory here (GiB)"] = round(found_gib() or 0, 1) or "unknown"
     if warning := memory_warning(plan.case):
         cost["not tried"] = warning

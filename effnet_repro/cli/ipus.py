@@ -125,7 +125,7 @@ def _ipu_options(args):
 
 
 def _warn_of_memory(case):
-    "Say so when a micro-batch exceeds the modelled memory of an IPU; only a machine knows for sure"
+    "Say so when a micro-batch exceeds the modeled memory of an IPU; only a machine knows for sure"
     from effnet_repro import planner
 
     if not case.pipeline_splits:

@@ -1,4 +1,4 @@
-"""`effnet-plan`: lay a case out on IPUs, as modelled; or say how long it takes on GPUs."""
+"""`effnet-plan`: lay a case out on IPUs, as modeled; or say how long it takes on GPUs."""
 
 import argparse
 import io
@@ -67,7 +67,7 @@ def _plan_arguments(parser):
 
 
 def _plan_summary(found):
-    "A modelled plan as plain values"
+    "A modeled plan as plain values"
     laid_out = found.plan
     stages = [
         {
@@ -172,7 +172,7 @@ def _on_gpus(args):
 
 
 def _both_plans(args):
-    "The case, and the published plan (None where it does not apply) and the best, as modelled"
+    "The case, and the published plan (None where it does not apply) and the best, as modeled"
     from effnet_repro.planner import MK2, Plan, memory_warning, plan, predict
 
     case = named_case(args.case, args.config_path)
@@ -211,7 +211,7 @@ def _both_plans(args):
     """,
 )
 def plan_command(args):
-    "Plan a pipeline: the published plan of a case and the fastest that fits, as modelled."
+    "Plan a pipeline: the published plan of a case and the fastest that fits, as modeled."
     _refuse_others(args)
     if args.device == "gpu":
         return _on_gpus(args)
@@ -220,9 +220,9 @@ def plan_command(args):
     if args.figure:
         _draw_plans(found, args.figure)
     if args.json:
-        print(json.dumps({"modelled": title, **summaries, "notes": notes}, indent=1))
+        print(json.dumps({"modeled": title, **summaries, "notes": notes}, indent=1))
         return
-    print(f"{title}. All numbers are modelled, none is measured.")
+    print(f"{title}. All numbers are modeled, none is measured.")
     for name, summary in summaries.items():
         facts = ", ".join(f"{k} {v}" for k, v in summary.items() if k not in ("stages", "fits"))
         print(f"\n{name}: {facts}\n{_draw_stages(summary)}")

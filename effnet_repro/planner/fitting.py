@@ -50,7 +50,7 @@ _TIMED = ("amp", "depthwise", "data", "operation_s", "update_s")
 
 
 def _fit(published, names, free=_TIMED, fixed=None, pull=0.02):
-    "Constants that bring the modelled throughputs of the named cases nearest to the published"
+    "Constants that bring the modeled throughputs of the named cases nearest to the published"
     from scipy.optimize import least_squares
 
     cases = {n: c for n, c in load_cases().items() if n in names}
@@ -137,7 +137,7 @@ def _row(name, case, published, anchors, constants):
         "arm": arm,
         "fitted": name in anchors,
         "published_images_per_s": round(published[name]),
-        "modelled_images_per_s": round(ours.images_per_s, 1),
+        "modeled_images_per_s": round(ours.images_per_s, 1),
         "error": round(ours.images_per_s / published[name] - 1, 4),
         "busy": round(ours.busy, 4),
         "fullest_stage_mb": round(busiest(ours), 1),
@@ -164,7 +164,7 @@ def write_results(
         for name, kw in VARIANTS.items()
     }
     model = {
-        "what": "modelled: six constants fitted to six published throughputs of a POD16; about twenty "
+        "what": "modeled: six constants fitted to six published throughputs of a POD16; about twenty "
         "forms of the model were tried with the errors of all thirty in sight",
         "hardware": MK2._asdict(),
         "fitted_to": list(anchors),

@@ -365,7 +365,7 @@ def plan(
     num_ipus: int = 16,  # IPUs in all
     **choices,  # Passed to `candidates`: global_batch_size, stages, pipeline_schedule, chip
 ) -> Prediction:  # The fastest plan that fits
-    "Choose stages, splits, micro-batch and accumulation for the highest modelled throughput"
+    "Choose stages, splits, micro-batch and accumulation for the highest modeled throughput"
     found = candidates(spec, image_size, num_ipus, **choices)
     if not found:
         size, chip = image_size or spec.image_size, choices.get("chip", MK2)
@@ -381,7 +381,7 @@ def plan(
 def memory_warning(
     prediction: Prediction,  # What `predict` gives
 ) -> Optional[str]:  # None when the plan fits, else a sentence with the numbers
-    "Explain when a plan exceeds the modelled memory"
+    "Explain when a plan exceeds the modeled memory"
     if prediction.fits:
         return None
     stage = int(np.argmax(prediction.stage_bytes))
@@ -390,7 +390,7 @@ def memory_warning(
     offload = "" if prediction.plan.offloaded else ", or offload the weights"
     return (
         f"Stage {stage} would take {mb(prediction.stage_bytes[stage])} MB of "
-        f"{mb(prediction.memory_bytes)} MB, as modelled ({parts}). Use a micro_batch_size below "
+        f"{mb(prediction.memory_bytes)} MB, as modeled ({parts}). Use a micro_batch_size below "
         f"{prediction.plan.micro_batch_size}, or cut the stage shorter{offload}."
     )
 
@@ -400,7 +400,7 @@ def time_by_kind(
     plan: Plan,  # How it is laid out
     constants: Optional[Constants] = None,  # None = the fitted ones
 ) -> Dict[Tuple[str, str], float]:  # (work, kind) -> microseconds of an IPU for an image
-    "Split the modelled time of an image by what it is spent on"
+    "Split the modeled time of an image by what it is spent on"
     net, count = _Network(spec, None, constants or read_constants(), MK2), plan.micro_batch_size
     found = _predict(net, plan)
     last = [x.name for x in net.loads].index(plan.splits[-1]) if plan.splits else 0
@@ -420,7 +420,7 @@ def plot_plan(
     prediction: Prediction,  # What `predict` or `plan` gives
     axes=None,  # Two Matplotlib axes; None = new ones
 ):  # The axes
-    "Draw how long each stage works and what fills its memory, as modelled"
+    "Draw how long each stage works and what fills its memory, as modeled"
     import matplotlib.pyplot as plt
 
     if axes is None:
@@ -439,7 +439,7 @@ def plot_plan(
         ax.spines[["top", "right"]].set_visible(False)
     axes[1].axhline(prediction.memory_bytes / 1e6, color="0.2", ls=":")
     axes[0].set(ylabel="ms for a micro-batch")
-    axes[0].set_title("How long does each stage work? (modelled)", fontsize=10)
+    axes[0].set_title("How long does each stage work? (modeled)", fontsize=10)
     axes[1].set(ylabel="MB")
-    axes[1].set_title("What fills its memory? (modelled)", fontsize=10)
+    axes[1].set_title("What fills its memory? (modeled)", fontsize=10)
     return axes

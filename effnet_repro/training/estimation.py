@@ -1,4 +1,4 @@
-"""Memory of a run before it begins, modelled from counts; and its time, measured over its first steps."""
+"""Memory of a run before it begins, modeled from counts; and its time, measured over its first steps."""
 
 import contextlib
 import os
@@ -34,7 +34,7 @@ def estimate(
     case: Case,  # Laid out for one device
     data: DataSet,  # Images
     share: float = 0.1,  # Of a matrix product's speed that the network reaches. Ours: measured on two cores
-) -> dict:  # seconds_per_update, updates, hours, memory_gib: modelled, not measured
+) -> dict:  # seconds_per_update, updates, hours, memory_gib: modeled, not measured
     "Estimate what a run will cost on this device"
     a = keras.random.normal((1024, 1024))
     keras.ops.convert_to_numpy(keras.ops.matmul(a, a))

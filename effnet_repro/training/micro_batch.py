@@ -1,6 +1,6 @@
 """The micro-batch of this machine: the largest that fits, among those that divide a training step over its devices.
 
-What a training step needs is modelled (`memory.needed_bytes` for a GPU, checked against the peaks of
+What a training step needs is modeled (`memory.needed_bytes` for a GPU, checked against the peaks of
 `results/gpu_speed.csv`; `memory.needed_gib` for a CPU). Neither the norms of the published cases nor what is drawn
 depend on the micro-batch, so a larger one changes only the order of sums. Batch norm does depend on it, and so do runs
 of earlier versions (`mix_group_size` 0): these keep theirs.

@@ -80,6 +80,8 @@ class Predictor:
     - `backend`: "tensorflow" or "jax"; refused where Keras runs on the other.
     - `reading`: fields of `Reading`: weights, class_names, arch.
 
+    It can be pickled, for other processes: it takes its weights along and compiles there.
+
     Raises ValueError for weights of no network of ours, or without a classifier.
     """
 
@@ -99,13 +101,24 @@ class Predictor:
             )
         self.precision = choose_precision(precision)
         self._job = SquaresJob(self.image_size, self.case.image_resize, network.crop_pct)
-        self._logits = predictor(self.spec, network.arrays, self.precision)
+        self._arrays = network.arrays
+        self._logits = predictor(self.spec, self._arrays, self.precision)
         self.seconds, self._timed, self._shapes = 0.0, 0, set()
         if self.case.image_resize == "published" and not has_fast_dct():
             self.notes += (
                 "JPEGs are decoded with the accurate DCT; training used the fast one. The same: "
                 "pip install simplejpeg.",
             )
+
+    def __getstate__(self):
+        return {name: value for name, value in vars(self).items() if name != "_logits"}
+
+    def __setstate__(self, state):
+        from effnet_repro.training import configure, predictor
+
+        configure()
+        vars(self).update(state, _shapes=set())
+        self._logits = predictor(self.spec, self._arrays, self.precision)
 
     def __repr__(self):
         classes = f"{self.spec.num_classes} classes"

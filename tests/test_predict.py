@@ -4,6 +4,7 @@ import collections
 import csv
 import io
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -163,6 +164,14 @@ def test_what_cannot_be_predicted(network, images, tmp_path):
         with pytest.raises(ValueError, match="array .height, width, 3."):
             as_pixels(wrong)
     assert predict(network, []) == []
+
+
+def test_other_processes_get_it_pickled(network, images):
+    here, one = Predictor(network), str(next(images.rglob("*.png")))
+    code = "import pickle, sys; p = pickle.load(sys.stdin.buffer); print(list(p(sys.argv[1:])))"
+    how = dict(input=pickle.dumps(here), env=PYTHON, stdout=subprocess.PIPE, check=True)
+    said = subprocess.run([sys.executable, "-c", code, one], **how).stdout.decode()
+    assert said.splitlines()[-1] == str(list(here([one])))
 
 
 def test_names_are_numbers_where_there_are_none(tmp_path, images):

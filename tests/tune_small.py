@@ -208,7 +208,9 @@ def rows(args, write):
         for name in ("right", "image_size", "top_epochs", "arm"):
             row.pop(name, None)
         row.setdefault("clip", 0)
-    trained = [{"kind": "trial", "clip": None, **row} for row in found if "moving" not in row]
+    trained = [
+        {**dict.fromkeys(KEY), "kind": "trial", **row} for row in found if "moving" not in row
+    ]
     key = ("norm_batch", "clip", "epochs", "seed", "images")
     for name, some, by in (("recipe.csv", trained, KEY), ("norm_judged.csv", judged, key)):
         if some:

@@ -225,21 +225,16 @@ def with_images(
     how = dict(side=case.image_size, image_resize=case.image_resize)
     return {**batch, "images": cut_images(batch.pop("pixels"), batch.pop("cuts"), **how)}
 
-
+# %% ../../nbs/38_training.ipynb #57e90025
 def _as_one(values, axis=None):
-    """Join a tree of arrays to one vector, sum it over the devices of an axis, and cut it up again.
-
-    One exchange instead of several: XLA would begin with the first gradient that is there, and what a GPU computes
-    while an exchange is under way is not part of a CUDA graph. Without an axis it pays as well: updates of weights of
-    one shape become one kernel, as all read the same vector.
-    """
+    "Join a tree of arrays to one vector, sum it over the devices of an axis, and cut it up again"
     import jax
     from jax.flatten_util import ravel_pytree
 
     flat, parts = ravel_pytree(values)
     return parts(jax.lax.psum(flat, axis) if axis else jax.lax.optimization_barrier(flat))
 
-
+# %% ../../nbs/38_training.ipynb #57e90026
 def _shared_gradients(program, names, weights, batch):
     "Gradients of the images of a batch, on the devices of Keras' distribution"
     distribution, count = keras.distribution.distribution(), program.case.gradient_accumulation

@@ -2,8 +2,8 @@
 
 `python tests/compile_for_gpu.py B0-G16-LN_PN-Half_16IPU_2x8 --images 192 --gpus 2`, after `pip install "jax[cuda13]"`.
 Nothing runs: this shows that the kernels compile for the GPU, and how a change moves the number of programs, the
-exchanges between GPUs and the memory. With `--results results` it writes a row of gpu_programs.csv. Seconds of compiling
-are shorter than on a GPU, where XLA also tries out which products are fastest.
+exchanges between GPUs and the memory. With `--results results` it writes a row of gpu_programs.csv. Compiling takes
+longer on a GPU, where XLA also tries out which products are fastest.
 """
 
 import argparse

@@ -137,7 +137,8 @@ def main(words=None):
     case = for_one_device(get_case(a.case), a.images, a.images * a.gpus)
     case, mesh = override(case, cutmix_lambda=None), described(a.gpus)
     model = training_model(case)
-    share_steps(mesh) if a.gpus > 1 else None
+    if a.gpus > 1:
+        share_steps(mesh)
     clock = [time.perf_counter()]
     traced = jax.jit(model.train_step, donate_argnums=0).trace(*arguments(model, case, mesh))
     clock.append(time.perf_counter())

@@ -165,8 +165,9 @@ def on_cores(runs, seed, args):
     said = subprocess.run([*program, *words], **how, stdout=subprocess.PIPE, text=True).stdout
     (found,) = json.loads(said)
     seconds = time.time() - began
+    case = read_case(folder)
     row = dict(top1=found["top1"], judged_loss=found["loss"], seconds=seconds, parts=len(CORES))
-    return {**row, "epochs": read_case(folder).epochs, "batch": read_case(folder).global_batch_size}
+    return {**row, "epochs": case.epochs, "batch": case.global_batch_size}
 
 
 def timed(words, folder, args):

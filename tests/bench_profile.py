@@ -32,7 +32,7 @@ SUBJECTS = [  # network, image size, images a step, mode
     ("B0-G16-LN_PN-Native", 224, 256, "infer"),
 ]
 KINDS = {  # The kernel's function, or a pattern of the library's names -> what a reader calls it
-    "conv_tiles": "group convolutions and their input gradients",
+    "conv_rows": "group convolutions and their input gradients",
     "weight_parts": "weight gradients of group convolutions",
     "moments|apply|pool|sums|input_gradient": "norms with swish, proxy, gate and residual",
     "gram|gram_moments|product_apply|walk|add_thin|patches": "expansions made again, and the stem",

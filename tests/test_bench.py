@@ -78,12 +78,12 @@ def test_a_profile_adds_up_kinds_of_kernels():
         meta("process_name", "/device:GPU:0", pid=1),
         meta("process_name", "/host:CPU", pid=2),
         *(meta("thread_name", "Stream #7", pid=pid, tid=7) for pid in (1, 2)),
-        run("conv_tiles__3", 1, 4000),
-        run("conv_tiles", 1, 2000),
+        run("conv_rows__3", 1, 4000),
+        run("conv_rows", 1, 2000),
         run("nvjet_sm90_tst_32x64", 1, 500),
         run("loop_add_fusion_12", 1, 100),
-        run("conv_tiles", 2, 9000),
+        run("conv_rows", 2, 9000),
     ]
     found = by_kind(events, 2)
-    assert found[KINDS["conv_tiles"]] == [3.0, 1.0] and found[OTHER] == [0.05, 0.5]
+    assert found[KINDS["conv_rows"]] == [3.0, 1.0] and found[OTHER] == [0.05, 0.5]
     assert sum(ms for ms, _ in found.values()) == 3.3

@@ -132,6 +132,23 @@ def test_group_convolution_equals_plain_one(shape, size, strides, kind):
     compare(own, plain, arrays, kind, ("x", "kernel"))
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
+def test_a_norm_after_a_convolution_uses_its_moments(mean):
+    rng = np.random.default_rng(3)
+    arrays = {"x": rng.normal(mean, 1, (2, 9, 7, 32)), "kernel": rng.normal(size=(3, 3, 16, 32))}
+    arrays["kernel"] /= 144
+    arrays.update(gamma=1 + 0.3 * rng.normal(size=32), beta=rng.normal(size=32))
+
+    def own(v):
+        found = conv.grouped_conv_moments(tiles.to_nchw16c(v["x"]), v["kernel"], 1)
+        grouped = norm.NormOptions(grouped=True)
+        return tiles.to_nhwc(norm.fused_norm(found, v["gamma"], v["beta"], how=grouped))
+
+    convolved = lambda v: get_ops("jax").conv(v["x"], v["kernel"], 1)
+    plain = lambda v: plain_norm({**v, "x": convolved(v)}, 1, True)
+    compare(own, plain, arrays, "float32" if mean == 0 else "bfloat16", ("x", "kernel"))
+
+
 def test_norm_groups_must_divide():
     with pytest.raises(ValueError, match="norm_groups=5, channels=24"):
         norm.fused_norm(np.zeros((1, 2, 2, 24), "float32"), how=norm.NormOptions(norm_groups=5))

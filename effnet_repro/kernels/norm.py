@@ -13,6 +13,7 @@ from effnet_repro.kernels.tiles import (
     MAP,
     REDUCE,
     SUMS,
+    WithMoments,
     activate,
     differentiable,
     to_nchw16c,
@@ -268,12 +269,12 @@ class NormOptions(NamedTuple):
     grouped: bool = False  # Whether the result is stored by groups of 16 channels
 
 
-def _forward(x, vectors, how):
-    gamma, beta, mean, inv_std, gate, shortcut, keep = vectors
+def _forward(x, vectors, how, chunk):
+    (gamma, beta, mean, inv_std, gate, shortcut, keep), parts = vectors
     jnp = pallas()[1]
     n, pixels, c = sides(x)
     p, s = filled(mean, c, 0.0), filled(inv_std, c, 1.0)
-    parts, size = moments(x)
+    parts, size = (parts, chunk) if chunk else moments(x)
     affine = (filled(gamma, c, 1.0), filled(beta, c, 0.0))
     table, q = coefficients(parts, size, pixels, *affine, how.norm_groups), None
     if gate is not None:
@@ -283,7 +284,7 @@ def _forward(x, vectors, how):
         scale = jnp.broadcast_to(s, (n, c)) if keep is None else keep[:, None] * s
     y = _apply(x, table, p, scale, how.activated, shortcut, how.grouped)
     kept = (gamma, beta, mean, inv_std, gate, shortcut is not None, keep)
-    return y, (x, table, q, scale, kept)
+    return y, (x, table, q, scale, kept, parts)
 
 # %% ../../nbs/15_fused_norm.ipynb #15d00004
 def gate_gradients(
@@ -299,9 +300,9 @@ def gate_gradients(
     return back(total[:, 3] - mean * total[:, 2])
 
 # %% ../../nbs/15_fused_norm.ipynb #e1cd6639
-def _backward(how, saved, g):
+def _backward(how, chunk, saved, g):
     jnp = pallas()[1]
-    x, table, q, scale, (gamma, beta, mean, inv_std, gate, has_shortcut, keep) = saved
+    x, table, q, scale, (gamma, beta, mean, inv_std, gate, has_shortcut, keep), parts = saved
     (_, pixels, c), extra, d_gate = sides(x), None, None
     p, s = filled(mean, c, 0.0), filled(inv_std, c, 1.0)
     total = _sums(x, g, table, how.activated, gate is not None)
@@ -313,7 +314,7 @@ def _backward(how, saved, g):
     own = own.sum(0)
     d_x = _input_gradient(x, g, table, scale, ks, how.activated, extra)
     only = lambda v, d: None if v is None else d()
-    return d_x, (
+    d_vectors = (
         only(gamma, lambda: own[0]),
         only(beta, lambda: own[1]),
         only(mean, lambda: own[2] - (0 if gate is None else d_q.sum(0))),
@@ -322,10 +323,11 @@ def _backward(how, saved, g):
         g if has_shortcut else None,
         only(keep, lambda: jnp.zeros_like(keep)),
     )
+    return d_x, (d_vectors, only(parts, lambda: jnp.zeros_like(parts)))
 
 # %% ../../nbs/15_fused_norm.ipynb #aa83a471
 def fused_norm(
-    x,  # Activations, (N, H, W, C) or by groups (N, C / 16, H, W, 16), any float type
+    x,  # Activations, (N, H, W, C) or by groups (N, C / 16, H, W, 16), any float type; or `WithMoments`
     gamma=None,  # Scale, (C,) float32; None = 1
     beta=None,  # Bias, (C,) float32; None = 0
     mean=None,  # Proxy's mean, (C,) float32, needs `activated`; None = 0
@@ -335,15 +337,15 @@ def fused_norm(
     how: Optional[NormOptions] = None,  # None = layer norm and swish, written in x's usual order
 ):  # (N, H, W, C) or (N, C / 16, H, W, 16), type of x; statistics and tables in float32
     "Normalize and activate, with proxy, gate and shortcut where they are given, in JAX"
+    x, parts, chunk = x if isinstance(x, WithMoments) else WithMoments(x)
     how, channels = how or NormOptions(), sides(x)[2]
     if channels % how.norm_groups:
         raise ValueError(
             f"`norm_groups` must divide the channels. Received: norm_groups={how.norm_groups}, "
             f"channels={channels}."
         )
-    return differentiable(_forward, _backward, (2,))(
-        x, (gamma, beta, mean, inv_std, gate, *residual), how
-    )
+    vectors = (gamma, beta, mean, inv_std, gate, *residual), parts
+    return differentiable(_forward, _backward, (2, 3))(x, vectors, how, chunk)
 
 # %% ../../nbs/15_fused_norm.ipynb #1b8cf74f
 def _proxy_tile(refs, q_ref, cols, inside):

@@ -8,6 +8,7 @@ __all__ = ['APPLY_TILES', 'APPLY_LAUNCH', 'SUM_TILES', 'SUM_LAUNCH', 'GRADIENT_T
 # %% ../../nbs/23_norm_product.ipynb #23e00004
 from .norm import coefficients, finish, gate_gradients, moments, pool
 from effnet_repro.kernels.tiles import (
+    WithMoments,
     activate,
     differentiable,
     dot,
@@ -130,10 +131,10 @@ def _narrow_gradient(x, d, w, table, scale, ks, extra):
     return launch(kernel, t.grid, out, *ins, **GRADIENT_LAUNCH).reshape(x.shape)
 
 # %% ../../nbs/23_norm_product.ipynb #23e00010
-def _forward(x, w, vectors, groups):
-    (gamma, beta, mean, inv_std, gate), (n, pixels, c) = vectors, sides(x)
+def _forward(x, w, vectors, groups, chunk):
+    (gamma, beta, mean, inv_std, gate, parts), (n, pixels, c) = vectors, sides(x)
     p, s = filled(mean, c, 0.0), filled(inv_std, c, 1.0)
-    parts, size = moments(x)
+    parts, size = (parts, chunk) if chunk else moments(x)
     affine = (filled(gamma, c, 1.0), filled(beta, c, 0.0))
     table = coefficients(parts, size, pixels, *affine, groups)
     q = pool(x, table) - p
@@ -142,8 +143,9 @@ def _forward(x, w, vectors, groups):
     return y.reshape(n, *x.shape[-3:-1], w.shape[1]), (x, w, table, q, scale, vectors)
 
 # %% ../../nbs/23_norm_product.ipynb #23e00017
-def _backward(groups, saved, g):
-    (x, w, table, q, scale, (gamma, beta, mean, inv_std, gate)), jnp = saved, pallas()[1]
+def _backward(groups, chunk, saved, g):
+    x, w, table, q, scale, (gamma, beta, mean, inv_std, gate, parts) = saved
+    jnp = pallas()[1]
     (_, pixels, c), d, low = sides(x), flat(g), w.astype(x.dtype)
     p, s, full = filled(mean, c, 0.0), filled(inv_std, c, 1.0), low.astype("float32")
     products, sums, d_sum = _narrow_sums(x, d, table)
@@ -159,15 +161,17 @@ def _backward(groups, saved, g):
     d_w = (scale[:, :, None] * (y - p[:, None] * d_sum[:, None])).sum(0).astype(w.dtype)
     given = own[0], own[1], own[2] - d_q.sum(0), d_s
     given = [None if v is None else d for v, d in zip((gamma, beta, mean, inv_std), given)]
-    return d_x, d_w, (*given, d_gate)
+    return d_x, d_w, (*given, d_gate, None if parts is None else jnp.zeros_like(parts))
 
 # %% ../../nbs/23_norm_product.ipynb #23e00012
 def fused_norm_matmul(
-    x,  # Activations, (N, H, W, C) or by groups (N, C / 16, H, W, 16), any float type
+    x,  # Activations, (N, H, W, C) or by groups (N, C / 16, H, W, 16), any float type; or `WithMoments`
     w,  # Matrix, (C, T)
     vectors: tuple,  # gamma, beta, proxy's mean, its 1/std: (C,) float32 each, or None
     gate: tuple,  # Two dense layers, as `excite` takes them
     norm_groups: int = 1,  # Groups; channel c belongs to group c mod norm_groups
 ):  # (N, H, W, T), type of x
     "Normalize, apply swish, the proxy and the gate, and multiply by `w`, without storing the factor"
-    return differentiable(_forward, _backward, (3,))(x, w, (*vectors, gate), norm_groups)
+    x, parts, chunk = x if isinstance(x, WithMoments) else WithMoments(x)
+    call = differentiable(_forward, _backward, (3, 4))
+    return call(x, w, (*vectors, gate, parts), norm_groups, chunk)

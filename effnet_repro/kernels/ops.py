@@ -11,7 +11,13 @@ import functools
 import os
 
 from ..group_conv import group_conv
-from .conv import grouped_conv, patch_product, plain_ops, widen_groups
+from effnet_repro.kernels.conv import (
+    grouped_conv,
+    grouped_conv_moments,
+    patch_product,
+    plain_ops,
+    widen_groups,
+)
 from .norm import NormOptions, fused_norm, fused_proxy
 from .norm_product import fused_norm_matmul
 from .product_norm import fused_matmul_norm
@@ -105,15 +111,23 @@ def _fused_expand(ops, spec, w, x, context=None, strides=1):
     return to_nhwc(y) if own else y
 
 # %% ../../nbs/18_gpu_ops.ipynb #235c0c5d
+def _convolve(ops, x, kernel, strides):
+    "The group convolution: by groups where our kernel computes it, and with moments where it has them"
+    own = kernel.shape[2] in OWN_GROUPS and in_groups(x)
+    if own and (kernel.shape[0] == 3 or strides == 2):
+        kernel = widen_groups(ops.cast(kernel, ops.dtype(x)))
+        return grouped_conv_moments(to_nchw16c(x), kernel, strides)
+    x = group_conv(ops, x, kernel, strides)
+    return to_nchw16c(x) if own else x
+
+
 @spatial.register(GPUOps)
 def _fused_spatial(ops, spec, block, w, w_se, x, context=None):
     if spec.batch_norm:
         return spatial.dispatch(JAXOps)(ops, spec, block, w, w_se, x, context)
-    x = group_conv(ops, x, w["conv/conv2d/kernel"], block.strides)
-    own = spec.group_size in OWN_GROUPS
+    x = _convolve(ops, x, w["conv/conv2d/kernel"], block.strides)
     vectors = _vectors(ops, spec, w, context)
     gate = tuple((kernel[0, 0], bias) for kernel, bias in gate_layers(w_se))
-    x = to_nchw16c(x) if own and in_groups(x) else x
     return fused_norm(x, *vectors, gate=gate, how=NormOptions(spec.norm_groups))
 
 # %% ../../nbs/18_gpu_ops.ipynb #ad9db2b1
@@ -138,9 +152,10 @@ def _fused_narrow(ops, spec, block, scope, x, shortcut=None, context=None):
     most = NARROW if context is None else NARROW_TRAINING
     if spec.batch_norm or not own or kernel.shape[-1] > most:
         return narrow.dispatch(JAXOps)(ops, spec, block, scope, x, shortcut, context)
-    x = to_nchw16c(group_conv(ops, x, w["conv/conv2d/kernel"], block.strides))
+    x = _convolve(ops, x, w["conv/conv2d/kernel"], block.strides)
     gate = tuple((dense[0, 0], bias) for dense, bias in gate_layers(scope("SE")))
-    y = fused_norm_matmul(x, kernel[0, 0], _vectors(ops, spec, w, context), gate, spec.norm_groups)
+    vectors = _vectors(ops, spec, w, context)
+    y = fused_norm_matmul(x, kernel[0, 0], vectors, gate, spec.norm_groups)
     n, keep = Scope(w.weights, scope("c").path("GroupNorm")), None
     if shortcut is not None:
         keep = drop_mask(context, block.name, block.drop_path_rate, (ops.shape(shortcut)[0],))

@@ -7,7 +7,7 @@ exactly, so that tests anywhere check the same code. `nbs/15_fused_norm.ipynb` s
 import functools
 import sys
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 GROUP = 16  # Channels per group of the second order
 #: (elements of a tile, most sub-tiles, widest tile) of a kernel that reduces, one that adds up, one that maps, and one
@@ -71,6 +71,14 @@ def sides(x):
 def flat(x):
     "Return x with rows and columns of pixels as one axis."
     return x.reshape(*x.shape[:-3], x.shape[-3] * x.shape[-2], x.shape[-1])
+
+
+class WithMoments(NamedTuple):
+    "Activations, and their moments where they are known already: then a norm need not compute them"
+
+    x: Any  # In either order
+    parts: Any = None  # Moments of each chunk of pixels, as `norm.moments` returns them
+    chunk: Any = None  # Pixels of a chunk
 
 
 # ---------------------------------------------------------------- tiles

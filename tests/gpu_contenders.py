@@ -94,55 +94,26 @@ def _images(batch, size):
 
 
 def _training_step(model, size, batch):
-    "A step of one of our networks, compiled, with its arguments"
+    "The step that `effnet-train` takes, compiled, with its state and a batch that stays on the GPU"
     import jax
     import jax.numpy as jnp
-    import numpy as np
 
-    from effnet_repro.kernels.ops import jax_ops
-    from effnet_repro.network import initial_weights, params, segments
-    from effnet_repro.ops import TrainContext
-    from effnet_repro.recipe import decay_mask, rmsprop_settings, rmsprop_step
+    from effnet_repro.efficientnet import build_model
+    from effnet_repro.network import segments
     from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import Program, micro_loss
+    from effnet_repro.training import Program, TrainingModel
 
-    ops, case = jax_ops(), _case(model, batch, size=size)
+    case = _case(model, batch, size=size)
     spec = ModelSpec.from_case(case)
-    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
-    decays = decay_mask(params(spec))
-    constants = dict(learning_rate=1e-4, **rmsprop_settings(case))
-
-    def update(state, images, labels, i):
-        w, squares, momenta = state
-        loss, grads = jax.value_and_grad(
-            lambda w: micro_loss(ops, program, w, images, labels, {}, TrainContext(ops, 0, i, 0))[0]
-        )(w)
-        new = {
-            n: rmsprop_step(
-                ops,
-                w[n],
-                grads[n] + (case.weight_decay * w[n] if decays[n] else 0.0),
-                squares[n],
-                momenta[n],
-                **constants,
-            )
-            for n in w
-        }
-        return tuple({n: v[k] for n, v in new.items()} for k in range(3)), loss
-
-    weights = {k: jnp.asarray(v) for k, v in initial_weights(spec).items()}
-    like = lambda make: {k: jnp.asarray(make(v.shape, v.dtype)) for k, v in weights.items()}
-    state = (
-        weights,
-        like(np.ones),
-        like(np.zeros),
-    )  # by NumPy: JAX would compile a program for each shape
-    shapes = (
-        jax.ShapeDtypeStruct((batch, size, size, 3), "uint8"),
-        jax.ShapeDtypeStruct((batch,), "int32"),
-    )
-    step = jax.jit(update, donate_argnums=0).lower(state, *shapes, jnp.int32(0)).compile()
-    return step, state
+    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", SEED)
+    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
+    slots, metrics = net.optimizer.variables, net.metrics_variables
+    state = (net.trainable_variables, net.non_trainable_variables, slots, metrics)
+    state = tuple([v.value for v in some] for some in state)
+    images, labels = _images(batch, size)
+    numbers = dict(update=jnp.int32(0), learning_rate=jnp.float32(1e-4))
+    data = (dict(images=images, labels=labels, **numbers),)
+    return jax.jit(net.train_step, donate_argnums=0).lower(state, data).compile(), state, data
 
 
 def ours(model, size, batch, mode, **_):
@@ -152,15 +123,16 @@ def ours(model, size, batch, mode, **_):
     import numpy as np
 
     if mode == "train":
-        step, state = _training_step(model, size, batch)
-        images, labels = _images(batch, size)
-        state, count = [state], [0]
+        step, first, data = _training_step(model, size, batch)
+        state, count = [first], [0]
 
         def updates(n):
             for _ in range(n):
-                state[0], loss = step(state[0], images, labels, jnp.int32(count[0]))
+                batch = dict(data[0], update=jnp.int32(count[0]))
+                logs, state[0] = step(state[0], (batch,))
                 count[0] += 1
-            assert np.isfinite(float(loss)), f"the loss after {count[0]} updates is {float(loss)}"
+            loss = float(logs["loss"])
+            assert np.isfinite(loss), f"the loss after {count[0]} updates is {loss}"
 
         updates.notes = {"largest_micro_batch": _largest(step, size, batch)}
         return updates

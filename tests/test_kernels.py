@@ -132,6 +132,22 @@ def test_group_convolution_equals_plain_one(shape, size, strides, kind):
     compare(own, plain, arrays, kind, ("x", "kernel"))
 
 
+@pytest.mark.parametrize("size, strides", [(3, 1), (3, 2), (5, 1), (5, 2)])
+@pytest.mark.parametrize("side", [7, 28])
+def test_convolutions_lower_for_a_gpu(side, size, strides, monkeypatch):
+    "Triton takes fewer shapes than the interpreter, and says so without a GPU"
+    monkeypatch.setattr(tiles, "interpreted", lambda: False)
+    x = jax.ShapeDtypeStruct((2, 2, side, side, 16), "bfloat16")
+    kernel = jax.ShapeDtypeStruct((size, size, 16, 32), "bfloat16")
+
+    def gradients(x, kernel):
+        found, back = jax.vjp(lambda *a: conv.grouped_conv_moments(*a, strides), x, kernel)
+        return back(found)
+
+    step = jax.jit(gradients).trace(x, kernel)
+    assert step.lower(lowering_platforms=("cuda",)).as_text().count("conv_rows") >= 2
+
+
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_a_norm_after_a_convolution_uses_its_moments(mean):
     rng = np.random.default_rng(3)

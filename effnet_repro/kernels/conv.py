@@ -249,8 +249,11 @@ def _input_gradient(dy, kernel, strides, size):
 
 # %% ../../nbs/17_gpu_conv.ipynb #17f00010
 def _weight_strip(size, k, strides):
+    "The strip of the forward pass, with inputs that are a power of two in number"
     strip = _forward_strip(size, k, strides)
-    return strip._replace(outputs=4, inputs=8, step=4) if (k, strides) == (5, 1) else strip
+    if k == 5:
+        strip = strip._replace(inputs=8)
+    return strip._replace(outputs=4, step=4) if (k, strides) == (5, 1) else strip
 
 # %% ../../nbs/17_gpu_conv.ipynb #7c5e9f3c
 class _Part(NamedTuple):

@@ -205,6 +205,7 @@ def best_peer(
     ours: Dict[str, object],
     image_size: Optional[int] = None,
     columns: Sequence[str] = ("name", "mode", "images_per_s"),
+    same_call: bool = True,
 ) -> Optional[Dict[str, object]]:
     """Return the fastest network of another library that one of our networks may be compared with.
 
@@ -214,6 +215,7 @@ def best_peer(
     - `ours`: the row of our network.
     - `image_size`: only peers of this size, pixels; None = of any size.
     - `columns`: what the file calls name, mode and speed.
+    - `same_call`: False: where the call has no peer, take one of another call on the same kind of device.
     """
     name, mode, speed = columns
     peers = [
@@ -221,7 +223,9 @@ def best_peer(
         for row in rows
         if not re.match(r"B\d-", str(row[name]))
         and _family(str(row[name])) == _family(str(ours[name]))
-        and (str(row["call"]), row[mode]) == (str(ours["call"]), ours[mode])
+        and (row.get("device"), row[mode]) == (ours.get("device"), ours[mode])
         and image_size in (None, int(row["image_size"]))
     ]
+    near = [row for row in peers if str(row["call"]) == str(ours["call"])]
+    peers = near or ([] if same_call else peers)
     return max(peers, key=lambda row: float(row[speed]), default=None)

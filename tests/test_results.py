@@ -173,6 +173,10 @@ def test_best_peer_is_of_the_same_call_mode_and_family():
     assert results.best_peer(rows, ours, 224) == best
     assert results.best_peer(rows, ours)["image_size"] == 160
     assert results.best_peer(rows, ours, 380) is None
+    alone = dict(ours, call="c")
+    assert results.best_peer(rows, alone, 224) is None
+    assert results.best_peer(rows, alone, 224, same_call=False)["images_per_s"] == 8
+    assert results.best_peer(rows, dict(alone, device="x"), 224, same_call=False) is None
 
 
 def test_a_run_s_rows_say_what_the_run_noted(tmp_path):

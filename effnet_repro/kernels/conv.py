@@ -78,7 +78,7 @@ class _Rows(NamedTuple):
 
 # %% ../../nbs/17_gpu_conv.ipynb #0299b945
 def _conv_launch(k, rows, h):
-    "Input rows of a turn, and steps that load ahead. Ours: the fastest of up to fourteen for each layer of B0, on an H200"
+    "Input rows of a turn, and steps that load ahead. Ours: the fastest of up to fourteen for B0's layers, on an H200"
     if k == 3:
         return rows.down, 4
     if rows.down == 2:
@@ -257,7 +257,7 @@ def _weight_strip(size, k, strides):
 
 # %% ../../nbs/17_gpu_conv.ipynb #7c5e9f3c
 class _Part(NamedTuple):
-    "What a program of the weight gradient takes. Ours: the fastest of up to eighteen for each layer of B0, on an H200"
+    "What a program of the weight gradient takes. Ours: the fastest of up to eighteen for B0's layers, on an H200"
 
     taps: int  # Rows of the kernel
     strips: int

@@ -231,9 +231,7 @@ def main(folder, *parts):
         times = dict(ms=median(ms), lowest=min(ms), highest=max(ms), runs=len(ms) * CALLS)
         times = {k: round(v, 5) for k, v in times.items()}
         rows.append({**row, "batch": IMAGES, **times, "tb_per_s": moved / median(ms) / 1e9})
-    fastest = max(
-        row["tb_per_s"] for row in rows
-    )  # TB/s: some kernels move more than XLA's copy does
+    fastest = max(row["tb_per_s"] for row in rows)  # TB/s; XLA's copy is not the fastest
     peak = 2 * 8192**3 / rows[1]["ms"] / 1e9  # TFLOP/s
     for row, (_, _, _, moved) in zip(rows, jobs):
         floor = max(moved / fastest / 1e9, 2 * row.get("macs", 0) / peak / 1e9)

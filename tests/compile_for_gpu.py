@@ -15,6 +15,8 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+from gpu_contenders import training_model
+
 # What XLA asks a GPU about itself, answered for an H100 with 80 GB
 H100 = """
 gpu_device_info {
@@ -50,22 +52,14 @@ KINDS = {
 }
 
 
-def training_model(case):
-    "The model whose step is compiled, with our kernels although there is no GPU"
+def use_kernels():
+    "Let networks use our kernels although there is no GPU"
     from effnet_repro import keras_layers
-    from effnet_repro.efficientnet import build_model
     from effnet_repro.kernels import tiles
     from effnet_repro.kernels.ops import GPUOps
-    from effnet_repro.network import segments
-    from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import Program, TrainingModel
 
     ops = GPUOps()
     keras_layers.jax_ops, tiles.interpreted = lambda: ops, lambda: False
-    spec = ModelSpec.from_case(case)
-    network = build_model(spec, image_size=case.image_size, dtype="float32", seed=0)
-    trained = tuple(s.name for s in segments(spec))
-    return TrainingModel(network, Program(case, spec, trained, "bfloat16", 0))
 
 
 def described(gpus):
@@ -91,11 +85,11 @@ def arguments(model, case, mesh):
     "Shapes of the step's state and batch, on the GPUs of a mesh"
     import jax
 
+    from effnet_repro.training.steps import state_variables
+
     place = lambda *axes: jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*axes))
     of = lambda shape, kind, *axes: jax.ShapeDtypeStruct(shape, kind, sharding=place(*axes))
-    slots, metrics = model.optimizer.variables, model.metrics_variables
-    state = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
-    state = tuple([of(tuple(v.shape), v.dtype) for v in some] for some in state)
+    state = tuple([of(tuple(v.shape), v.dtype) for v in some] for some in state_variables(model))
     n, side = case.global_batch_size, case.image_size
     batch = dict(images=of((n, side, side, 3), "uint8", "batch"), labels=of((n,), "int32", "batch"))
     batch.update(update=of((), "int32"), learning_rate=of((), "float32"))
@@ -136,6 +130,7 @@ def main(words=None):
     )
     case = for_one_device(get_case(a.case), a.images, a.images * a.gpus)
     case, mesh = override(case, cutmix_lambda=None), described(a.gpus)
+    use_kernels()
     model = training_model(case)
     if a.gpus > 1:
         share_steps(mesh)

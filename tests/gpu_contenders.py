@@ -95,23 +95,28 @@ def _images(batch, size):
     return images, jnp.asarray(rng.integers(0, 1000, batch, dtype=np.int32))
 
 
-def _training_step(model, size, batch):
-    "The step that `effnet-train` takes, compiled, with its state and a batch that stays on the GPU"
-    import jax
-    import jax.numpy as jnp
-
+def training_model(case, **classes):
+    "The model that `effnet-train` trains, in bfloat16; `classes`: num_classes, where there are not 1000"
     from effnet_repro.efficientnet import build_model
     from effnet_repro.network import segments
     from effnet_repro.scaling import ModelSpec
     from effnet_repro.training import Program, TrainingModel
 
-    case = _case(model, batch, size=size)
-    spec = ModelSpec.from_case(case)
-    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", SEED)
-    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
-    slots, metrics = net.optimizer.variables, net.metrics_variables
-    state = (net.trainable_variables, net.non_trainable_variables, slots, metrics)
-    state = tuple([v.value for v in some] for some in state)
+    spec = ModelSpec.from_case(case, **classes)
+    network = build_model(spec, image_size=case.image_size, dtype="float32", seed=SEED)
+    trained = tuple(s.name for s in segments(spec))
+    return TrainingModel(network, Program(case, spec, trained, "bfloat16", SEED))
+
+
+def _training_step(model, size, batch):
+    "The step that `effnet-train` takes, compiled, with its state and a batch that stays on the GPU"
+    import jax
+    import jax.numpy as jnp
+
+    from effnet_repro.training.steps import state_variables
+
+    net = training_model(_case(model, batch, size=size))
+    state = tuple([v.value for v in some] for some in state_variables(net))
     images, labels = _images(batch, size)
     numbers = dict(update=jnp.int32(0), learning_rate=jnp.float32(1e-4))
     data = (dict(images=images, labels=labels, **numbers),)
@@ -241,19 +246,14 @@ def runtime(model, size, batch, micro, losses, **_):
 
     from effnet_repro.config import override
     from effnet_repro.data import open_data
-    from effnet_repro.efficientnet import build_model
-    from effnet_repro.network import segments
-    from effnet_repro.scaling import ModelSpec
-    from effnet_repro.training import Program, TrainingModel, updates, use_devices
+    from effnet_repro.training import updates, use_devices
     from effnet_repro.training.steps import compiled_steps
 
     case, data = _case(model, batch, micro, size), open_data(verbose=False)
     case = override(case, base_learning_rate_exponent=-16)  # no chaos: two curves can be compared
-    spec = ModelSpec.from_case(case, num_classes=data.num_classes)
     scope = use_devices(case)
     scope.__enter__()  # for the life of this process
-    program = Program(case, spec, tuple(s.name for s in segments(spec)), "bfloat16", 0)
-    net = TrainingModel(build_model(spec, image_size=size, dtype="float32", seed=SEED), program)
+    net = training_model(case, num_classes=data.num_classes)
     stream = updates(case, data, 0)
     first = next(stream)
 

@@ -239,10 +239,9 @@ def _banded_back(kernel, strip, left):
 
 # %% ../../nbs/17_gpu_conv.ipynb #9d1f0118
 def _input_gradient(dy, kernel, strides, size):
-    k, top = kernel.shape[0], same_padding(size[0], kernel.shape[0], strides)[0]
     if strides == 1:
-        strip, matrices = _forward_strip(size, k, 1), _turned(kernel)
-        return _conv_rows(dy, _banded(matrices, strip, 1), strip, _Rows(1, 1, top), size)[0]
+        return _forward_rows(dy, _turned(kernel), 1)[0]
+    k, top = kernel.shape[0], same_padding(size[0], kernel.shape[0], strides)[0]
     strip, left = _back_strip(size, k)
     matrices = _banded_back(kernel, strip, left)
     return _conv_rows(dy, matrices, strip, _Rows(2, 1, k - 1 - top), size)[0]

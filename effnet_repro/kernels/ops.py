@@ -48,16 +48,21 @@ def in_groups(
     small = x.size < 2**31  # whole numbers of 32 bits address it
     return small and x.shape[-1] % GROUP == 0 and x.dtype != "float32"
 
+# %% ../../nbs/18_gpu_ops.ipynb #18f00001
+def _takes(x, kernel, strides):
+    "Whether our kernel computes this group convolution"
+    k, _, per_group, filters = kernel.shape
+    same = filters == x.shape[-1] and k in (3, 5) and strides in (1, 2)
+    return same and per_group in OWN_GROUPS and in_groups(x)
+
 
 class GPUOps(JAXOps):
     "JAX with kernels of our own, for one GPU"
 
     def conv(self, x, kernel, strides=1):
-        k, _, per_group, filters = kernel.shape
-        same = filters == x.shape[-1] and k in (3, 5) and strides in (1, 2)
-        if same and per_group in OWN_GROUPS and in_groups(x):
+        if _takes(x, kernel, strides):
             return to_nhwc(grouped_conv(to_nchw16c(x), widen_groups(kernel), strides))
-        if per_group == x.shape[-1] == 3:
+        if kernel.shape[2] == x.shape[-1] == 3:
             return plain_ops().matmul(*patch_product(x, kernel, strides))
         return super().conv(x, kernel, strides)
 
@@ -113,7 +118,7 @@ def _fused_expand(ops, spec, w, x, context=None, strides=1):
 # %% ../../nbs/18_gpu_ops.ipynb #235c0c5d
 def _convolve(ops, x, kernel, strides):
     "The group convolution: by groups where our kernel computes it, and with moments where it has them"
-    own = kernel.shape[2] in OWN_GROUPS and in_groups(x)
+    own = _takes(x, kernel, strides)
     if own and (kernel.shape[0] == 3 or strides == 2):
         kernel = widen_groups(ops.cast(kernel, ops.dtype(x)))
         return grouped_conv_moments(to_nchw16c(x), kernel, strides)

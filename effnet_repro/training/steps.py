@@ -40,6 +40,12 @@ class TensorFlowSteps:
         """Do nothing: there is no thread."""
 
 
+def state_variables(model: TrainingModel) -> tuple:
+    """Return the model's variables in the order of the state that a training step on JAX takes and returns."""
+    slots, metrics = model.optimizer.variables, model.metrics_variables
+    return model.trainable_variables, model.non_trainable_variables, slots, metrics
+
+
 class JaxSteps:
     """Steps from one state to the next. A step takes over the memory of the state before.
 
@@ -55,8 +61,7 @@ class JaxSteps:
             known = keras.distribution.distribution()  # each thread has its own
             set_it = keras.distribution.set_distribution
             self.ahead = ThreadPoolExecutor(1, "next batch", set_it, (known,))
-        slots, metrics = model.optimizer.variables, model.metrics_variables
-        self.variables = (model.trainable_variables, model.non_trainable_variables, slots, metrics)
+        self.variables = state_variables(model)
         place = on_all_devices if has_other_processes() else lambda value: value
         self.state = tuple([place(v.value) for v in some] for some in self.variables)
 
